@@ -1,0 +1,52 @@
+# make quickstart   the main job on the built-in data, to the final table
+# make test         the tests
+# make help         everything else
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The first of these that is Python 3.11, 3.12 or 3.13; PYTHON=… chooses another.
+CANDIDATES := python3.12 python3.11 python3.13 python3 python
+GOOD := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	if $$p -c "$(GOOD)" >/dev/null 2>&1; then command -v $$p; break; fi; done)
+RUN := .venv/bin/python
+# Arguments for quickstart and others: make quickstart ARGS="--config.seed=1"
+ARGS ?=
+
+.PHONY: help setup quickstart test test-slow check bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/ready ## make .venv with all that running and testing need
+
+.venv/ready: requirements.txt requirements-dev.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c "$(GOOD)" >/dev/null 2>&1; then \
+		echo "This project runs on Python 3.11, 3.12 or 3.13; none was found: install one, or name it with PYTHON=/path/to/python." >&2; \
+		exit 1; fi
+	@rm -rf .venv
+	"$(PYTHON)" -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+quickstart: setup ## teacher, pseudo-labels, students and control on the built-in street scenes
+	$(RUN) -m semiseg_jax.main --config=configs/streets.py $(ARGS)
+
+test: setup ## the fast tests
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: setup ## the tests that take minutes
+	$(RUN) -m pytest -m slow $(ARGS)
+
+check: setup ## lint, types, layers
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	.venv/bin/lint-imports
+
+bench: setup ## make bench NAME=train_step: measure against others
+	$(RUN) benchmarks/$(NAME).py $(ARGS)
+
+clean: ## remove the environment and caches
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache

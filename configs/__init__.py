@@ -1,0 +1,1 @@
+"""Configs: default.py declares every key; the others change only what differs."""

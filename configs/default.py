@@ -1,0 +1,252 @@
+"""Every key there is, with its unit and constraint; the defaults are the paper's recipe.
+
+Not run by itself: another config gets this one and changes what differs. On the command line,
+`--config.key=value` changes one key; a key that is not declared here is refused.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """The defaults; the deviations from the paper and from its released code are explained in
+    docs/method.md."""
+    config = ConfigDict()
+    # Seed of weights, order and augmentation; any integer. Split and built-in data have their own.
+    config.seed = 0
+    config.data = data()
+    config.sda = sda()
+    config.model = model()
+    config.loss = loss()
+    config.optim = optim()
+    config.train = train()
+    config.pseudo = pseudo()
+    config.eval = evaluation()
+    config.rounds = rounds()
+    # Locked: a config that sets a key not declared here is refused.
+    return config.lock()
+
+
+def data() -> ConfigDict:
+    """What is read, and how it is cut."""
+    data = ConfigDict()
+    # Source: streets (built in), camvid, folder.
+    data.name = "folder"
+    # Folder of the data; "" for $SEMISEG_DATA/NAME, else data/NAME.
+    data.root = ""
+    # Where derived data and compiled programs are kept; "" for $SEMISEG_CACHE, else
+    # ~/.cache/semiseg_jax.
+    data.cache_dir = ""
+    # Halve (2), third (3), … images once into the cache, antialiased; masks nearest. 1: as is.
+    data.downscale = 1
+
+    # Source `folder`: where images and masks lie, below the root. A mask has its image's name
+    # with the ending .png.
+    data.image_dir = "images"
+    data.mask_dir = "masks"
+    # Source `folder`: a folder of unlabelled images, below the root, nested or not; "" for none.
+    data.unlabeled_dir = ""
+    # Source `folder`: class names in id order; at least 2.
+    data.classes = ()
+    # Source `folder`: (R, G, B) 0..255 of each class; () for a generated palette.
+    data.palette = ()
+    # Mask values that mean "no label"; they become 255.
+    data.ignore_ids = (255,)
+    # ((mask value, class id), …) for masks whose values are not the class ids; () for none.
+    data.id_map = ()
+
+    # Split lists, one or two columns (image, mask or None) or bare ids; relative to the root,
+    # else to the working folder. "" for labeled: drawn by `labels`; for unlabeled: every training
+    # image that is not labelled; for evaluation: the source's own list of `eval.split`.
+    data.labeled_list = ""
+    data.unlabeled_list = ""
+    data.evaluation_list = ""
+    # Labelled images to draw where `labeled_list` is "": a count (> 1) or a share (0..1] of the
+    # training images; 0 for all of them.
+    data.labels = 0.0
+    # Seed of that draw; draws of one seed are nested.
+    data.split_seed = 0
+
+    # Source `streets`: seed, images drawn for training and for evaluation, size in pixels.
+    data.streets_seed = 0
+    data.streets_train = 480
+    data.streets_val = 120
+    data.streets_size = (96, 160)
+
+    # Which images meet the weak norm, and which the strong one: each a subset of {labeled,
+    # pseudo}. Paper: labeled / pseudo; released code: both / both; plain self-training:
+    # both / (). The teacher and the control take labelled images weakly augmented, whatever
+    # stands here.
+    data.weak_stream = ("labeled",)
+    data.strong_stream = ("pseudo",)
+
+    # Crop (height, width) in pixels.
+    data.crop = (769, 769)
+    # Random scale, drawn uniformly from [low, high].
+    data.scale = (0.5, 2.0)
+    # Mirror half of the images left to right.
+    data.mirror = True
+    # Batches that are made ahead, at least 1; and threads that make them, 0 for as many as cores.
+    data.prefetch = 4
+    data.threads = 0
+    return data
+
+
+def sda() -> ConfigDict:
+    """Strong data augmentation (paper, section 3.2)."""
+    sda = ConfigDict()
+    # Operations drawn for each image, at least 0.
+    sda.num_ops = 3
+    # Draw with replacement, applied in the order drawn; else distinct ones in list order.
+    sda.replace = True
+    # uniform: drawn from the range; released: the constants of the authors' code.
+    sda.magnitude = "uniform"
+    # Before scale and crop, as the paper draws it; after is several times cheaper.
+    sda.before_geometry = False
+    # The pool.
+    sda.ops = (
+        "contrast_gamma",
+        "contrast_linear",
+        "brightness",
+        "brightness_channel",
+        "equalize",
+        "hsv",
+        "invert_channel",
+        "blur",
+        "noise_gau",
+        "noise_pos",
+        "channel_shuffle",
+        "dropout",
+        "coarse_dropout",
+        "multiply",
+        "salt_pepper",
+        "solarize",
+        "jpeg_compression",
+    )
+    return sda
+
+
+def model() -> ConfigDict:
+    """The network."""
+    model = ConfigDict()
+    # resnet18, resnet10_slim, tiny.
+    model.backbone = "resnet18"
+    # Input pixels a side of one pixel of the backbone's last features: 8 or 16.
+    model.output_stride = 16
+    # dsbn; dsbn_shared_affine (Split-BN); shared; frozen (statistics stay as loaded).
+    model.norm = "dsbn"
+    # Share of the running moment kept in each step, [0, 1).
+    model.norm_momentum = 0.9
+    # Added to the variance, > 0.
+    model.norm_epsilon = ConfigDict({"backbone": 1e-3, "head": 1e-5})
+    # Channels of ASPP and decoder; channels of the branch from stride 4.
+    model.head_features = 256
+    model.low_level_features = 48
+    # Dilation rates at stride 16, in pixels of the features; doubled at stride 8.
+    model.aspp_rates = (6, 12, 18)
+    # Share of ASPP's output dropped in training, [0, 1).
+    model.dropout = 0.1
+    # Resize with the corners of both grids aligned, for loaded networks that need it.
+    model.align_corners = False
+    # Mean and deviation of the input: imagenet, half (-1..1), lite ((x - 127) / 128).
+    model.input_normalization = "imagenet"
+    # float32 or bfloat16 compute; parameters, statistics, softmax and losses stay float32.
+    model.compute_dtype = "float32"
+    return model
+
+
+def loss() -> ConfigDict:
+    """Losses; labelled images have cross-entropy, in whatever stream they are."""
+    loss = ConfigDict()
+    # Of pseudo-labelled images: scl, scl_official, sce, ce.
+    loss.unlabeled = "scl"
+    # Its weight beside that of the labelled images, at least 0.
+    loss.unlabeled_weight = 1.0
+    loss.scl = ConfigDict()
+    # Treat the weight w as a constant.
+    loss.scl.stop_gradient = True
+    # Floor of the one-hot label inside the logarithm of the reverse term, (0, 1).
+    loss.scl.label_floor = 1e-4
+    # w becomes 1 above .8; unset: for scl_official alone.
+    loss.scl.saturate = config_dict.placeholder(bool)
+    # Weights of the cross-entropy and of the reverse cross-entropy, also of sce.
+    loss.scl.alpha = 1.0
+    loss.scl.beta = 1.0
+    return loss
+
+
+def optim() -> ConfigDict:
+    """SGD with momentum, learning rate * (1 - step / steps) ^ poly_power."""
+    optim = ConfigDict()
+    # Learning rates at step 0; the head's is `head_multiplier` times that of the backbone. The
+    # control has the student's.
+    optim.teacher = ConfigDict({"learning_rate": 0.01, "head_multiplier": 1.0})
+    optim.student = ConfigDict({"learning_rate": 0.002, "head_multiplier": 10.0})
+    # Share of the last update kept, [0, 1).
+    optim.momentum = 0.9
+    optim.poly_power = 0.9
+    # On kernels; none on norms and biases.
+    optim.weight_decay = 1e-4
+    return optim
+
+
+def train() -> ConfigDict:
+    """Length and batch of a stage."""
+    train = ConfigDict()
+    # Optimiser steps of one student, at least 1; and of the teacher, the same unless changed.
+    train.steps = 20_000
+    train.teacher_steps = train.get_ref("steps")
+    # Labelled and pseudo-labelled images of a stream that holds them, in the global batch;
+    # multiples of the number of devices.
+    train.batch_labeled = 16
+    train.batch_unlabeled = 16
+    # Steps between two lines of metrics, and between two checkpoints.
+    train.log_every = 50
+    train.checkpoint_every = 1000
+    # Step at which five steps are profiled into the stage's folder; 0 for none.
+    train.profile_at = 0
+    return train
+
+
+def pseudo() -> ConfigDict:
+    """How the teacher labels."""
+    pseudo = ConfigDict()
+    # Sizes at which it sees an image, as multiples of the image's.
+    pseudo.scales = (0.5, 0.75, 1.0, 1.5, 1.75)
+    # See the mirrored image too.
+    pseudo.flip = True
+    # What is averaged over them: softmax or logits.
+    pseudo.average = "softmax"
+    # Pixels whose largest averaged probability is below become 255; 0 for none, below 1.
+    pseudo.min_confidence = 0.0
+    # Images labelled at a time, a multiple of the number of devices.
+    pseudo.batch = 8
+    return pseudo
+
+
+def evaluation() -> ConfigDict:
+    """The protocol of the reported mIoU."""
+    evaluation = ConfigDict()
+    # Which of the source's sets: val, test, …
+    evaluation.split = "val"
+    evaluation.scales = (1.0,)
+    evaluation.flip = False
+    # Images evaluated at a time, a multiple of the number of devices.
+    evaluation.batch = 8
+    # Steps between evaluations inside a stage; 0 for its end alone.
+    evaluation.every = 0
+    return evaluation
+
+
+def rounds() -> ConfigDict:
+    """Algorithm 1."""
+    rounds = ConfigDict()
+    # Students trained one after the other, at least 0.
+    rounds.count = 3
+    # Backbone of the students; "" for the teacher's.
+    rounds.student_model = ""
+    # A student starts from the teacher's weights, or from scratch.
+    rounds.student_init = "teacher"
+    # Also train the control: the teacher trained on with labels alone, for as many steps as all
+    # students together. Without it a gain may be that of longer training.
+    rounds.control = False
+    return rounds

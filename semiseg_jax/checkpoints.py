@@ -1,0 +1,95 @@
+"""Checkpoints of a stage (orbax), and the final weights (safetensors)."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.errors import UserError
+from semiseg_jax.state import TrainState, Variables
+
+
+class Checkpoints:
+    """The checkpoints of one stage; written in the background, the newest two kept."""
+
+    def __init__(self, folder: epath.PathLike):
+        self._folder = epath.Path(folder)
+        self._manager = ocp.CheckpointManager(
+            self._folder.resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+            # Named here, so that a new process can read what is saved without saving first.
+            item_handlers={"state": ocp.StandardCheckpointHandler()},
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state of a step; once the arrays are copied, the rest goes on behind."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)))
+        self._manager.save(step, args=args)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at a step.
+
+        Args:
+            step: of the checkpoint.
+            like: shapes, dtypes and shardings of the state, such as arrays of it.
+
+        Raises:
+            UserError: the checkpoint has other names, shapes or dtypes.
+        """
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
+        self._check_matches(step, wanted)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        saved = self._manager.restore(step, args=args)["state"]
+        # In the order of the state's leaves; dictionaries come back sorted by name.
+        leaves = [saved[name] for name in _by_name(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def _check_matches(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """orbax would cast to another dtype without a word."""
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = dict(getattr(metadata, "tree", metadata))
+        for name in sorted(saved.keys() | wanted.keys()):
+            old, new = (
+                f"{t[name].dtype}{list(t[name].shape)}" if name in t else "nothing"
+                for t in (saved, wanted)
+            )
+            if old != new:
+                raise UserError(
+                    f"The checkpoint {self._folder / str(step)} holds {old} as {name} where the "
+                    f"config makes {new}: use the config it was made with, or another workdir."
+                )
+
+
+def _by_name(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state by names such as "params.backbone.stem.conv.kernel"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def save_weights(path: epath.PathLike, variables: Variables, description: dict[str, Any]) -> None:
+    """Writes variables as one .safetensors file, with a description in its header.
+
+    Tensor names are paths such as "params/backbone/stem/conv/kernel".
+    """
+    flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    content = safetensors.numpy.save(arrays, {"description": json.dumps(description)})
+    write_bytes(epath.Path(path), content)

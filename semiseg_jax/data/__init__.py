@@ -1,0 +1,1 @@
+"""Data: sources, splits, labels, augmentation, and the pipeline that joins them."""

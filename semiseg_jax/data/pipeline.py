@@ -1,0 +1,274 @@
+"""Training batches from the two streams, and images for labelling and evaluation.
+
+Every random choice is a pure function of (seed, stage, stream, step, position in the stream's
+global batch). Nothing is carried from step to step, so that a run goes on from any step at no
+cost, and the number of processes, devices or threads changes no pixel.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from etils import epath
+from jaxtyping import Bool, Int, UInt8
+
+from semiseg_jax.data import labels, sda, weak
+from semiseg_jax.data.sources import Dataset, Example
+from semiseg_jax.data.streams import Slots, Streams, slots
+from semiseg_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """A process's part of one step's batch.
+
+    Attributes:
+        image: RGB, not normalised.
+        label: class ids and IGNORE.
+        is_pseudo: the label is a pseudo-label, whatever the stream.
+        ids: of the images, to name them when something goes wrong.
+    """
+
+    image: UInt8[np.ndarray, "n h w 3"]
+    label: UInt8[np.ndarray, "n h w"]
+    is_pseudo: Bool[np.ndarray, " n"]
+    ids: tuple[str, ...]
+
+
+def pseudo_examples(dataset: Dataset, folder: os.PathLike) -> tuple[Example, ...]:
+    """The unlabelled images with their pseudo-labels from `folder`."""
+    return tuple(
+        dataclasses.replace(e, mask=os.fspath(epath.Path(folder) / f"{e.id}.png"))
+        for e in dataset.unlabeled
+    )
+
+
+def train_batches(
+    config: Any,
+    dataset: Dataset,
+    pseudo: Sequence[Example],
+    streams: Streams,
+    seed: Int[np.ndarray, "2"],
+    steps: range,
+    colour: UInt8[np.ndarray, "3"],
+    groups: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[TrainBatch]:
+    """This process's batches for the given steps.
+
+    Args:
+        config: the whole config; `data` and `sda` are read.
+        dataset: its labelled examples, classes and id table are read.
+        pseudo: pseudo-labelled examples, masks of class ids; empty where no stream takes any.
+        streams: what each step takes.
+        seed: of the stage, from `streams.stage_seed`.
+        steps: which steps, from the one to go on at.
+        colour: of the padding.
+        groups: blocks of the joined batch, one a device.
+        process_index, process_count: whose part.
+
+    Raises:
+        UserError: an image or mask is missing or damaged, or sizes differ.
+    """
+    places = slots(streams, groups, process_index, process_count)
+    examples = {"labeled": list(dataset.labeled), "pseudo": list(pseudo)}
+    for kind in {*streams.weak, *streams.strong}:
+        if not examples[kind]:
+            raise UserError(f"There is no {kind} image to train on: check the split.")
+    reader = _Reader(examples["labeled"] + examples["pseudo"], dataset, len(examples["labeled"]))
+    counts = {kind: len(part) for kind, part in examples.items()}
+    count = len(places.strong)
+
+    @tf.autograph.experimental.do_not_convert
+    def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        step, place = number // count, number % count
+        index = _example_index(places, step, place, seed, counts)
+        image, label = reader(index)
+        strong = tf.gather(places.strong, place)
+        position = tf.gather(places.position, place)
+        key = _fold(seed, 1, tf.cast(strong, tf.int64), step, position)
+        image, label = augment(image, label, strong, key, config, colour)
+        return {
+            "image": image,
+            "label": label,
+            "is_pseudo": tf.gather(places.pseudo, place),
+            "index": index,
+        }
+
+    numbers = tf.data.Dataset.range(steps.start * count, steps.stop * count)
+    elements = numbers.map(element, config.data.threads or tf.data.AUTOTUNE, deterministic=True)
+    batches = elements.batch(count, drop_remainder=True).prefetch(config.data.prefetch)
+    for batch in reader.sentences(batches.with_options(_options(config.data.threads))):
+        ids = tuple(reader.examples[i].id for i in batch.pop("index"))
+        yield TrainBatch(**batch, ids=ids)
+
+
+def augment(
+    image: tf.Tensor,
+    label: tf.Tensor,
+    strong: tf.Tensor,
+    seed: tf.Tensor,
+    config: Any,
+    colour: UInt8[np.ndarray, "3"],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """One view of an image: weak augmentation, and SDA where `strong`.
+
+    Args:
+        image: uint8 [h, w, 3].
+        label: uint8 [h, w].
+        strong: bool scalar.
+        seed: int [2].
+        config: the whole config; `data` and `sda` are read.
+        colour: of the padding, which SDA never sees.
+
+    Returns:
+        image uint8 [crop, 3] and label uint8 [crop].
+    """
+    geometry_seed, sda_seed = _fold(seed, 0), _fold(seed, 1)
+
+    def strongly(view: tf.Tensor) -> tf.Tensor:
+        return tf.cond(strong, lambda: sda.strong_augment(view, sda_seed, config.sda), lambda: view)
+
+    if config.sda.before_geometry:
+        image = strongly(image)
+    image, label, place = weak.random_crop(image, label, geometry_seed, config.data)
+    if not config.sda.before_geometry:
+        image = strongly(image)
+    return weak.pad(image, label, place, tuple(config.data.crop), colour)
+
+
+def _example_index(
+    places: Slots,
+    step: tf.Tensor,
+    place: tf.Tensor,
+    seed: Int[np.ndarray, "2"],
+    counts: dict[str, int],
+) -> tf.Tensor:
+    """Which example stands at a place of a step: a random-access shuffle, new each epoch."""
+    strong, pseudo = tf.gather(places.strong, place), tf.gather(places.pseudo, place)
+    per_step, rank = tf.gather(places.per_step, place), tf.gather(places.rank, place)
+    size = tf.where(pseudo, tf.constant(counts["pseudo"], tf.int64), counts["labeled"])
+    drawn = step * per_step + rank
+    order = 2 * tf.cast(strong, tf.int64) + tf.cast(pseudo, tf.int64)
+    key = _fold(seed, 0, order, drawn // size)
+    # int64 sizes need an int64 seed in this op.
+    shuffled = tf.random.experimental.index_shuffle(drawn % size, key, size - 1)
+    return shuffled + tf.where(pseudo, tf.constant(counts["labeled"], tf.int64), 0)
+
+
+def _fold(seed: tf.Tensor | np.ndarray, *data: tf.Tensor | int) -> tf.Tensor:
+    """A seed [2] int64 that depends on all of `data`."""
+    folded = tf.cast(tf.convert_to_tensor(seed), tf.int64)
+    for value in data:
+        folded = tf.random.experimental.stateless_fold_in(folded, tf.cast(value, tf.int64))
+    return folded
+
+
+class _Reader:
+    """Reads examples inside tf.data, and turns what goes wrong there into its one sentence."""
+
+    def __init__(self, examples: Sequence[Example], dataset: Dataset, num_labeled: int):
+        self.examples = list(examples)
+        self._tables = (dataset.table, labels.id_table(len(dataset.classes)))
+        self._num_labeled = num_labeled
+        self._error: UserError | None = None
+
+    def __call__(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(image uint8 [h, w, 3], label uint8 [h, w]) of the example at an index."""
+        image, label = tf.numpy_function(self._read, [index], (tf.uint8, tf.uint8))
+        return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(label, (None, None))
+
+    def _read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        example = self.examples[int(index)]
+        try:
+            image = labels.read_image(example.image)
+            if example.mask is None:
+                return image, np.full(image.shape[:2], labels.IGNORE, np.uint8)
+            # Pseudo-labels are written as class ids, whatever the data set's own values are.
+            label = labels.read_mask(example.mask, self._tables[int(index) >= self._num_labeled])
+            if label.shape != image.shape[:2]:
+                raise UserError(
+                    f"{example.mask} and {example.image} differ in size: they must be of one size."
+                )
+            return image, label
+        except UserError as error:
+            # tf.data wraps an exception into a page of text; the sentence is kept beside it.
+            self._error = error
+            raise
+
+    def sentences(self, dataset: tf.data.Dataset) -> Iterator[Any]:
+        """The data set's elements as numpy; a reading error as the UserError it was."""
+        iterator = dataset.as_numpy_iterator()
+        while True:
+            try:
+                element = next(iterator)
+            except StopIteration:
+                return
+            except tf.errors.OpError as error:
+                if self._error is None:
+                    raise
+                raise self._error from error
+            yield element
+
+
+def _options(threads: int) -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    if threads:
+        options.threading.private_threadpool_size = threads
+    return options
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBatch:
+    """Whole images of one size, the tail padded with images of zeros.
+
+    Attributes:
+        image: RGB.
+        label: class ids and IGNORE; IGNORE throughout where there is no mask.
+        ids: of the real images, at most as many as the batch holds.
+    """
+
+    image: UInt8[np.ndarray, "n h w 3"]
+    label: UInt8[np.ndarray, "n h w"]
+    ids: tuple[str, ...]
+
+
+def image_batches(
+    examples: Sequence[Example], dataset: Dataset, batch_size: int
+) -> Iterator[ImageBatch]:
+    """Whole, clean images in batches of `batch_size`, each batch of one image size.
+
+    Every example occurs exactly once. Images of a size wait until a batch of that size is full;
+    what is left at the end is padded with empty images, labelled IGNORE.
+
+    Raises:
+        UserError: an image or mask is missing or damaged, or sizes differ.
+    """
+    reader = _Reader(examples, dataset, len(examples))
+    numbers = tf.data.Dataset.range(len(examples))
+    elements = numbers.map(
+        lambda i: (i, *reader(i)), tf.data.AUTOTUNE, deterministic=True
+    ).prefetch(batch_size)
+    waiting: dict[tuple[int, ...], list] = {}
+    for index, image, label in reader.sentences(elements.with_options(_options(0))):
+        group = waiting.setdefault(image.shape, [])
+        group.append((examples[index].id, image, label))
+        if len(group) == batch_size:
+            yield _joined(waiting.pop(image.shape), batch_size)
+    for group in waiting.values():
+        yield _joined(group, batch_size)
+
+
+def _joined(group: list, batch_size: int) -> ImageBatch:
+    ids, images, masks = zip(*group, strict=True)
+    missing = [(0, batch_size - len(ids))]
+    return ImageBatch(
+        image=np.pad(np.stack(images), missing + [(0, 0)] * 3),
+        label=np.pad(np.stack(masks), missing + [(0, 0)] * 2, constant_values=labels.IGNORE),
+        ids=ids,
+    )

@@ -1,0 +1,166 @@
+"""Layers that the networks share: convolution with norm, separable convolution, resizing."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from semiseg_jax.models import convolutions
+from semiseg_jax.models.dsbn import Batch, DomainNorm
+
+# A partially applied DomainNorm: what differs between networks is bound where they are built.
+NormFactory = Callable[..., DomainNorm]
+
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """Convolution without bias unless asked; kernel [k, k, in / groups, features] float32.
+
+    Attributes:
+        features: output channels.
+        kernel_size: side of the square kernel, in pixels.
+        stride: step in pixels, the same both ways.
+        dilation: distance between kernel taps, in pixels.
+        depthwise: one filter a channel; `features` must equal the input channels.
+        padding: "torch" (dilation * (k - 1) / 2 on each side) or "same" (TensorFlow's).
+        use_bias: add a bias [features].
+        dtype: of the computation; None for that of input and kernel together.
+    """
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    padding: convolutions.Padding = "torch"
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
+        """Convolves x."""
+        inputs = 1 if self.depthwise else x.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = convolutions.conv2d(
+            x,
+            kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            padding=self.padding,
+            groups=x.shape[-1] if self.depthwise else 1,
+        )
+        return y if bias is None else y + bias
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then the domains' norm, then the activation if there is one."""
+
+    features: int
+    norm: NormFactory
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    padding: convolutions.Padding = "torch"
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], batch: Batch
+    ) -> Float[Array, "b oh ow features"]:
+        """Convolves and normalises x."""
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.depthwise,
+            self.padding,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        x = self.norm(name="norm")(x, batch)
+        return x if self.activation is None else self.activation(x)
+
+
+class SeparableConvNorm(nn.Module):
+    """Depthwise then pointwise convolution, a norm and an activation after each.
+
+    Source: DeepLabV3+ (Chen et al., ECCV 2018), section 3.2, atrous separable convolution.
+    """
+
+    features: int
+    norm: NormFactory
+    kernel_size: int = 3
+    dilation: int = 1
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b h w features"]:
+        """Convolves and normalises x."""
+        x = ConvNorm(
+            x.shape[-1],
+            self.norm,
+            self.kernel_size,
+            dilation=self.dilation,
+            depthwise=True,
+            dtype=self.dtype,
+            name="depthwise",
+        )(x, batch)
+        return ConvNorm(self.features, self.norm, dtype=self.dtype, name="pointwise")(x, batch)
+
+
+def interpolation_matrix(
+    size_in: int, size_out: int, align_corners: bool = False
+) -> Float[np.ndarray, "out in"]:
+    """Weights of one-dimensional linear interpolation; each row sums to 1.
+
+    Half-pixel centres without antialiasing: output i lies at (i + .5) * in / out - .5, clamped
+    to the image. With `align_corners` the first and last centres of both sizes coincide.
+    """
+    if align_corners:
+        centres = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
+    else:
+        centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    centres = np.clip(centres, 0, size_in - 1)
+    low = np.minimum(np.floor(centres).astype(int), max(size_in - 2, 0))
+    fraction = centres - low
+    matrix = np.zeros((size_out, size_in))
+    rows = np.arange(size_out)
+    matrix[rows, low] += 1 - fraction
+    matrix[rows, np.minimum(low + 1, size_in - 1)] += fraction
+    return matrix
+
+
+def resize(
+    x: Float[Array, "b h w c"], size: Sequence[int], align_corners: bool = False
+) -> Float[Array, "b oh ow c"]:
+    """Bilinear resize of images, features or logits; the one place where that is done.
+
+    Separable matrix products: every backend runs them well, forward and transposed. Full
+    precision is asked for because the TPU's default rounds float32 operands to bfloat16.
+
+    Args:
+        x: images of a float dtype, which the result keeps.
+        size: (height, width) of the result, in pixels.
+        align_corners: see `interpolation_matrix`.
+    """
+    for axis, (size_in, size_out) in enumerate(zip(x.shape[1:3], size, strict=True)):
+        if size_in == size_out:
+            continue
+        matrix = jnp.asarray(interpolation_matrix(size_in, size_out, align_corners), x.dtype)
+        spec = "oh,bhwc->bowc" if axis == 0 else "ow,bhwc->bhoc"
+        x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+    return x

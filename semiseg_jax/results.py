@@ -1,0 +1,85 @@
+"""results.json: a row for every evaluation that is reported, and the table made from them."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.evaluate import Score, comparable
+
+Row = dict[str, Any]
+# What tells one row from another; a row made again takes the place of the old one.
+KEY = ("stage", "round", "step", "split", "seed")
+
+
+class Results:
+    """The rows of a workdir, kept on disk; holds no clock times, so that reruns are identical.
+
+    The file is {"rows": [...], "curve": [...]}: `rows` has the end of each stage, `curve` the
+    evaluations inside stages, rows of the same form.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self._content: dict[str, list[Row]] = {"rows": [], "curve": []}
+        if self._path.exists():
+            self._content = json.loads(self._path.read_text())
+
+    @property
+    def rows(self) -> list[Row]:
+        """The ends of stages, in the order they were first written."""
+        return self._content["rows"]
+
+    def add(self, row: Row, final: bool) -> None:
+        """Adds a row, or puts it in the place of the one with the same KEY, and writes."""
+        rows = self._content["rows" if final else "curve"]
+        same = [i for i, old in enumerate(rows) if all(old[k] == row[k] for k in KEY)]
+        if same:
+            rows[same[0]] = row
+        else:
+            rows.append(row)
+        write_bytes(self._path, (json.dumps(self._content, indent=1) + "\n").encode())
+
+
+def make_row(stage: str, round_: int, step: int, seed: int, score: Score, protocol: Row) -> Row:
+    """A result row; mIoU and IoU in 0..1, null for a class that never occurs."""
+    return {
+        "stage": stage,
+        "round": round_,
+        "step": step,
+        "split": protocol["split"],
+        "miou": score.miou,
+        "iou": score.iou,
+        "pixels": score.pixels,
+        "seed": seed,
+        "protocol": protocol,
+    }
+
+
+def print_table(rows: Sequence[Row], classes: Sequence[str], console: Console) -> None:
+    """A column a stage: mIoU, its gain over the teacher, IoU by class; in percent.
+
+    Rows whose protocol is not that of the first one are left out.
+    """
+    rows = [row for row in rows if comparable(row["protocol"], rows[0]["protocol"])]
+    if not rows:
+        return
+    split, teacher = rows[0]["split"], next((r for r in rows if r["stage"] == "teacher"), None)
+    table = Table(box=box.SIMPLE_HEAD, title=f"Results on {split}, in %")
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        name = f"student {row['round']}" if row["stage"] == "student" else row["stage"]
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("mIoU", *(f"{100 * row['miou']:.2f}" for row in rows), style="bold")
+    if teacher:
+        gains = (f"{100 * (row['miou'] - teacher['miou']):+.2f}" for row in rows)
+        table.add_row("gain over the teacher", *gains, end_section=True)
+    for i, name in enumerate(classes):
+        values = [row["iou"][i] for row in rows]
+        table.add_row(name, *("-" if v is None else f"{100 * v:.1f}" for v in values))
+    console.print(table)

@@ -1,0 +1,145 @@
+"""The config's constraints, checked before anything runs, and its path on the command line."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax import traverse_util
+
+from semiseg_jax.data.sda import OPS
+from semiseg_jax.data.sources import LAYOUTS
+from semiseg_jax.data.streams import KINDS
+from semiseg_jax.errors import UserError
+from semiseg_jax.models.deeplab import BACKBONES, INPUT_NORMALIZATIONS
+from semiseg_jax.models.dsbn import NORM_KINDS
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*choices: str) -> Rule:
+    return lambda v: v in choices, f"one of {', '.join(choices)}"
+
+
+def _all_of(*choices: str) -> Rule:
+    return (
+        lambda v: isinstance(v, tuple) and len(set(v)) == len(v) and set(v) <= set(choices),
+        f"a tuple of distinct names out of {', '.join(choices)}",
+    )
+
+
+def _at_least(low: float) -> Rule:
+    return lambda v: v >= low, f"at least {low}"
+
+
+def _between(low: float, high: float) -> Rule:
+    """low <= value < high."""
+    return lambda v: low <= v < high, f"at least {low} and below {high}"
+
+
+_POSITIVE: Rule = (lambda v: v > 0, "above 0")
+_SIZE: Rule = (
+    lambda v: isinstance(v, tuple) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
+    "(height, width) in pixels, two integers above 0",
+)
+_RANGE: Rule = (
+    lambda v: isinstance(v, tuple) and len(v) == 2 and 0 < v[0] <= v[1],
+    "(low, high) with 0 < low <= high",
+)
+_SCALES: Rule = (
+    lambda v: isinstance(v, tuple) and len(v) > 0 and all(s > 0 for s in v),
+    "a tuple of numbers above 0, at least one",
+)
+
+RULES: dict[str, Rule] = {
+    "data.name": _one_of(*LAYOUTS),
+    "data.downscale": _at_least(1),
+    "data.labels": _at_least(0),
+    "data.streets_train": _at_least(1),
+    "data.streets_val": _at_least(1),
+    "data.streets_size": _SIZE,
+    "data.weak_stream": _all_of(*KINDS),
+    "data.strong_stream": _all_of(*KINDS),
+    "data.crop": _SIZE,
+    "data.scale": _RANGE,
+    "data.prefetch": _at_least(1),
+    "data.threads": _at_least(0),
+    "sda.num_ops": _at_least(0),
+    "sda.magnitude": _one_of("uniform", "released"),
+    "sda.ops": _all_of(*OPS),
+    "model.backbone": _one_of(*BACKBONES),
+    "model.output_stride": (lambda v: v in (8, 16), "8 or 16"),
+    "model.norm": _one_of(*NORM_KINDS),
+    "model.norm_momentum": _between(0, 1),
+    "model.norm_epsilon.backbone": _POSITIVE,
+    "model.norm_epsilon.head": _POSITIVE,
+    "model.head_features": _at_least(1),
+    "model.low_level_features": _at_least(1),
+    "model.dropout": _between(0, 1),
+    "model.input_normalization": _one_of(*INPUT_NORMALIZATIONS),
+    "model.compute_dtype": _one_of("float32", "bfloat16"),
+    "loss.unlabeled": _one_of("scl", "scl_official", "sce", "ce"),
+    "loss.unlabeled_weight": _at_least(0),
+    "loss.scl.label_floor": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "optim.teacher.learning_rate": _POSITIVE,
+    "optim.student.learning_rate": _POSITIVE,
+    "optim.teacher.head_multiplier": _POSITIVE,
+    "optim.student.head_multiplier": _POSITIVE,
+    "optim.momentum": _between(0, 1),
+    "optim.poly_power": _at_least(0),
+    "optim.weight_decay": _at_least(0),
+    "train.steps": _at_least(1),
+    "train.teacher_steps": _at_least(1),
+    "train.batch_labeled": _at_least(1),
+    "train.batch_unlabeled": _at_least(1),
+    "train.log_every": _at_least(1),
+    "train.checkpoint_every": _at_least(1),
+    "train.profile_at": _at_least(0),
+    "pseudo.scales": _SCALES,
+    "pseudo.average": _one_of("softmax", "logits"),
+    "pseudo.min_confidence": _between(0, 1),
+    "pseudo.batch": _at_least(1),
+    "eval.scales": _SCALES,
+    "eval.batch": _at_least(1),
+    "eval.every": _at_least(0),
+    "rounds.count": _at_least(0),
+    "rounds.student_model": _one_of("", *BACKBONES),
+    "rounds.student_init": _one_of("teacher", "scratch"),
+}
+
+
+def check(config: Any) -> None:
+    """Refuses values outside their constraints.
+
+    Args:
+        config: as configs/default.py declares it.
+
+    Raises:
+        UserError: naming the key, its value and what it may be.
+    """
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    for key, (holds, what) in RULES.items():
+        value = flat[key]
+        try:
+            fine = holds(value)
+        except TypeError:
+            fine = False
+        if not fine:
+            near = ""
+            if isinstance(value, str) and what.startswith("one of "):
+                close = difflib.get_close_matches(value, what[7:].split(", "), 1)
+                near = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"{key} is {value!r}: make it {what}{near}.")
+    if not (config.data.weak_stream or config.data.strong_stream):
+        raise UserError("data.weak_stream and data.strong_stream are both empty: fill one of them.")
+    if not config.sda.replace and config.sda.num_ops > len(config.sda.ops):
+        raise UserError(
+            f"sda.num_ops is {config.sda.num_ops} without replacement from {len(config.sda.ops)} "
+            "operations: lower it, or set sda.replace."
+        )
+
+
+def run_name(config_path: str) -> str:
+    """Name of a run from its config: configs/camvid.py:half gives camvid_half."""
+    path, _, argument = config_path.partition(":")
+    return "_".join([Path(path).stem, *argument.replace(",", ":").split(":")]).rstrip("_")

@@ -1,0 +1,91 @@
+"""The train state: parameters, both norms' statistics, optimiser; made, copied, and thinned."""
+
+from typing import Any
+
+import flax.struct
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.models.dsbn import DOMAINS, stats_collection
+
+# {"params": …, "batch_stats_weak": …, "batch_stats_strong": …}
+Variables = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a training step changes, and a checkpoint holds.
+
+    Attributes:
+        step: steps done in this stage, an int32 scalar.
+        params: parameters.
+        norms: the statistics collections, by name.
+        opt_state: of the optimiser.
+    """
+
+    step: Any
+    params: Any
+    norms: dict[str, Any]
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> Variables:
+        """What the network is applied to."""
+        return {"params": self.params, **self.norms}
+
+
+def init_variables(model: nn.Module, seed: int, mesh: Mesh) -> Variables:
+    """Freshly drawn variables of both domains, a copy on every device.
+
+    Depends on the seed alone, not on the mesh.
+    """
+    # Two images: one of each domain. The size is of no consequence to the parameters.
+    images = jnp.zeros((2, 65, 65, 3), jnp.uint8)
+
+    def init(key: Array) -> Variables:
+        return model.init({"params": key}, images, domain="both")
+
+    return jax.jit(init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed))
+
+
+def create(variables: Variables, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state at step 0, from variables that stay usable (a step donates its state)."""
+
+    def start(variables: Variables) -> TrainState:
+        params = variables["params"]
+        norms = {k: v for k, v in variables.items() if k != "params"}
+        return TrainState(jnp.zeros((), jnp.int32), params, norms, tx.init(params))
+
+    copied = jax.tree.map(jnp.copy, variables)
+    return jax.jit(start, out_shardings=mesh_lib.replicated(mesh))(copied)
+
+
+def copy_weak_to_strong(variables: Variables) -> Variables:
+    """The strong norm becomes a copy of the weak one; how the first student starts.
+
+    Networks whose domains share a norm or its affine parameters come back as they are in that
+    part.
+    """
+    params = traverse_util.flatten_dict(variables["params"])
+    for path in params:
+        if "strong" in path:
+            params[path] = params[tuple("weak" if p == "strong" else p for p in path)]
+    weak, strong = (stats_collection(domain) for domain in DOMAINS)
+    copied = {**variables, "params": traverse_util.unflatten_dict(params)}
+    if strong in variables:
+        copied[strong] = variables[weak]
+    return copied
+
+
+def for_inference(variables: Variables) -> Variables:
+    """Without the strong norm: what is deployed, and all that domain="weak" reads."""
+    params = traverse_util.flatten_dict(variables["params"])
+    kept = {path: leaf for path, leaf in params.items() if "strong" not in path}
+    weak = stats_collection("weak")
+    return {"params": traverse_util.unflatten_dict(kept), weak: variables[weak]}

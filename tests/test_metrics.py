@@ -1,0 +1,59 @@
+import jax
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from semiseg_jax import metrics
+
+
+@pytest.fixture
+def maps():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, (3, 17, 23)).astype(np.uint8)
+    predictions = rng.integers(0, 5, (3, 17, 23)).astype(np.uint8)
+    labels[labels == 3] = 255
+    predictions[predictions == 3] = 1
+    predictions[predictions == 4] = 0
+    return predictions, labels
+
+
+def test_confusion_matrix_is_scikit_learns(maps):
+    predictions, labels = maps
+    ours = jax.jit(metrics.confusion_matrix, static_argnums=2)(predictions, labels, 5)
+    valid = labels != 255
+    theirs = sklearn.metrics.confusion_matrix(
+        labels[valid], predictions[valid], labels=np.arange(5)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    assert np.issubdtype(ours.dtype, np.integer)
+
+
+def test_iou_is_scikit_learns_and_nan_for_a_class_that_never_occurs(maps):
+    predictions, labels = maps
+    ours = metrics.iou(metrics.confusion_matrix(predictions, labels, 5))
+    valid = labels != 255
+    present = [0, 1, 2, 4]
+    theirs = sklearn.metrics.jaccard_score(
+        labels[valid], predictions[valid], labels=present, average=None, zero_division=0
+    )
+    np.testing.assert_allclose(ours[present], theirs, rtol=1e-12)
+    assert np.isnan(ours[3])
+    np.testing.assert_allclose(
+        metrics.mean_iou(metrics.confusion_matrix(predictions, labels, 5)), theirs.mean()
+    )
+
+
+def test_by_hand():
+    matrix = np.array([[3, 1], [2, 4]])
+    np.testing.assert_allclose(metrics.iou(matrix), [3 / 6, 4 / 7])
+    assert metrics.pixel_accuracy(matrix) == 0.7
+    np.testing.assert_allclose(metrics.mean_class_accuracy(matrix), (3 / 4 + 4 / 6) / 2)
+
+
+def test_nothing_labelled_is_nan_everywhere():
+    empty = metrics.confusion_matrix(np.zeros((2, 2), int), np.full((2, 2), 255), 3)
+    assert not np.any(empty)
+    assert np.isnan(metrics.iou(empty)).all()
+    assert np.isnan(metrics.mean_iou(empty))
+    assert np.isnan(metrics.pixel_accuracy(empty))
+    assert np.isnan(metrics.mean_class_accuracy(empty))
