@@ -80,6 +80,7 @@ class Network:
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh)
         self.label = Labeler(self.model, dataset, config.pseudo, mesh)
+        self._shapes = state_lib.variable_shapes(self.model)
         self._config = config
         self._mesh = mesh
 
@@ -96,7 +97,7 @@ class Network:
             batch_pseudo=config.train.batch_unlabeled,
         )
         step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
-        return training.Program(step, tx, schedule, taken)
+        return training.Program(step, tx, schedule, taken, self._shapes)
 
 
 class Job:
@@ -168,12 +169,7 @@ class Job:
         """A stage that is done, from its last checkpoint."""
         stage = self._stage(kind, round_)
         network = self._network(self._backbone(kind))
-        variables = training.restore(
-            stage,
-            network.program(kind, stage.steps),
-            lambda: state_lib.init_variables(network.model, 0, self._mesh),
-            self._mesh,
-        )
+        variables = training.restore(stage, network.program(kind, stage.steps), self._mesh)
         return Trained(stage, variables, network)
 
     def _train(
@@ -290,13 +286,13 @@ class Job:
         self._console.print(line, markup=False)
 
 
-def claim(workdir: epath.Path, config: Any) -> None:
+def claim(workdir: epath.PathLike, config: Any) -> None:
     """Writes config.json, or refuses a workdir that belongs to another config.
 
     Raises:
         UserError: naming the keys that differ.
     """
-    path = workdir / "config.json"
+    path = epath.Path(workdir) / "config.json"
     wanted = json.loads(config.to_json_best_effort())
     if not path.exists():
         write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())

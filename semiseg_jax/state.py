@@ -1,9 +1,10 @@
 """The train state: parameters, both norms' statistics, optimiser; made, copied, and thinned."""
 
+import functools
 from typing import Any
 
-import flax.struct
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,13 +46,24 @@ def init_variables(model: nn.Module, seed: int, mesh: Mesh) -> Variables:
 
     Depends on the seed alone, not on the mesh.
     """
+    # It runs once and draws each kernel by a program of its own: optimising those would take
+    # several times longer than running them.
+    return jax.jit(
+        functools.partial(_init, model),
+        out_shardings=mesh_lib.replicated(mesh),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )(jax.random.key(seed))
+
+
+def variable_shapes(model: nn.Module) -> Variables:
+    """Shapes and dtypes of the network's variables."""
+    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model: nn.Module, key: Array) -> Variables:
     # Two images: one of each domain. The size is of no consequence to the parameters.
     images = jnp.zeros((2, 65, 65, 3), jnp.uint8)
-
-    def init(key: Array) -> Variables:
-        return model.init({"params": key}, images, domain="both")
-
-    return jax.jit(init, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed))
+    return model.init({"params": key}, images, domain="both")
 
 
 def create(variables: Variables, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,6 +58,7 @@ class Program:
     tx: Any
     schedule: Callable[[Any], jax.Array]
     streams: Streams
+    shapes: Variables  # of the network's variables
 
 
 def run(
@@ -99,11 +101,12 @@ def run(
     """
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        first = checkpoints.latest()
-        state = _newest_state(program, start, checkpoints, mesh)
-        first = first or 0
+        first = checkpoints.latest() or 0
         if first:
+            state = _restored(program, checkpoints, first, mesh)
             say(f"going on at step {first}")
+        else:
+            state = state_lib.create(start(), program.tx, mesh)
         writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
         log = _Log(stage, program, writer, say, first, train_config)
         ahead = _ahead(batches(range(first, stage.steps)), mesh, log)
@@ -124,9 +127,7 @@ def run(
     return state.variables
 
 
-def restore(
-    stage: Stage, program: Program, start: Callable[[], Variables], mesh: Mesh
-) -> Variables:
+def restore(stage: Stage, program: Program, mesh: Mesh) -> Variables:
     """The variables of a finished stage, from its last checkpoint.
 
     Raises:
@@ -138,22 +139,17 @@ def restore(
                 f"{stage.folder} is marked as done, but has no checkpoint of step {stage.steps}: "
                 "remove that folder to train it again."
             )
-        return _newest_state(program, start, checkpoints, mesh).variables
+        return _restored(program, checkpoints, stage.steps, mesh).variables
 
 
-def _newest_state(
-    program: Program, start: Callable[[], Variables], checkpoints: Checkpoints, mesh: Mesh
-) -> TrainState:
-    """The newest checkpoint's state, else step 0."""
-    latest = checkpoints.latest()
-    if latest is None:
-        return state_lib.create(start(), program.tx, mesh)
+def _restored(program: Program, checkpoints: Checkpoints, step: int, mesh: Mesh) -> TrainState:
     whole = mesh_lib.replicated(mesh)
-    abstract = jax.eval_shape(lambda: state_lib.create(start(), program.tx, mesh))
+    create = functools.partial(state_lib.create, tx=program.tx, mesh=mesh)
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), abstract
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(create, program.shapes),
     )
-    return checkpoints.restore(latest, like)
+    return checkpoints.restore(step, like)
 
 
 def _ahead(

@@ -2,7 +2,10 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling is what the tests spend their time on; tiny networks run fast enough as they come.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 from jaxtyping import install_import_hook

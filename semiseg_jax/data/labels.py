@@ -44,7 +44,7 @@ def id_table(
     return table
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: epath.PathLike) -> Image.Image:
     """The decoded image; a damaged or missing file is one sentence."""
     try:
         image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
@@ -61,7 +61,7 @@ def _open(path: str) -> Image.Image:
         ) from error
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(path: epath.PathLike) -> tuple[int, int]:
     """(height, width) in pixels, from the file's header alone.
 
     Raises:
@@ -78,7 +78,7 @@ def image_size(path: str) -> tuple[int, int]:
         ) from error
 
 
-def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """RGB image, whatever the file's mode.
 
     Raises:
@@ -92,7 +92,7 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
     return np.asarray(image.convert("RGB"))
 
 
-def read_mask(path: str, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
+def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
     """Label map: class ids, and IGNORE.
 
     Args:
@@ -143,7 +143,7 @@ def encode_mask(
     return buffer.getvalue()
 
 
-def read_text(path: str) -> dict[str, str]:
+def read_text(path: epath.PathLike) -> dict[str, str]:
     """The text chunks of a label map written by `encode_mask`, the image decoded on the way.
 
     Raises:
@@ -177,7 +177,7 @@ def generated_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(colours)
 
 
-def write_bytes(path: os.PathLike | str, content: bytes) -> None:
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes a file so that it is never seen half-written: temporary name, then rename.
 
     Raises:

@@ -182,7 +182,7 @@ class _Reader:
         image, label = tf.numpy_function(self._read, [index], (tf.uint8, tf.uint8))
         return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(label, (None, None))
 
-    def _read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, index: np.integer) -> tuple[np.ndarray, np.ndarray]:
         example = self.examples[int(index)]
         try:
             image = labels.read_image(example.image)
@@ -251,9 +251,8 @@ def image_batches(
     """
     reader = _Reader(examples, dataset, len(examples))
     numbers = tf.data.Dataset.range(len(examples))
-    elements = numbers.map(
-        lambda i: (i, *reader(i)), tf.data.AUTOTUNE, deterministic=True
-    ).prefetch(batch_size)
+    read = tf.autograph.experimental.do_not_convert(lambda i: (i, *reader(i)))
+    elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(batch_size)
     waiting: dict[tuple[int, ...], list] = {}
     for index, image, label in reader.sentences(elements.with_options(_options(0))):
         group = waiting.setdefault(image.shape, [])

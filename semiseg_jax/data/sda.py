@@ -12,13 +12,13 @@ under any number of threads.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from semiseg_jax.data import sda_ops
 
-TensorLike = tf.types.experimental.TensorLike
+TensorLike: TypeAlias = Any  # what tf.convert_to_tensor takes
 Magnitude = dict[str, tf.Tensor]
 
 _MAGNITUDES = ("uniform", "released")

@@ -15,6 +15,8 @@ about TensorFlow's CPU kernels, for 769x769x3 values:
 - Philox takes 5 ns per 32 bits: draw no more bits than the result can show.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -85,9 +87,9 @@ def invert(image: tf.Tensor, channels: tf.Tensor, swap_red_blue: tf.Tensor) -> t
 def solarize(image: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
     """255 - x where x >= t (as in PIL), t float []."""
     threshold = tf.math.ceil(t)
-    at_least = tf.cast(image >= tf.cast(tf.clip_by_value(threshold, 0, 255), tf.uint8), tf.uint8)
+    above = tf.cast(image >= tf.cast(tf.clip_by_value(threshold, 0, 255), tf.uint8), tf.uint8)
     flip = tf.where(threshold > 255, tf.constant(0, tf.uint8), tf.constant(255, tf.uint8))
-    return tf.bitwise.bitwise_xor(image, at_least * flip)
+    return tf.bitwise.bitwise_xor(image, above * flip)
 
 
 def equalize(image: tf.Tensor, lightness: tf.Tensor) -> tf.Tensor:
@@ -184,12 +186,11 @@ def hue_saturation(image: tf.Tensor, hue: tf.Tensor, saturation: tf.Tensor) -> t
     drops = [value - red, value - green, value - blue]
     drops = _turn_sectors(drops, chroma, tf.cast(sectors, tf.int32))
     drops = _turn(drops, chroma, turn - sectors)
-    new_chroma = tf.minimum(tf.maximum(chroma + value * (saturation / 255), 0), value)
-    scale = new_chroma / chroma
+    scale = _clip(chroma + value * (saturation / 255), 0, value) / chroma
     rounded = value + 0.5
     # The cast truncates, and a drop never exceeds the value.
-    planes = [tf.cast(rounded - drop * scale, tf.uint8) for drop in drops]
-    return tf.transpose(tf.stack(planes), [1, 2, 0])
+    planes = [tf.reshape(tf.cast(rounded - drop * scale, tf.uint8), [-1]) for drop in drops]
+    return tf.reshape(tf.transpose(tf.stack(planes)), tf.shape(image))
 
 
 def _turn_sectors(drops: list[tf.Tensor], chroma: tf.Tensor, sectors: tf.Tensor) -> list[tf.Tensor]:
@@ -222,9 +223,18 @@ def _turn(drops: list[tf.Tensor], chroma: tf.Tensor, turn: tf.Tensor) -> list[tf
     neighbours = tf.cond(turn >= 0, lambda: [green, blue, red], lambda: [blue, red, green])
     turned = []
     for drop, neighbour in zip(drops, neighbours, strict=True):
-        moved = drop + tf.minimum(tf.maximum(neighbour, step), rest) - neighbour
-        turned.append(tf.minimum(tf.maximum(moved, 0), chroma))
+        moved = drop + _clip(neighbour, step, rest) - neighbour
+        turned.append(_clip(moved, 0, chroma))
     return turned
+
+
+def _clip(values: tf.Tensor, low: Any, high: tf.Tensor) -> tf.Tensor:
+    """Float values within limits of their shape or []; one pass, tf.clip_by_value takes two.
+
+    Not for integers, where it mispredicts branches.
+    """
+    low = tf.cast(low, values.dtype)
+    return tf.raw_ops.ClipByValue(t=values, clip_value_min=low, clip_value_max=high)
 
 
 # --- Operations on neighbourhoods ----------------------------------------------------------------
@@ -301,15 +311,21 @@ def _add_symmetric_noise(image: tf.Tensor, levels: tf.Tensor, seed: tf.Tensor) -
     """
     levels = tf.cast(levels, tf.int16)
     signed = tf.concat([levels, -levels], axis=0)
-    noise = tf.gather_nd(signed, tf.cast(_random_16_bits(image, seed), tf.int32)[..., None])
+    index = tf.cast(_random_bits(image, seed, tf.uint16), tf.int32)
+    noise = tf.gather_nd(signed, index[..., None])
     return tf.saturate_cast(tf.cast(image, tf.int16) + noise, tf.uint8)
 
 
 def dropout(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """0 with probability p, float [], rounded to 2^-16; each pixel and channel on its own."""
-    threshold, certain = _threshold_16_bits(p)
-    kept = tf.cast(_random_16_bits(image, seed) >= threshold, tf.uint8)
-    return image * kept * tf.cast(tf.logical_not(certain), tf.uint8)
+    """0 with probability p, float []; each pixel and channel on its own."""
+    byte_seed, rest_seed = _split(seed)
+    # A random byte below `threshold` drops; what 256ths of p leave over, rare, is drawn apart.
+    threshold = tf.clip_by_value(tf.floor(256 * p), 0, 255)
+    rest = (p - threshold / 256) / (1 - threshold / 256)
+    draws = _random_bits(image, byte_seed, tf.uint8)
+    kept = tf.cast(draws >= tf.cast(threshold, tf.uint8), tf.uint8)
+    places = _places(image, rest, rest_seed)
+    return _put(image * kept, places, tf.zeros_like(places, tf.uint8))
 
 
 def coarse_dropout(image: tf.Tensor, p: tf.Tensor, cells: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -328,18 +344,35 @@ def coarse_dropout(image: tf.Tensor, p: tf.Tensor, cells: tf.Tensor, seed: tf.Te
 
 
 def salt_pepper(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Replaced by 255 * Beta(.5, .5) with probability p; each pixel and channel on its own.
+    """Replaced by 255 * Beta(.5, .5) with probability p, float []; each channel on its own."""
+    place_seed, level_seed = _split(seed)
+    places = _places(image, p, place_seed)
+    # sin^2 of a uniform angle has the distribution Beta(.5, .5).
+    angles = np.pi * tf.random.stateless_uniform(tf.shape(places), level_seed, alg="philox")
+    return _put(image, places, tf.cast(255 * tf.sin(angles) ** 2 + 0.5, tf.uint8))
 
-    p is a float [], rounded to 2^-16.
+
+def _places(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Indices into the flat image, ascending, each chosen with probability p; int64 [chosen].
+
+    The distances between chosen ones are geometric: drawing these costs by their number, where
+    a draw for every value of the image takes 4 ms.
     """
-    mask_seed, value_seed = _split(seed)
-    threshold, certain = _threshold_16_bits(p)
-    replaced = (_random_16_bits(image, mask_seed) < threshold) | certain
-    where = tf.where(tf.reshape(replaced, [-1]))
-    # sin^2 of a uniform angle has that distribution. Few pixels get one, so only those are drawn.
-    angle = np.pi * tf.random.stateless_uniform(tf.shape(where)[:1], value_seed, alg="philox")
-    values = tf.cast(255 * tf.sin(angle) ** 2 + 0.5, tf.uint8)
-    flat = tf.tensor_scatter_nd_update(tf.reshape(image, [-1]), where, values)
+    size = tf.cast(tf.size(image), tf.float64)
+    chance = tf.cast(p, tf.float64)
+    # Six standard deviations more than are expected, so that the last one lies beyond the image.
+    enough = size * chance + 6 * tf.sqrt(size * chance * (1 - chance)) + 10
+    uniform = tf.random.stateless_uniform([tf.cast(enough, tf.int32)], seed, alg="philox")
+    gaps = tf.math.log1p(-uniform) / tf.cast(tf.math.log1p(-chance), tf.float32)
+    # A chance of 0 gives infinite gaps, or 0 / 0, which `minimum` may pass on.
+    gaps = tf.where(gaps < tf.cast(size, tf.float32), gaps, tf.cast(size, tf.float32))
+    places = tf.cumsum(tf.cast(gaps, tf.int64) + 1) - 1
+    return places[: tf.searchsorted(places, [tf.size(image, tf.int64)])[0]]
+
+
+def _put(image: tf.Tensor, places: tf.Tensor, levels: tf.Tensor) -> tf.Tensor:
+    """The image with `levels`, uint8 [n], at `places` of the flat image."""
+    flat = tf.tensor_scatter_nd_update(tf.reshape(image, [-1]), places[:, None], levels)
     return tf.reshape(flat, tf.shape(image))
 
 
@@ -350,20 +383,14 @@ def _split(seed: tf.Tensor) -> list[tf.Tensor]:
     return tf.unstack(tf.random.experimental.stateless_split(seed, 2, alg="philox"))
 
 
-def _random_16_bits(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """uint16 of the image's shape, uniform."""
+def _random_bits(image: tf.Tensor, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Unsigned integers of up to 32 bits and the image's shape, uniform over all their values."""
     size = tf.size(image)
     words = tf.random.stateless_uniform(
-        [_ceil_div(size, 2)], seed, None, None, tf.uint32, alg="philox"
+        [_ceil_div(size, 4 // dtype.size)], seed, None, None, tf.uint32, alg="philox"
     )
-    halves = tf.reshape(tf.bitcast(words, tf.uint16), [-1])
-    return tf.reshape(halves[:size], tf.shape(image))
-
-
-def _threshold_16_bits(p: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """(t, certain): 16 uniform bits are below t with probability p; certain if p rounds to 1."""
-    threshold = tf.cast(tf.round(p * 65536), tf.int32)
-    return tf.cast(tf.clip_by_value(threshold, 0, 65535), tf.uint16), threshold > 65535
+    parts = tf.reshape(tf.bitcast(words, dtype), [-1])
+    return tf.reshape(parts[:size], tf.shape(image))
 
 
 def _ceil_div(numerator: tf.Tensor, denominator: int) -> tf.Tensor:

@@ -264,7 +264,9 @@ def _listed(name: str, layout: _Layout, by_id: dict[str, Example]) -> tuple[Exam
                 "name of an image there: correct the list or data.root."
             )
         example = known or Example(os.path.splitext(entry.image)[0], image, None)
-        if entry.mask:
+        if entry.without_mask:
+            example = dataclasses.replace(example, mask=None)
+        elif entry.mask:
             example = dataclasses.replace(example, mask=os.path.normpath(layout.root / entry.mask))
         examples.append(example)
     return tuple(examples)

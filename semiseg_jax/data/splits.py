@@ -12,10 +12,17 @@ from semiseg_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of a split list: an image path or bare id, and a mask path or nothing."""
+    """A line of a split list.
+
+    Attributes:
+        image: its path or bare id.
+        mask: its mask's path, or None.
+        without_mask: the line says None for the mask, rather than nothing.
+    """
 
     image: str
     mask: str | None
+    without_mask: bool = False
 
 
 def read_list(path: epath.PathLike) -> tuple[Entry, ...]:
@@ -43,8 +50,8 @@ def read_list(path: epath.PathLike) -> tuple[Entry, ...]:
                 f"{path}, line {number}, has {len(columns)} columns: write an image and, after a "
                 "TAB or a space, a mask or None."
             )
-        mask = columns[1] if len(columns) == 2 and columns[1] != "None" else None
-        entries.append(Entry(columns[0], mask))
+        mask = columns[1] if len(columns) == 2 else None
+        entries.append(Entry(columns[0], None, True) if mask == "None" else Entry(columns[0], mask))
     if not entries:
         raise UserError(f"The split list {path} is empty: give one with at least one image.")
     return tuple(entries)

@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
+from semiseg_jax.data.labels import IGNORE, encode_mask
+
 # Raise it with every change after which the same arguments draw another scene: caches of drawn
 # data sets are told apart by it.
 VERSION = 1
@@ -33,7 +35,6 @@ PALETTE = (
     (70, 130, 180), (70, 70, 70), (128, 64, 128), (244, 35, 232), (107, 142, 35),
     (153, 153, 153), (220, 220, 0), (0, 0, 142), (220, 20, 60), (190, 120, 90), (152, 251, 152),
 )  # fmt: skip
-IGNORE = 255
 SKY, BUILDING, ROAD, PAVEMENT, TREE, POLE, SIGN, CAR, PERSON, FENCE, GRASS = range(len(CLASSES))
 
 Colour = tuple[float, float, float]  # RGB, 0..255
@@ -63,7 +64,8 @@ PAVINGS = (
     (105, 105, 110), (196, 184, 140), (96, 92, 88),
 )  # fmt: skip
 LAWNS = (
-    (85, 115, 55), (105, 125, 65), (140, 130, 80), (120, 100, 75), (60, 90, 50), (215, 218, 222),
+    (85, 115, 55), (105, 125, 65), (60, 90, 50), (95, 135, 60), (75, 105, 60), (120, 130, 70),
+    (140, 130, 80), (120, 100, 75), (215, 218, 222),
 )  # fmt: skip
 FACADES = (
     (165, 90, 70), (140, 75, 60), (190, 185, 175), (150, 150, 152), (110, 112, 116), (95, 85, 80),
@@ -94,6 +96,10 @@ GRAIN = np.array([0.004, 0.03, 0.02, 0.025, 0.08, 0.03, 0.03, 0.02, 0.05, 0.05, 
 PATCH = np.array([0.00, 0.12, 0.10, 0.12, 0.30, 0.08, 0.05, 0.06, 0.10, 0.12, 0.22], np.float32)
 
 
+def _byte(value: float) -> int:
+    return 0 if value < 0 else 255 if value > 255 else int(value)
+
+
 class Canvas:
     """An image and its labels, painted by the same strokes so that they cannot disagree.
 
@@ -117,12 +123,14 @@ class Canvas:
         alpha: float = 1.0, **options: int,
     ) -> None:  # fmt: skip
         # Pillow counts from the centre of the first pixel.
-        inner = [(x * self.SCALE - 0.5, y * self.SCALE - 0.5) for x, y in points]
+        scale = self.SCALE
+        inner = [(x * scale - 0.5, y * scale - 0.5) for x, y in points]
         margin = options.get("width", 0)
         if max(inner)[0] < -margin or min(inner)[0] > self._image.width + margin:
             return  # much of a street stands beside the picture
         if colour is not None:
-            ink = (*[min(max(int(c), 0), 255) for c in colour], int(255 * alpha))
+            r, g, b = colour
+            ink = (_byte(r), _byte(g), _byte(b), int(255 * alpha))
             getattr(self._brush, shape)(inner, fill=ink, **options)
         if label is not None:
             getattr(self._marker, shape)(inner, fill=label, **options)
@@ -193,10 +201,10 @@ class Dice:
 
     def vary(self, colour: Colour, spread: float = 0.12) -> Colour:
         """The colour in another brightness and, less so, another hue."""
-        tone, *hue = (spread * self.generator.standard_normal(4)).tolist()
-        parts = zip(colour, hue, strict=True)
-        red, green, blue = (own * (1 + tone + 0.35 * shift) for own, shift in parts)
-        return red, green, blue
+        tone, r, g, b = self.generator.normal(0, spread, 4).tolist()
+        red, green, blue = colour
+        tone += 1
+        return red * (tone + 0.35 * r), green * (tone + 0.35 * g), blue * (tone + 0.35 * b)
 
     def dye(self) -> Colour:
         """Any colour of paint or cloth; greys are the most common."""
@@ -264,13 +272,21 @@ class Scene:
     def lit(self, colour: Colour, z: float, facing: str = "front") -> Colour:
         """The colour of a surface as seen through z metres of haze."""
         through = math.exp(-self.light.density * z)
-        parts = zip(colour, self.light.faces[facing], self.light.haze, strict=True)
-        red, green, blue = (own * face * through + far * (1 - through) for own, face, far in parts)
-        return red, green, blue
+        (r, g, b), (far_r, far_g, far_b) = colour, self.light.haze
+        by_r, by_g, by_b = self.light.faces[facing]
+        return (
+            far_r + through * (r * by_r - far_r),
+            far_g + through * (g * by_g - far_g),
+            far_b + through * (b * by_b - far_b),
+        )
 
     def inner(self, x: float, z: float) -> str:
         """Which way the visible flank of something at (x, z) faces."""
         return "left" if x + self.bend * z * z > self.eye[0] else "right"
+
+    def unit(self, z: float) -> float:
+        """The pixels that a metre takes at this distance."""
+        return self.focal / z
 
     def fill(
         self, corners: Sequence[tuple[float, float, float]], colour: Colour | None,
@@ -296,12 +312,12 @@ class Scene:
 
         The function goes from places beside and above its foot, in heights, to pixels.
         """
-        unit, (column, foot) = height * self.focal / z, self.at(x, 0, z)
+        unit, (column, foot) = height * self.unit(z), self.at(x, 0, z)
         return unit, lambda beside, above: (column + beside * unit, foot - above * unit)
 
     def shadow(self, x: float, z: float, radius: float) -> None:
         """Darkens the ground around something's foot."""
-        wide = radius * self.focal / z
+        wide = radius * self.unit(z)
         flat = max(0.3, wide * self.eye[1] / z)
         self.canvas.ellipse(self.at(x, 0, z), (wide, flat), (10, 10, 15), None, alpha=0.35)
 
@@ -482,20 +498,21 @@ class Facade:
         ) -> None:
             scene.panel(place(u), place(u + wide), v, v + high, ink, label, facing)
 
-        top, far = self.storeys * self.STOREY, place(0)[1] > 30
+        top, metre = self.storeys * self.STOREY, scene.unit(place(0)[1])
         lamp = (560, 470, 260) if scene.light.night else self.glass
         part(0, 0, length, top, self.wall, BUILDING)
         part(0, top - 0.4, length, 0.4, self.trim)
         if self.shop:
             part(0, self.STOREY - 0.7, length, 0.7, scene.dice.dye())
             part(0.06 * length, 0.3, 0.88 * length, self.STOREY - 1.1, lamp)
-        bays = max(1, round(length / self.bay)) if self.bay else 0
+        # Farther off, windows and then their frames are thinner than a sample.
+        bays = max(1, round(length / self.bay)) if self.bay and metre > 2 else 0
         wide, high = self.window[0] * length / max(1, bays), self.window[1] * self.STOREY
         for floor in range(int(self.shop), self.storeys):
             for bay in range(bays):
                 u = (bay + 0.5) * length / bays - wide / 2
                 v = (floor + 0.3) * self.STOREY
-                if not far:  # else frames are thinner than a sample
+                if metre > 4:
                     part(u, v - 0.15, wide, high + 0.25, self.trim)
                 part(u, v, wide, high, lamp if scene.dice.chance(0.35) else self.glass)
 
@@ -581,7 +598,7 @@ def _tree(scene: Scene, x: float, z: float, height: float) -> None:
             canvas.polygon([spot(-wide, low), spot(0, low + 0.35), spot(wide, low)], ink, TREE)
     else:
         wide, high = dice.between(0.16, 0.34), 0.42 if shrub else 0.3
-        for blob in range(12 if unit > 12 else 5):
+        for blob in range(6 + int(min(unit, 40) / 6)):
             # The first blobs lie deep in the crown, in its shade.
             ink = scene.lit(dice.vary(leaves, 0.1), z, "shade" if blob < 4 else "up")
             size = dice.between(0.35, 0.6) * unit
@@ -606,7 +623,7 @@ def _fence(scene: Scene, x: float, z0: float, z1: float) -> None:
 def _pole(scene: Scene, side: int, x: float, z: float) -> None:
     """A street lamp, a mast of wood, or a post with a sign or a traffic light."""
     dice, canvas = scene.dice, scene.canvas
-    unit, ink = scene.focal / z, scene.lit(dice.vary(dice.pick(POLES)), z)
+    unit, ink = scene.unit(z), scene.lit(dice.vary(dice.pick(POLES)), z)
     kinds = (("lamp", 6.5, 0.24), ("mast", 8.0, 0.34), ("lights", 3.6, 0.22), ("sign", 2.8, 0.16))
     kind, high, thick = dice.pick((*kinds, kinds[-1], kinds[-1]))
     high, thick = high * dice.between(0.85, 1.2), thick * unit
@@ -702,26 +719,28 @@ class Car:
             self._deck(self.roof, lean, self.height)
 
     def _body(self) -> None:
-        w, belt, length = self.flank, self.belt, self.length
+        scene, w, belt, length = self.scene, self.flank, self.belt, self.length
+        side, end = self.facings
         flank = [(0, w, 0.24), (length, w, 0.24), (length, w, belt), (0, w, belt)]
-        self._quad(flank, self.ink, self.facings[0])
-        lamp: Colour = (190, 30, 30) if self.scene.dice.chance(0.6) else (235, 230, 210)
-        if self.scene.light.night:
+        self._quad(flank, self.ink, side)
+        lamp: Colour = (190, 30, 30) if scene.dice.chance(0.6) else (235, 230, 210)
+        if scene.light.night:
             lamp = (900, 120, 120) if lamp[2] < 100 else (1000, 1000, 850)
-        for left, right, low, high, ink in (
+        near = scene.unit(self.z) > 2.5  # farther off, lamps and wheels are smaller than a pixel
+        plates = (
             (0.0, 1.0, 0.24, belt, self.ink), (0.04, 0.96, 0.05, 0.38, DARK),
             (0.05, 0.23, 0.72 * belt, 0.88 * belt, lamp),
             (0.77, 0.95, 0.72 * belt, 0.88 * belt, lamp),
             (0.36, 0.64, 0.5 * belt, 0.64 * belt, WHITE),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for left, right, low, high, ink in plates if near else plates[:2]:
             u, a, b = self.end, left * self.width, right * self.width
-            plate = [(u, a, low), (u, b, low), (u, b, high), (u, a, high)]
-            self._quad(plate, ink, self.facings[1])
-        for axle in (0.19 * length, 0.8 * length):
+            self._quad([(u, a, low), (u, b, low), (u, b, high), (u, a, high)], ink, end)
+        for axle in (0.19 * length, 0.8 * length) if near else ():
             for radius, ink in ((0.34, DARK), (0.17, METAL)):
                 turns = [(math.cos(k * math.pi / 5), math.sin(k * math.pi / 5)) for k in range(10)]
                 rim = [(axle + radius * c, w, 0.34 + radius * s) for c, s in turns]
-                self._quad(rim, ink, self.facings[0])
+                self._quad(rim, ink, side)
 
 
 def _person(scene: Scene, x: float, z: float) -> None:
@@ -784,7 +803,8 @@ def _kerbside(scene: Scene, side: int) -> list[Task]:
             tasks.append((z, Car(scene, side * (street.kerb - 1.15), z).paint))
     for z in along((3.5, 9), (1, dice.pick((5.0, 12.0, 30.0)))):
         spot = side * dice.between(walk + 0.2, street.front - 0.2)
-        tasks.append((z, partial(_person, scene, spot, z)))
+        if scene.unit(z) > 2.5:  # a crowd of specks otherwise
+            tasks.append((z, partial(_person, scene, spot, z)))
     for z in along((5, 25), (8, 50)) if dice.chance(0.4) else ():
         tasks.append((z, partial(_clutter, scene, side * (street.front - 0.7), z)))
     return tasks
@@ -927,8 +947,6 @@ def _write_split(
         (made / kind / split).mkdir(parents=True)
     for number, name in enumerate(names):
         image, labels = draw(seed, first + number, height, width)
-        Image.fromarray(image).save(made / "images" / name)
-        mask = Image.fromarray(labels)
-        mask.putpalette([channel for colour in PALETTE for channel in colour])
-        mask.save(made / "masks" / name)
+        Image.fromarray(image).save(made / "images" / name, compress_level=1)
+        (made / "masks" / name).write_bytes(encode_mask(labels, PALETTE))
     return names

@@ -1,14 +1,13 @@
 """Two-dimensional convolution, in the form that is fast on the platform it is compiled for.
 
 On TPU and GPU every convolution is `lax.conv_general_dilated`. XLA's CPU compiler is good at dense
-k x k kernels and poor at two others, which get a form of their own there. Measured on two cores
-(jax 0.10.2, float32, milliseconds, forward / both gradients):
+k x k kernels, dilated ones too, and poor at two others, which get a form of their own there.
+Measured on two cores (jax 0.10.2, float32; milliseconds, forward / both gradients):
 
-    depthwise 3x3, 4x65x65x256      lax.conv 115 / 290      shifted products 2.5 / 6.5
-    depthwise 5x5, 4x33x33x240      lax.conv  43 / 106      shifted products 1.3 / 3.5
-    1x1, 4x33x33x728 to 728         lax.conv  33 / 108      matrix product    24 / 49
-    3x3, 4x33x41x304 to 256         lax.conv  84 / 180      nine matrix products 130 / 190, and
-                                                            one over stacked patches slower yet
+    depthwise 3x3, 4x65x65x256      lax.conv 113 / 290      shifted products   2.5 / 7
+    depthwise 5x5, 4x33x33x240      lax.conv  42 / 106      shifted products   1.3 / 3.8
+    1x1, 4x33x33x728 to 728         lax.conv  33 / 108      matrix product      24 / 49
+    3x3, 4x33x41x304 to 256         lax.conv  84 / 175      9 matrix products  130 / 190
 
 Choosing is per lowering, not per process: `lax.platform_dependent` leaves only the branch of the
 platform that a program is compiled for, so a program lowered on a CPU host for a TPU pod holds the
@@ -29,7 +28,6 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 Padding = str | Pads  # "same", "torch" or explicit
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-_NO_PADS: Pads = ((0, 0), (0, 0))
 
 
 class _Geometry(NamedTuple):
@@ -255,7 +253,7 @@ def _input_gradient_pads(x: Array, kernel: Array, g: Array, geometry: _Geometry)
 
 
 def _pointwise(x: Array, kernel: Array, geometry: _Geometry) -> Array:
-    """A matrix product over the pixels: 1.4 to 2 times as fast as the same by lax.conv."""
+    """A matrix product over the pixels: up to 2 times as fast as lax.conv, its gradients 2 to 4."""
     size = _out_size(x.shape, kernel.shape, geometry)
     met = _tap(_pad(x, geometry.pads), 0, 0, size, geometry.stride)
     y = lax.dot_general(_wide(met), _wide(kernel[0, 0]), (((3,), (0,)), ((), ())))
@@ -361,7 +359,7 @@ def _shifted_dots(
     144 no longer; 8 rows took 5 ms where all rows at once took 16. The second sum is cheap.
 
     The images are summed last and apart, so that a batch sharded over devices needs one all-reduce:
-    XLA would gather the operands of a reduction with several results.
+    for a reduction with several results XLA gathers arrays instead of adding up sums.
     """
     kh, kw = kernel_size
     b, ho, wo, c = other.shape

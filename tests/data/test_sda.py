@@ -174,6 +174,11 @@ def test_hsv_is_that_of_colorsys(size, shift):
     assert distance(result, hsv_reference(image, *shift)) <= 1
 
 
+def test_hsv_of_nearly_grey_pixels():
+    image = np.random.default_rng(0).integers(200, 202, (20, 31, 3)).astype(np.uint8)
+    assert distance(apply("hsv", image, hue=20, saturation=20), hsv_reference(image, 20, 20)) <= 1
+
+
 @pytest.mark.parametrize("hue", [42.5, -42.5, 70, 100, -100, 127.5, 150, 200, -230, 255, 300])
 def test_hsv_turns_the_full_circle(hue):
     image = picture(20, 31)

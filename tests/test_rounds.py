@@ -1,0 +1,146 @@
+"""Algorithm 1 from data to result rows, and what survives an interruption."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from semiseg_jax import mesh, rounds, train
+from semiseg_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """Enough to be a mesh, few enough to compile fast."""
+    make = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:2]))
+
+
+@pytest.fixture
+def config(folder_config):
+    folder_config.rounds.count = 2
+    folder_config.rounds.control = True
+    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
+    folder_config.pseudo.batch = folder_config.eval.batch = 2
+    folder_config.pseudo.flip = True
+    return folder_config
+
+
+def contents(workdir):
+    """Everything a run must reproduce: weights, pseudo-labels, results."""
+    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*")]
+    found = {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
+    weights = load_file(workdir / "model" / "weights.safetensors")
+    return found | {k: v.tobytes() for k, v in weights.items()}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def kill_at(monkeypatch, stage, step):
+    """The process ends in a stage as a step has been dispatched."""
+    dispatched = train._Log.dispatched
+
+    def dies(self, at, *args):
+        if (self._stage.name, at) == (stage, step):
+            raise Killed
+        dispatched(self, at, *args)
+
+    monkeypatch.setattr(train._Log, "dispatched", dies)
+
+
+def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    results = rounds.run(config, whole)
+
+    # results.json: a row a stage, in order
+    rows = json.loads((whole / "results.json").read_text())["rows"]
+    assert rows == results.rows
+    assert [(r["stage"], r["round"], r["step"]) for r in rows] == [
+        ("teacher", 0, 4),
+        ("student", 1, 4),
+        ("student", 2, 4),
+        ("control", 0, 8),
+    ]
+    for row in rows:
+        assert len(row["iou"]) == 3 and 0 <= row["miou"] <= 1
+        # 5 images of 36 x 48 pixels less two ignored rows of their width
+        assert row["pixels"] == 3 * (36 - 2) * 48 + 2 * (48 - 2) * 36
+        assert row["protocol"]["seed"] == row["seed"] == 0
+
+    # pseudo-labels: every unlabelled image, in its size, as palette indices; and the manifest
+    folder = whole / "round_1" / "student" / "pseudo_labels"
+    assert not (whole / "round_2" / "student" / "pseudo_labels").exists()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["teacher"] == "round_1/student, step 4"
+    assert len(manifest["images"]) == 8
+    for name, entry in manifest["images"].items():
+        image = Image.open(folder / f"{name}.png")
+        values, counts = np.unique(np.asarray(image), return_counts=True)
+        assert image.mode == "P"
+        histogram = {str(v): int(n) for v, n in zip(values, counts, strict=True)}
+        assert entry["histogram"] == histogram
+        assert 1 / 3 <= entry["mean_confidence"] <= 1
+
+    # what a person sees
+    printed = capsys.readouterr().out
+    assert "[3/6] student 1, 4 steps" in printed
+    assert "gain over the teacher" in printed
+
+    # the same command again does nothing, and says the same
+    stages = [p for p in whole.glob("round_*/**/*") if p.is_file()]
+    before = {p: p.stat().st_mtime_ns for p in stages}
+    rounds.run(config, whole)
+    assert {p: p.stat().st_mtime_ns for p in stages} == before
+
+    # killed in every kind of stage, then started again each time
+    killed = tmp_path / "killed"
+    for stage, step in (("teacher", 3), ("student 1", 1), ("student 2", 4), ("control", 7)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, stage, step)
+            with pytest.raises(Killed):
+                rounds.run(config, killed)
+    rounds.run(config, killed)
+    one, other = contents(whole), contents(killed)
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
+
+
+def test_another_config_is_refused_with_the_difference(config, tmp_path):
+    rounds.claim(tmp_path, config)
+    rounds.claim(tmp_path, config)
+    config.train.steps = 5
+    with pytest.raises(UserError, match=r"train\.steps: 4 there, 5 here"):
+        rounds.claim(tmp_path, config)
+
+
+def test_pseudo_labels_of_another_teacher_are_refused(config, tmp_path):
+    config.rounds.count = 1
+    config.rounds.control = False
+    rounds.run(config, tmp_path / "run")
+    manifest = tmp_path / "run" / "round_0" / "teacher" / "pseudo_labels" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["teacher_hash"] = "0" * 16
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="were made with teacher_hash='0000000000000000'"):
+        rounds.run(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(config, tmp_path):
+    config.optim.teacher.learning_rate = 1e30
+    config.train.checkpoint_every = 1
+    with pytest.raises(UserError, match=r"loss of teacher is not finite at step \d \(images \d{3}"):
+        rounds.run(config, tmp_path / "run")
+    kept = [p.name for p in (tmp_path / "run/round_0/teacher/checkpoints").iterdir()]
+    assert kept in (["1"], [])
+    assert not (tmp_path / "run/round_0/teacher/DONE").exists()
+
+
+def test_without_unlabelled_images_there_is_one_sentence(config, tmp_path):
+    config.data.labels = 0.0
+    with pytest.raises(UserError, match="There is no unlabelled image"):
+        rounds.run(config, tmp_path / "run")
