@@ -25,7 +25,7 @@ from semiseg_jax.data.labels import IGNORE, encode_mask
 
 # Raise it with every change after which the same arguments draw another scene: caches of drawn
 # data sets are told apart by it.
-VERSION = 1
+VERSION = 2
 
 CLASSES = (
     "sky", "building", "road", "pavement", "tree", "pole", "sign", "car", "person", "fence",
@@ -798,7 +798,7 @@ def _kerbside(scene: Scene, side: int) -> list[Task]:
     for z in along((5, 12), (4, 18)):
         spot = side * (strip + dice.between(-0.2, 0.5))
         tasks.append((z, partial(_pole, scene, side, spot, z)))
-    if dice.chance(0.55):
+    if street.kerb > 4.5 and dice.chance(0.8):  # narrower, they would stand in the lanes
         for z in along((4, 16), (5.5, dice.pick((7.0, 12.0, 30.0)))):
             tasks.append((z, Car(scene, side * (street.kerb - 1.15), z).paint))
     for z in along((3.5, 9), (1, dice.pick((5.0, 12.0, 30.0)))):
@@ -814,11 +814,11 @@ def _traffic(scene: Scene) -> list[Task]:
     """Cars in the lanes and in the side street, and people who cross."""
     dice, kerb, crossing = scene.dice, scene.sides[1].kerb, scene.crossing
     tasks: list[Task] = []
-    for lane in (-0.45, 0.45):
+    for lane in (-0.35, 0.35):
         z = dice.between(6, 40)
         while z < 0.8 * FAR:
             if not crossing[0] - 6 < z < crossing[1]:
-                tasks.append((z, Car(scene, (lane + dice.between(-0.1, 0.1)) * kerb, z).paint))
+                tasks.append((z, Car(scene, (lane + dice.between(-0.07, 0.07)) * kerb, z).paint))
             z += dice.between(8, 60)
     if math.isfinite(crossing[0]) and dice.chance(0.6):
         z = sum(crossing) / 2 - 1
