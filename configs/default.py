@@ -194,7 +194,7 @@ def train() -> ConfigDict:
     train = ConfigDict()
     # Optimiser steps of one student, at least 1; and of the teacher, the same unless changed.
     train.steps = 20_000
-    train.teacher_steps = train.get_ref("steps")
+    train.teacher_steps = train.get_oneway_ref("steps")
     # Labelled and pseudo-labelled images of a stream that holds them, in the global batch;
     # multiples of the number of devices.
     train.batch_labeled = 16

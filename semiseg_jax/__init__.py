@@ -2,7 +2,5 @@
 
 import os
 
-# Before TensorFlow is imported. It only feeds us: its start-up notes would bury our own lines,
-# and oneDNN's kernels round differently from machine to machine, so that augmented images would.
+# Before TensorFlow is imported: it only feeds us, and its start-up notes would bury our own lines.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
