@@ -1,7 +1,9 @@
 """The command line: python -m semiseg_jax.main --config=configs/streets.py"""
 
 import logging as python_logging
+import re
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -19,12 +21,18 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with config errors as one sentence instead of a traceback."""
+    """The arguments that are not flags; a wrong flag, key or config ends in one sentence."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
-        sys.exit(f"The config does not load: {message} — configs/default.py has every key.")
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        found = re.search(r"'(\w+)\\?'(?:.*Did you mean \"(\w+)\")?", str(error), re.DOTALL)
+        key, near = found.groups() if found else (str(error), None)
+        hint = f"did you mean {near}?" if near else "configs/default.py has every key."
+        sys.exit(f"Error: There is no config key {key}: {hint}")
+    except (flags.Error, TypeError, ValueError) as error:
+        # A config file that raises comes wrapped in its traceback, with the reason last.
+        reason = str(error).strip().splitlines()[-1].strip()
+        sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
 
 
 def main(argv: list[str]) -> None:
@@ -34,15 +42,17 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     if len(argv) > 1:
-        sys.exit(f"Unexpected argument {argv[1]!r}: options start with --.")
-    if _CONFIG.value is None:
-        sys.exit("Say what to run, such as --config=configs/streets.py.")
+        sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+    if not flags.FLAGS["config"].present:
+        sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
+    config_path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(config_path.partition(":")[0]).exists():
+        sys.exit(f"Error: The config {config_path} is missing: configs/ has those there are.")
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     from semiseg_jax import mesh, rounds, settings
     from semiseg_jax.data import sources
     from semiseg_jax.errors import UserError
 
-    config_path = config_flags.get_config_filename(flags.FLAGS["config"])
     try:
         settings.check(_CONFIG.value)
         mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")

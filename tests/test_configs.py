@@ -1,0 +1,132 @@
+"""Configs, their keys and their constraints, and the sentences a user gets for a wrong one."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flax import traverse_util
+
+from configs import default
+from semiseg_jax import settings
+from semiseg_jax.errors import UserError
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default")
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_keep_the_constraints(name):
+    settings.check(importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_defaults_are_the_papers():
+    config = default.get_config()
+    settings.check(config)
+    assert (config.loss.unlabeled, config.model.norm, config.rounds.count) == ("scl", "dsbn", 3)
+    assert config.pseudo.scales == (0.5, 0.75, 1.0, 1.5, 1.75) and config.pseudo.flip
+    assert (config.data.weak_stream, config.data.strong_stream) == (("labeled",), ("pseudo",))
+    assert config.train.teacher_steps == config.train.steps == 20_000
+
+
+def test_every_key_is_read_somewhere():
+    """By attribute, as config.section.key or its section passed on."""
+    source = "\n".join(p.read_text() for p in (ROOT / "semiseg_jax").rglob("*.py"))
+    source = source.replace((ROOT / "semiseg_jax" / "settings.py").read_text(), "")
+    keys = traverse_util.flatten_dict(default.get_config().to_dict())
+    unread = [".".join(k) for k in keys if not re.search(rf"\.{k[-1]}\b", source)]
+    assert unread == []
+
+
+def test_a_config_file_cannot_set_a_key_that_is_not_declared():
+    with pytest.raises(AttributeError, match="steps"):
+        default.get_config().train.stepz = 3
+
+
+def test_teacher_steps_follow_steps_and_not_the_other_way():
+    config = default.get_config()
+    config.train.steps = 7
+    assert config.train.teacher_steps == 7
+    config.train.teacher_steps = 9
+    assert config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("model__backbone", "resnet19", r"model.backbone is 'resnet19'.*did you mean resnet18"),
+        ("data__crop", (3,), r"data.crop is \(3,\): make it \(height, width\)"),
+        ("data__scale", (2.0, 0.5), "0 < low <= high"),
+        ("data__weak_stream", ("labelled",), "distinct names out of labeled, pseudo"),
+        ("train__steps", 0, "train.steps is 0: make it at least 1"),
+        ("optim__momentum", 1.0, "below 1"),
+        ("sda__ops", ("blurr",), "out of contrast_gamma"),
+        ("pseudo__scales", (), "at least one"),
+    ],
+)
+def test_values_outside_their_constraints_are_one_sentence(key, value, sentence):
+    with pytest.raises(UserError, match=sentence):
+        settings.check(tiny_config(**{key: value}))
+
+
+def test_both_streams_empty_is_refused():
+    config = tiny_config(data__weak_stream=(), data__strong_stream=())
+    with pytest.raises(UserError, match="both empty"):
+        settings.check(config)
+
+
+def test_drawing_more_distinct_operations_than_there_are_is_refused():
+    config = tiny_config(sda__replace=False, sda__num_ops=3, sda__ops=("blur", "hsv"))
+    with pytest.raises(UserError, match="without replacement from 2"):
+        settings.check(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("configs/streets.py", "streets"),
+        ("configs/camvid.py:half", "camvid_half"),
+        ("/x/configs/cityscapes.py:1_4,full", "cityscapes_1_4_full"),
+    ],
+)
+def test_run_names(path, name):
+    assert settings.run_name(path) == name
+
+
+def run_main(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "semiseg_jax.main", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=configs/streets.py", "--config.train.stepz=3"], "steps"),
+        (["--config=configs/streets.py", "--config.train.steps=many"], "many"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/camvid.py:third"], "make it full or half"),
+        (["--confg=configs/streets.py"], "confg"),
+        ([], "--config=configs/streets.py"),
+        (["--config=configs/streets.py", "--config.model.norm=none"], "model.norm is 'none'"),
+        (
+            ["--config=configs/camvid.py", "--config.data.root=/nowhere"],
+            "The data folder /nowhere is missing: download the CamVid folder",
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_commands_end_with_a_sentence(arguments, sentence, tmp_path):
+    done = run_main(*arguments, *([f"--workdir={tmp_path}"] if arguments else []))
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,90 @@
+"""Averaged probabilities against a plain loop, and mIoU against one made from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from semiseg_jax import evaluate, inference, mesh, metrics
+from semiseg_jax.data import labels, sources
+from semiseg_jax.models import deeplab
+from tests.conftest import tiny_config
+
+MEAN = np.array([123.675, 116.28, 103.53])
+STD = np.array([58.395, 57.12, 57.375])
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = deeplab.build(tiny_config().model, 3)
+    images = np.zeros((2, 33, 33, 3), np.uint8)
+    variables = jax.jit(lambda k: model.init(k, images, domain="both"))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda v: v + rng.uniform(-0.3, 0.3, v.shape).astype(np.float32), variables
+    )
+    return model, variables
+
+
+@pytest.fixture(scope="module")
+def two():
+    return mesh.make_mesh(jax.devices()[:2])
+
+
+def resized(x, size):
+    return tf.raw_ops.ResizeBilinear(images=x, size=size, half_pixel_centers=True).numpy()
+
+
+def by_hand(model, variables, image, scales, flip, average):
+    """One image, one scale, one direction at a time, averaged in float64."""
+    apply = jax.jit(model.apply)
+    size = image.shape[:2]
+    total, count = 0.0, 0
+    for scale in scales:
+        x = ((image - MEAN) / STD).astype(np.float32)[None]
+        x = resized(x, [round(scale * s) for s in size])
+        for mirrored in (False, True)[: 1 + flip]:
+            logits = apply(variables, x[:, :, ::-1] if mirrored else x)
+            logits = resized(logits, size).astype(np.float64)[0]
+            logits = logits[:, ::-1] if mirrored else logits
+            exp = np.exp(logits)
+            total = total + (exp / exp.sum(-1, keepdims=True) if average == "softmax" else logits)
+            count += 1
+    mean = total / count
+    return mean if average == "softmax" else np.exp(mean) / np.exp(mean).sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("average", ["softmax", "logits"])
+def test_scales_and_mirror_agree_with_a_plain_loop(network, two, average):
+    model, variables = network
+    images = np.random.default_rng(1).integers(0, 256, (2, 31, 45, 3)).astype(np.uint8)
+    scales = (0.5, 1.0, 1.75)
+    predictor = inference.Predictor(model, two, scales, flip=True, average=average)
+    ours = np.asarray(predictor(variables, jnp.asarray(images)))
+    np.testing.assert_allclose(ours.sum(-1), 1, atol=1e-5)
+    for image, probabilities in zip(images, ours, strict=True):
+        expected = by_hand(model, variables, image, scales, True, average)
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_evaluation_counts_every_pixel_once(network, two, folder_config):
+    """5 images of two sizes in batches of 4: two batches, both padded."""
+    model, variables = network
+    folder_config.eval.batch = 4
+    data = sources.load(folder_config)
+    score = evaluate.Evaluator(model, data, folder_config.eval, two)(variables)
+    expected = np.zeros((3, 3), np.int64)
+    for example in data.evaluation:
+        image = labels.read_image(example.image)
+        probabilities = by_hand(model, variables, image, (1.0,), False, "softmax")
+        truth = labels.read_mask(example.mask, data.table)
+        expected += np.asarray(metrics.confusion_matrix(probabilities.argmax(-1), truth, 3))
+    np.testing.assert_array_equal(score.confusion, expected)
+    assert score.pixels == 3 * (36 - 2) * 48 + 2 * (48 - 2) * 36
+    np.testing.assert_allclose(score.miou, np.nanmean(metrics.iou(expected)), rtol=1e-12)
+
+
+def test_sizes_are_rounded():
+    assert inference.scaled_size((31, 45), 0.5) == (16, 22)  # halves to even, as round() does
+    assert inference.scaled_size((1, 1), 0.25) == (1, 1)
