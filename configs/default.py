@@ -43,15 +43,16 @@ def data() -> ConfigDict:
     # with the ending .png.
     data.image_dir = "images"
     data.mask_dir = "masks"
-    # Source `folder`: a folder of unlabelled images, below the root, nested or not; "" for none.
+    # A folder of further unlabelled images, below the root, nested or not; "" for none.
     data.unlabeled_dir = ""
     # Source `folder`: class names in id order; at least 2.
     data.classes = ()
     # Source `folder`: (R, G, B) 0..255 of each class; () for a generated palette.
     data.palette = ()
-    # Mask values that mean "no label"; they become 255.
+    # Source `folder`: mask values that mean "no label"; they become 255.
     data.ignore_ids = (255,)
-    # ((mask value, class id), …) for masks whose values are not the class ids; () for none.
+    # Source `folder`: ((mask value, class id), …) where the values are not the class ids; () for
+    # none.
     data.id_map = ()
 
     # Split lists, one or two columns (image, mask or None) or bare ids; relative to the root,

@@ -25,11 +25,13 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
-        found = re.search(r"'(\w+)\\?'(?:.*Did you mean \"(\w+)\")?", str(error), re.DOTALL)
+        # Written two ways: 'stepz' by an override, Key "stepz" by a config file.
+        pattern = r"(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
+        found = re.search(pattern, str(error), re.DOTALL)
         key, near = found.groups() if found else (str(error), None)
         hint = f"did you mean {near}?" if near else "configs/default.py has every key."
         sys.exit(f"Error: There is no config key {key}: {hint}")
-    except (flags.Error, TypeError, ValueError) as error:
+    except (flags.Error, TypeError, ValueError, SyntaxError, NameError, ImportError) as error:
         # A config file that raises comes wrapped in its traceback, with the reason last.
         reason = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
@@ -49,8 +51,9 @@ def main(argv: list[str]) -> None:
     if not Path(config_path.partition(":")[0]).exists():
         sys.exit(f"Error: The config {config_path} is missing: configs/ has those there are.")
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
+    # The data package first, because it silences TensorFlow's greeting.
+    from semiseg_jax.data import sources  # isort: skip
     from semiseg_jax import mesh, rounds, settings
-    from semiseg_jax.data import sources
     from semiseg_jax.errors import UserError
 
     try:

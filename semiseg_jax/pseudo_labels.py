@@ -78,7 +78,9 @@ class Labeler:
         stamp = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
         todo = [e for e in self._dataset.unlabeled if not _is_labeled(folder, e, stamp)]
         self._label(variables, todo, folder, stamp, progress)
-        images = {e.id: _description(folder, e) for e in self._dataset.unlabeled}
+        with futures.ThreadPoolExecutor() as pool:
+            read = pool.map(lambda e: (e.id, _description(folder, e)), self._dataset.unlabeled)
+            images = dict(read)
         manifest = made_by | {"stamp": stamp, "images": images}
         labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 

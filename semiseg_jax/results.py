@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from semiseg_jax import metrics
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.evaluate import Score, comparable
 
@@ -55,6 +56,8 @@ def make_row(stage: str, round_: int, step: int, seed: int, score: Score, protoc
         "split": protocol["split"],
         "miou": score.miou,
         "iou": score.iou,
+        "pixel_accuracy": metrics.pixel_accuracy(score.confusion),
+        "mean_class_accuracy": metrics.mean_class_accuracy(score.confusion),
         "pixels": score.pixels,
         "seed": seed,
         "protocol": protocol,

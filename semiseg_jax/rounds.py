@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 import flax.linen as nn
+from absl import logging
 from clu import metric_writers
 from etils import epath
 from flax import traverse_util
@@ -48,11 +49,13 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         UserError: bad data or config, or a workdir of another config.
     """
     workdir = epath.Path(workdir)
-    claim(workdir, config)
+    refuse_other_config(workdir, config)
     job = Job(config, workdir)
+    # Only now: a run that could not start leaves the folder to its corrected config.
+    keep_config(workdir, config)
     teacher = job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
-        pseudo = job.label(teacher)
+        pseudo = job.label(teacher) if job.takes_pseudo_labels else None
         teacher = job.train("student", round_, teacher, pseudo)
     if config.rounds.control and config.rounds.count:
         job.train("control", 0, job.result("teacher", 0))
@@ -109,12 +112,15 @@ class Job:
         self._mesh = mesh_lib.make_mesh()
         self._console = Console(highlight=False, soft_wrap=True)
         self._dataset = sources.load(config)
-        if config.rounds.count and not self._dataset.unlabeled:
+        both = (*config.data.weak_stream, *config.data.strong_stream)
+        self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
+        if self.takes_pseudo_labels and not self._dataset.unlabeled:
             raise UserError(
                 "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
                 "or train the teacher alone with rounds.count=0."
             )
-        self._num_stages = 1 + 2 * config.rounds.count
+        self._check_batches()
+        self._num_stages = 1 + (1 + self.takes_pseudo_labels) * config.rounds.count
         self._num_stages += bool(config.rounds.control and config.rounds.count)
         self._stage_number = 0
         self.results = Results(workdir / "results.json")
@@ -124,6 +130,18 @@ class Job:
             f"{len(d.evaluation)} {config.eval.split} images, {len(d.classes)} classes; "
             f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
         )
+
+    def _check_batches(self) -> None:
+        """Every batch divides over the devices; said before anything is trained."""
+        config = self._config
+        for key in ("train.batch_labeled", "train.batch_unlabeled", "pseudo.batch", "eval.batch"):
+            section, name = key.split(".")
+            size = config[section][name]
+            if size % self._mesh.size:
+                raise UserError(
+                    f"{key} is {size}, which does not divide over {self._mesh.size} devices: make "
+                    f"it a multiple of {self._mesh.size}."
+                )
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
@@ -157,8 +175,12 @@ class Job:
         say = self._begin(f"{stage.name}, {stage.steps} steps")
         if (stage.folder / DONE).exists():
             say("done before")
-            return self.result(kind, round_)
-        variables = self._train(stage, network, teacher, pseudo, say)
+            trained = self.result(kind, round_)
+            if self._row(stage) is not None:
+                return trained
+            variables = trained.variables
+        else:
+            variables = self._train(stage, network, teacher, pseudo, say)
         score = network.evaluate(variables)
         self._report(stage, stage.steps, score)
         say(f"mIoU {100 * score.miou:.2f} on {self._config.eval.split}")
@@ -182,6 +204,7 @@ class Job:
     ) -> Variables:
         config = self._config
         program = network.program(stage.kind, stage.steps)
+        logging.info("Parameters by rule:\n%s", optim.table(program.shapes["params"]))
         examples = pipeline.pseudo_examples(self._dataset, pseudo) if pseudo else ()
         batches = functools.partial(
             pipeline.train_batches,
@@ -225,7 +248,8 @@ class Job:
         say = self._begin(f"pseudo-labels of {teacher.stage.name}")
 
         def progress(done: int, total: int) -> None:
-            if done == total or done % (10 * self._config.pseudo.batch) == 0:
+            # About ten lines.
+            if done == total or done % max(total // 10, 1) < self._config.pseudo.batch:
                 say(f"{done}/{total} images")
 
         name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {teacher.stage.steps}"
@@ -234,7 +258,8 @@ class Job:
 
     def keep_model(self, final: Trained) -> None:
         """Writes model/: the weights with the weak norm alone, and all that using them needs."""
-        row = self._final_row(final.stage)
+        row = self._row(final.stage)
+        assert row is not None  # every stage that ends has written one
         description = {
             "classes": list(self._dataset.classes),
             "palette": [list(colour) for colour in self._dataset.palette],
@@ -256,12 +281,11 @@ class Job:
         """The rows of this run, for a person."""
         print_table(self.results.rows, self._dataset.classes, self._console)
 
-    def _final_row(self, stage: training.Stage) -> dict[str, Any]:
-        return next(
-            row
-            for row in self.results.rows
-            if (row["stage"], row["round"], row["step"]) == (stage.kind, stage.round, stage.steps)
-        )
+    def _row(self, stage: training.Stage) -> dict[str, Any] | None:
+        """The result of a stage's end, if there is one."""
+        key = (stage.kind, stage.round, stage.steps)
+        rows = self.results.rows
+        return next((r for r in rows if (r["stage"], r["round"], r["step"]) == key), None)
 
     def _report(
         self, stage: training.Stage, step: int, score: evaluate.Score, final: bool = True
@@ -286,27 +310,36 @@ class Job:
         self._console.print(line, markup=False)
 
 
-def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Writes config.json, or refuses a workdir that belongs to another config.
+def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
+    """Refuses a workdir that belongs to another config.
 
     Raises:
         UserError: naming the keys that differ.
     """
     path = epath.Path(workdir) / "config.json"
-    wanted = json.loads(config.to_json_best_effort())
     if not path.exists():
-        write_bytes(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
-    flat_old, flat_new = (
-        traverse_util.flatten_dict(tree, sep=".") for tree in (json.loads(path.read_text()), wanted)
+    old, new = (
+        traverse_util.flatten_dict(tree, sep=".")
+        for tree in (json.loads(path.read_text()), _plain(config))
     )
     differing = [
-        f"{key}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} here"
-        for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
     if differing:
         raise UserError(
             f"The workdir {workdir} belongs to another config ({'; '.join(differing)}): give "
             "another --workdir, or the config it was made with."
         )
+
+
+def keep_config(workdir: epath.PathLike, config: Any) -> None:
+    """Writes config.json, by which the workdir knows its config."""
+    content = json.dumps(_plain(config), indent=1) + "\n"
+    write_bytes(epath.Path(workdir) / "config.json", content.encode())
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())

@@ -55,6 +55,8 @@ RULES: dict[str, Rule] = {
     "data.name": _one_of(*LAYOUTS),
     "data.downscale": _at_least(1),
     "data.labels": _at_least(0),
+    "data.split_seed": _at_least(0),
+    "data.streets_seed": _at_least(0),
     "data.streets_train": _at_least(1),
     "data.streets_val": _at_least(1),
     "data.streets_size": _SIZE,
@@ -75,6 +77,10 @@ RULES: dict[str, Rule] = {
     "model.norm_epsilon.head": _POSITIVE,
     "model.head_features": _at_least(1),
     "model.low_level_features": _at_least(1),
+    "model.aspp_rates": (
+        lambda v: isinstance(v, tuple) and len(v) > 0 and all(type(n) is int and n > 0 for n in v),
+        "a tuple of integers above 0, at least one",
+    ),
     "model.dropout": _between(0, 1),
     "model.input_normalization": _one_of(*INPUT_NORMALIZATIONS),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
@@ -119,6 +125,8 @@ def check(config: Any) -> None:
     """
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
     for key, (holds, what) in RULES.items():
+        if key not in flat:
+            raise UserError(f"The config has no {key}: start from configs.default.get_config().")
         value = flat[key]
         try:
             fine = holds(value)
@@ -132,6 +140,8 @@ def check(config: Any) -> None:
             raise UserError(f"{key} is {value!r}: make it {what}{near}.")
     if not (config.data.weak_stream or config.data.strong_stream):
         raise UserError("data.weak_stream and data.strong_stream are both empty: fill one of them.")
+    if config.sda.num_ops and not config.sda.ops:
+        raise UserError("sda.ops is empty: name operations, or set sda.num_ops to 0.")
     if not config.sda.replace and config.sda.num_ops > len(config.sda.ops):
         raise UserError(
             f"sda.num_ops is {config.sda.num_ops} without replacement from {len(config.sda.ops)} "

@@ -23,6 +23,8 @@ from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import Score
 from semiseg_jax.state import TrainState, Variables
 
+PROFILED_STEPS = 5
+
 Batches = Callable[[range], Iterator[pipeline.TrainBatch]]
 
 
@@ -77,9 +79,9 @@ def run(
 
     The order of things, step by step: the batch is put on its way to the devices and the step
     dispatched; only then the metrics of the step before are read, so that the devices have work
-    while the host reads, writes and makes the next batch; where due, metrics are written, then a
-    checkpoint, then an evaluation. A checkpoint is written only after every step in it proved
-    finite.
+    while the host reads, writes and makes the next batch; where due, metrics are written, then an
+    evaluation is made, then a checkpoint: a restart from it has lost none of them. A checkpoint is
+    written only after every step in it proved finite.
 
     Args:
         stage: what to train.
@@ -114,14 +116,14 @@ def run(
             state, metrics = program.step(state, arrays, key)
             log.dispatched(step + 1, metrics, ids)
             last = step + 1 == stage.steps
-            if last or (step + 1) % train_config.checkpoint_every == 0:
-                log.settle()
-                checkpoints.save(step + 1, state)
             if eval_every and not last and (step + 1) % eval_every == 0:
                 log.settle()
                 score = evaluate(state.variables)
                 report(step + 1, score)
                 say(f"step {step + 1}: mIoU {100 * score.miou:.2f}")
+            if last or (step + 1) % train_config.checkpoint_every == 0:
+                log.settle()
+                checkpoints.save(step + 1, state)
         log.settle()
         writer.close()
     return state.variables
@@ -194,11 +196,13 @@ class _Log:
             num_train_steps=stage.steps, writer=writer, every_secs=60.0
         )
         self._profile = None
-        if train_config.profile_at:
+        # Only where the stage lasts long enough for the profile to end in it.
+        if 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS:
             self._profile = periodic_actions.Profile(
                 logdir=str(stage.folder),
-                num_profile_steps=5,
+                num_profile_steps=PROFILED_STEPS,
                 first_profile=train_config.profile_at,
+                every_secs=None,
                 profile_duration_ms=None,
             )
 
@@ -228,7 +232,7 @@ class _Log:
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
                 f"{', '.join(ids)}): lower optim.{rates}.learning_rate or "
-                " look at these images; the checkpoints before it are kept."
+                "look at these images; the checkpoints before it are kept."
             )
         self._window.append(values)
         if step % self._config.log_every == 0 or step == self._stage.steps:

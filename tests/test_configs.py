@@ -98,6 +98,20 @@ def test_run_names(path, name):
     assert settings.run_name(path) == name
 
 
+def test_a_key_that_a_config_file_mistypes_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import default\n"
+        "def get_config():\n"
+        "    config = default.get_config()\n"
+        "    config.train.stepz = 3\n"
+        "    return config\n"
+    )
+    done = run_main(f"--config={path}")
+    assert "There is no config key stepz: did you mean steps?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def run_main(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "semiseg_jax.main", *arguments],
@@ -111,7 +125,10 @@ def run_main(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--config=configs/streets.py", "--config.train.stepz=3"], "steps"),
+        (
+            ["--config=configs/streets.py", "--config.train.stepz=3"],
+            "no config key stepz: did you mean steps?",
+        ),
         (["--config=configs/streets.py", "--config.train.steps=many"], "many"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=configs/camvid.py:third"], "make it full or half"),

@@ -38,7 +38,7 @@ def contents(workdir):
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """An end at any moment; the kill -9 of a process is in test_main_slow.py."""
 
 
 def kill_at(monkeypatch, stage, step):
@@ -111,11 +111,25 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
 
 
 def test_another_config_is_refused_with_the_difference(config, tmp_path):
-    rounds.claim(tmp_path, config)
-    rounds.claim(tmp_path, config)
+    rounds.refuse_other_config(tmp_path, config)
+    rounds.keep_config(tmp_path, config)
+    rounds.refuse_other_config(tmp_path, config)
     config.train.steps = 5
     with pytest.raises(UserError, match=r"train\.steps: 4 there, 5 here"):
-        rounds.claim(tmp_path, config)
+        rounds.refuse_other_config(tmp_path, config)
+
+
+def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
+    config.data.labels = 99.0
+    with pytest.raises(UserError, match="asks for 99"):
+        rounds.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_that_do_not_divide_are_refused_before_anything_is_trained(config, tmp_path):
+    config.eval.batch = 3
+    with pytest.raises(UserError, match=r"eval\.batch is 3, which does not divide over 2 devices"):
+        rounds.run(config, tmp_path / "run")
 
 
 def test_pseudo_labels_of_another_teacher_are_refused(config, tmp_path):
@@ -136,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(config, tm
     with pytest.raises(UserError, match=r"loss of teacher is not finite at step \d \(images \d{3}"):
         rounds.run(config, tmp_path / "run")
     kept = [p.name for p in (tmp_path / "run/round_0/teacher/checkpoints").iterdir()]
-    assert kept in (["1"], [])
+    assert kept == ["1"]
     assert not (tmp_path / "run/round_0/teacher/DONE").exists()
 
 

@@ -7,7 +7,6 @@ see the same pixels.
 
 import io
 import os
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,9 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from semiseg_jax.errors import UserError
 
 IGNORE = 255
+# Large images are data here, not an attack.
+Image.MAX_IMAGE_PIXELS = None
+
 # In an id table: a mask value that the data set does not have.
 UNKNOWN = -1
 
@@ -33,10 +35,26 @@ def id_table(
         num_classes: class ids are 0 … num_classes - 1.
         ignore_ids: mask values that become IGNORE.
         id_map: (mask value, class id) pairs; empty where the values are the class ids.
+
+    Raises:
+        UserError: a mask value is not 0..255, or a class id not below `num_classes`.
     """
+    try:
+        pairs = [(int(value), int(class_id)) for value, class_id in id_map]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"data.id_map is {id_map!r}: make it ((mask value, class id), …)."
+        ) from error
+    allowed = {*range(num_classes), IGNORE}
+    for value, class_id in (*pairs, *((value, IGNORE) for value in ignore_ids)):
+        if value not in range(256) or class_id not in allowed:
+            raise UserError(
+                f"data.id_map or data.ignore_ids makes mask value {value} class {class_id}: mask "
+                f"values are 0 to 255 and class ids 0 to {num_classes - 1}."
+            )
     table = np.full(256, UNKNOWN, np.int16)
     if id_map:
-        for value, class_id in id_map:
+        for value, class_id in pairs:
             table[value] = class_id
     else:
         table[:num_classes] = np.arange(num_classes)
@@ -48,9 +66,7 @@ def _open(path: epath.PathLike) -> Image.Image:
     """The decoded image; a damaged or missing file is one sentence."""
     try:
         image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image.load()
+        image.load()
         return image
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error

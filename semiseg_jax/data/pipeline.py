@@ -169,12 +169,15 @@ def _fold(seed: tf.Tensor | np.ndarray, *data: tf.Tensor | int) -> tf.Tensor:
 
 
 class _Reader:
-    """Reads examples inside tf.data, and turns what goes wrong there into its one sentence."""
+    """Reads examples inside tf.data, and turns what goes wrong there into its one sentence.
 
-    def __init__(self, examples: Sequence[Example], dataset: Dataset, num_labeled: int):
+    Masks of the examples from `first_of_ours` on are class ids; those before, the data set's own.
+    """
+
+    def __init__(self, examples: Sequence[Example], dataset: Dataset, first_of_ours: int):
         self.examples = list(examples)
         self._tables = (dataset.table, labels.id_table(len(dataset.classes)))
-        self._num_labeled = num_labeled
+        self._first_of_ours = first_of_ours
         self._error: UserError | None = None
 
     def __call__(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -189,7 +192,7 @@ class _Reader:
             if example.mask is None:
                 return image, np.full(image.shape[:2], labels.IGNORE, np.uint8)
             # Pseudo-labels are written as class ids, whatever the data set's own values are.
-            label = labels.read_mask(example.mask, self._tables[int(index) >= self._num_labeled])
+            label = labels.read_mask(example.mask, self._tables[int(index) >= self._first_of_ours])
             if label.shape != image.shape[:2]:
                 raise UserError(
                     f"{example.mask} and {example.image} differ in size: they must be of one size."

@@ -42,7 +42,7 @@ class Dataset:
     """What a run reads.
 
     Attributes:
-        name: of the source.
+        name: of the source, with what sets its images apart (such as being downscaled).
         classes: names in id order.
         palette: (R, G, B) of each class.
         table: from mask value to class id (see `labels.id_table`).
@@ -68,6 +68,7 @@ class Dataset:
 class _Layout:
     """A data set before it is split: where its files are, and its own lists of them."""
 
+    name: str
     root: epath.Path
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -123,6 +124,7 @@ def _streets(config: Any) -> _Layout:
     root = cache_dir(data) / f"streets-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     streets.write(root, data.streets_seed, counts, height, width)
     return _Layout(
+        name=root.name,
         root=root,
         classes=streets.CLASSES,
         palette=streets.PALETTE,
@@ -146,6 +148,7 @@ def _camvid(config: Any) -> _Layout:
         tuple(_pairs(root, *(n.format(s) for n in names))) for s in ("train", split)
     )
     return _Layout(
+        name="camvid",
         root=root,
         classes=CAMVID_CLASSES,
         palette=CAMVID_PALETTE,
@@ -158,9 +161,15 @@ def _camvid(config: Any) -> _Layout:
 def _folder(config: Any) -> _Layout:
     """Images and masks in folders of one's own, with a subfolder for each set or without."""
     data = config.data
-    if len(data.classes) < 2:
+    if not 2 <= len(data.classes) <= labels.IGNORE:
         raise UserError(
-            f"data.classes has {len(data.classes)} names: name every class in id order, at least 2."
+            f"data.classes has {len(data.classes)} names: name every class in id order, from 2 to "
+            f"{labels.IGNORE} of them."
+        )
+    if len(data.palette) not in (0, len(data.classes)):
+        raise UserError(
+            f"data.palette has {len(data.palette)} colours for {len(data.classes)} classes: give "
+            "one for each, or none."
         )
     root = _root(data, "make it, with the images in one folder and the masks in another")
     sets = {}
@@ -171,6 +180,7 @@ def _folder(config: Any) -> _Layout:
         if nested or name == "train":
             sets[name] = tuple(_pairs(root, data.image_dir + below, data.mask_dir + below))
     return _Layout(
+        name="folder",
         root=root,
         classes=tuple(data.classes),
         palette=tuple(map(tuple, data.palette)) or labels.generated_palette(len(data.classes)),
@@ -226,18 +236,21 @@ def _split(config: Any, layout: _Layout) -> Dataset:
     if data.unlabeled_list:
         unlabeled = _listed(data.unlabeled_list, layout, by_id)
     else:
-        taken = {e.image for e in labeled}
-        unlabeled = tuple(e for e in layout.train if e.image not in taken)
+        taken = {os.path.realpath(e.image) for e in labeled}
+        unlabeled = tuple(e for e in layout.train if os.path.realpath(e.image) not in taken)
     if data.unlabeled_dir:
         folder = layout.root / data.unlabeled_dir
-        unlabeled += tuple(_pairs(layout.root, data.unlabeled_dir, data.unlabeled_dir))
-        if not unlabeled:
+        found = tuple(_pairs(layout.root, data.unlabeled_dir, data.unlabeled_dir))
+        if not found:
             raise UserError(f"{folder} holds no image: put the unlabelled images there.")
+        # Its images may have the names of others.
+        prefix = os.path.basename(os.path.normpath(data.unlabeled_dir))
+        unlabeled += tuple(dataclasses.replace(e, id=f"{prefix}/{e.id}") for e in found)
     evaluation = layout.evaluation
     if data.evaluation_list:
         evaluation = _listed(data.evaluation_list, layout, {e.id: e for e in layout.evaluation})
     return Dataset(
-        name=data.name,
+        name=layout.name,
         classes=layout.classes,
         palette=layout.palette,
         table=layout.table,
@@ -263,13 +276,19 @@ def _listed(name: str, layout: _Layout, by_id: dict[str, Example]) -> tuple[Exam
                 f"{name} names {entry.image}, which is neither a file below {layout.root} nor the "
                 "name of an image there: correct the list or data.root."
             )
-        example = known or Example(os.path.splitext(entry.image)[0], image, None)
+        example = known or Example(_safe_id(entry.image), image, None)
         if entry.without_mask:
             example = dataclasses.replace(example, mask=None)
         elif entry.mask:
             example = dataclasses.replace(example, mask=os.path.normpath(layout.root / entry.mask))
         examples.append(example)
     return tuple(examples)
+
+
+def _safe_id(path: str) -> str:
+    """An id, which names files below folders of ours, from a path that may lead anywhere."""
+    parts = os.path.splitext(path)[0].replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def check(dataset: Dataset) -> None:
@@ -280,18 +299,19 @@ def check(dataset: Dataset) -> None:
     Raises:
         UserError: see `load`.
     """
-    evaluated = {e.image: e for e in dataset.evaluation}
+    evaluated = {os.path.realpath(e.image) for e in dataset.evaluation}
     for kind, part in (("labelled", dataset.labeled), ("unlabelled", dataset.unlabeled)):
         seen = set()
         for example in part:
-            if example.image in evaluated:
+            if os.path.realpath(example.image) in evaluated:
                 raise UserError(
                     f"{example.image} is {kind} and also in the evaluation set: take it out of one."
                 )
             if example.id in seen:
                 raise UserError(f"{example.id} is {kind} twice: list every image once.")
             seen.add(example.id)
-    twice = {e.image for e in dataset.labeled} & {e.image for e in dataset.unlabeled}
+    files = ({os.path.realpath(e.image) for e in p} for p in (dataset.labeled, dataset.unlabeled))
+    twice = set.intersection(*files)
     if twice:
         raise UserError(f"{min(twice)} is labelled and unlabelled: take it out of one list.")
     if not dataset.evaluation:
@@ -331,11 +351,13 @@ def _check_pair(example: Example, table: Int16[np.ndarray, "256"] | None) -> set
 def _downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
     """The data set with every file resized once into the cache.
 
-    Images bilinear and antialiased, masks nearest. A cached file is made again when its source
-    is newer.
+    Images bilinear and antialiased, masks nearest. A cached file has the time stamp of its
+    source, and is made again when they differ.
     """
     factor = data_config.downscale
-    key = hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:12]
+    # Cached masks are class ids already, so the table they were made by is part of their name.
+    made_from = (os.path.realpath(root), dataset.table.tobytes(), dataset.palette)
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
     folder = cache_dir(data_config) / f"{dataset.name}-{key}-by{factor}"
 
     def shrink(example: Example) -> Example:
@@ -343,14 +365,15 @@ def _downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset
         if _outdated(image, example.image):
             pixels = Image.fromarray(labels.read_image(example.image))
             small = pixels.resize(_shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
-            labels.write_bytes(image, _png(small))
+            _write_as_old_as(image, _png(small), example.image)
         if example.mask is None:
             return dataclasses.replace(example, image=os.fspath(image))
         mask = folder / "masks" / f"{os.path.relpath(example.mask, root)}.png"
         if _outdated(mask, example.mask):
             ids = Image.fromarray(labels.read_mask(example.mask, dataset.table))
             small = ids.resize(_shrunk(ids.size, factor), Image.Resampling.NEAREST)
-            labels.write_bytes(mask, labels.encode_mask(np.asarray(small), dataset.palette))
+            png = labels.encode_mask(np.asarray(small), dataset.palette)
+            _write_as_old_as(mask, png, example.mask)
         return Example(example.id, os.fspath(image), os.fspath(mask))
 
     with futures.ThreadPoolExecutor() as pool:
@@ -360,6 +383,7 @@ def _downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset
         ]
     return dataclasses.replace(
         dataset,
+        name=f"{dataset.name}_by{factor}",
         labeled=parts[0],
         unlabeled=parts[1],
         evaluation=parts[2],
@@ -368,7 +392,13 @@ def _downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset
 
 
 def _outdated(cached: epath.Path, source: str) -> bool:
-    return not cached.exists() or cached.stat().mtime < epath.Path(source).stat().mtime
+    return not cached.exists() or os.stat(cached).st_mtime_ns != os.stat(source).st_mtime_ns
+
+
+def _write_as_old_as(path: epath.Path, content: bytes, source: str) -> None:
+    labels.write_bytes(path, content)
+    stamp = os.stat(source).st_mtime_ns
+    os.utime(path, ns=(stamp, stamp))
 
 
 def _shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:

@@ -36,10 +36,13 @@ def read_list(path: epath.PathLike) -> tuple[Entry, ...]:
         UserError: the list is missing, empty, or has a line of more than two columns.
     """
     path = epath.Path(path)
-    if not path.exists():
-        raise UserError(f"The split list {path} is missing: give one that exists.")
+    if not path.exists() or path.is_dir():
+        raise UserError(f"The split list {path} is missing: give a file that exists.")
     entries = []
-    text = path.read_bytes().decode("utf-8-sig")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The split list {path} is not UTF-8: save it as UTF-8.") from error
     for number, line in enumerate(text.splitlines(), 1):
         columns = line.split("\t") if "\t" in line else line.split()
         columns = [c.strip().removeprefix("/") for c in columns if c.strip()]

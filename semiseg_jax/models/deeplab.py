@@ -54,7 +54,7 @@ class ASPP(nn.Module):
         pooled = point(name="image_pooling")(pooled, batch)
         branches.append(layers.resize(pooled, x.shape[1:3], self.align_corners))
         y = point(name="project")(jnp.concatenate(branches, axis=-1), batch)
-        return nn.Dropout(self.dropout, deterministic=not batch.train)(y)
+        return layers.Dropout(self.dropout)(y, batch)
 
 
 class DeepLabV3Plus(nn.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Domain = Literal["weak", "strong", "both"]
 NormKind = Literal["dsbn", "dsbn_shared_affine", "shared", "frozen"]
@@ -68,6 +68,18 @@ class Batch:
             )
         weak = np.arange(block) < num_weak
         return np.tile(np.stack([weak, ~weak], axis=1).astype(np.float32), (self.groups, 1, 1))
+
+    def places(self, batch_size: int) -> Int[np.ndarray, " b"]:
+        """A number for each image that says its domain and its place among the images of it.
+
+        The same for every number of groups: what is random by image is drawn by it.
+        """
+        strong = self.domain == "strong"
+        if self.domain != "both":
+            return np.arange(batch_size) * 2 + strong
+        is_strong = self.membership(batch_size)[..., 1].ravel() == 1
+        order = np.where(is_strong, np.cumsum(is_strong), np.cumsum(~is_strong)) - 1
+        return order * 2 + is_strong
 
 
 class DomainNorm(nn.Module):

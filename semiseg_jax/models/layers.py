@@ -122,6 +122,27 @@ class SeparableConvNorm(nn.Module):
         return ConvNorm(self.features, self.norm, dtype=self.dtype, name="pointwise")(x, batch)
 
 
+class Dropout(nn.Module):
+    """Drops features in training, by a key of each image's own.
+
+    So that what is dropped follows from an image's place in its stream, and not from how many
+    devices the streams are joined for.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b h w c"]:
+        """x with a share `rate` of its features 0 and the others scaled up."""
+        if self.rate == 0 or not batch.train:
+            return x
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            self.make_rng("dropout"), jnp.asarray(batch.places(x.shape[0]), jnp.uint32)
+        )
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
 def interpolation_matrix(
     size_in: int, size_out: int, align_corners: bool = False
 ) -> Float[np.ndarray, "out in"]:

@@ -22,7 +22,6 @@ class BasicBlock(nn.Module):
     stride: int = 1
     dilation: int = 1
     dtype: DTypeLike | None = None
-    expansion: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b oh ow d"]:

@@ -42,6 +42,20 @@ def test_unknown_values_are_named(tmp_path, mask):
         labels.read_mask(str(tmp_path / "m.png"), labels.id_table(2))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"id_map": ((0, 0), (1, 7))}, "mask value 1 class 7"),
+        ({"id_map": ((300, 0),)}, "mask value 300 class 0"),
+        ({"ignore_ids": (300,)}, "mask value 300 class 255"),
+        ({"id_map": (0, 0, 1, 1)}, "make it .*mask value, class id"),
+    ],
+)
+def test_impossible_id_maps_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        labels.id_table(2, **arguments)
+
+
 def test_a_0_255_mask_gets_the_hint(tmp_path):
     Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "m.png")
     table = labels.id_table(2, ignore_ids=())

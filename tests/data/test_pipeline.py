@@ -111,9 +111,6 @@ def test_no_sda_in_the_weak_stream(folder_config, data, pseudo):
     (strong,) = batches(folder_config, data, pseudo, taken, steps=range(1))
     np.testing.assert_array_equal(plain.label, strong.label)
     assert not np.array_equal(plain.image, strong.image)
-    padding = plain.label == 255
-    far = np.zeros_like(padding)
-    far[:, :4] = padding[:, :4]
     taken = streams.Streams(("labeled",), (), 4, 4)
     folder_config.sda.num_ops = 3
     (weak,) = batches(folder_config, data, pseudo, taken, steps=range(1))

@@ -32,7 +32,7 @@ def test_a_plain_folder_of_unlabelled_images(folder_config, folder_data):
     Image.new("RGB", (40, 30)).save(extra / "x.jpg")
     folder_config.data.unlabeled_dir = "more"
     data = sources.load(folder_config)
-    assert "nested/x" in {e.id for e in data.unlabeled}
+    assert "more/nested/x" in {e.id for e in data.unlabeled}
 
 
 @pytest.fixture(params=["images/masks", "SegNet-Tutorial"])
@@ -78,6 +78,33 @@ def test_downscaling_is_pillows_and_happens_once(folder_config, folder_data):
     before = {p: p.stat().st_mtime_ns for p in folder_data.parent.rglob("cache/**/*.png")}
     sources.load(folder_config)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_downscaled_masks_follow_the_id_map(folder_config):
+    folder_config.data.downscale = 2
+    one = sources.load(folder_config)
+    folder_config.data.id_map = ((0, 1), (1, 0), (2, 2))
+    other = sources.load(folder_config)
+    mask, changed = (labels.read_mask(d.labeled[0].mask, d.table) for d in (one, other))
+    np.testing.assert_array_equal(mask == 0, changed == 1)
+
+
+def test_ids_never_lead_out_of_a_folder(folder_config, folder_data):
+    outside = folder_data.parent / "outside"
+    outside.mkdir()
+    Image.new("RGB", (40, 30)).save(outside / "x.png")
+    (folder_data / "u.txt").write_text("../outside/x.png\n")
+    folder_config.data.unlabeled_list = "u.txt"
+    assert [e.id for e in sources.load(folder_config).unlabeled] == ["outside/x"]
+
+
+def test_an_image_in_two_sets_is_found_whatever_its_path(folder_config, folder_data):
+    (folder_data / "e.txt").write_text("images/train/000.png masks/train/000.png\n")
+    folder_config.data.evaluation_list = "e.txt"
+    folder_config.data.labels = 0.0
+    folder_config.data.root = f"{folder_data}/../{folder_data.name}"
+    with pytest.raises(UserError, match="also in the evaluation set"):
+        sources.load(folder_config)
 
 
 def test_streets_are_drawn_into_the_cache(tmp_path):

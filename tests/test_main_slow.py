@@ -1,0 +1,113 @@
+"""The command itself, as a process of its own: run, killed, started again; and on real images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[1]
+CAMVID = ROOT.parent / "shared" / "data" / "camvid"
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "--config.model.backbone=tiny",
+    "--config.model.head_features=8",
+    "--config.model.low_level_features=4",
+    "--config.data.crop=48,64",
+    "--config.pseudo.scales=(0.5,1.0)",
+    "--config.train.steps=8",
+    "--config.train.teacher_steps=8",
+    "--config.train.checkpoint_every=3",
+    "--config.train.log_every=1",
+    "--config.rounds.count=1",
+)
+
+
+def start(workdir, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "semiseg_jax.main", f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def contents(workdir):
+    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*.*")]
+    weights = load_file(workdir / "model" / "weights.safetensors")
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in files} | {
+        k: v.tobytes() for k, v in weights.items()
+    }
+
+
+def kill_after(process, line):
+    """Ends the process, as kill -9 does, a moment after it printed a line with this text."""
+    for printed in process.stdout:
+        if line in printed:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+    raise AssertionError(f"the run ended without printing {line!r}")
+
+
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
+    arguments = (
+        "--config=configs/streets.py",
+        *SMALL,
+        "--config.data.streets_train=60",
+        "--config.data.streets_val=10",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    )
+    output = finish(start(tmp_path / "whole", *arguments))
+    assert "gain over the teacher" in output
+    # Inside the teacher, as it goes on, as its labels are being written, and inside the student.
+    for line in ("teacher: step 5/8", "teacher: step 7/8", "16/44 images", "student 1: step 7/8"):
+        kill_after(start(tmp_path / "killed", *arguments), line)
+    output = finish(start(tmp_path / "killed", *arguments))
+    assert "teacher: done before" in output
+    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not in ../shared/data/camvid")
+@pytest.mark.parametrize("argument", ["", ":half"])
+def test_camvid_from_teacher_to_results_on_the_test_list(tmp_path, argument):
+    finish(
+        start(
+            tmp_path / "run",
+            f"--config=configs/camvid.py{argument}",
+            *SMALL,
+            f"--config.data.root={CAMVID}",
+            f"--config.data.cache_dir={tmp_path / 'cache'}",
+            "--config.pseudo.scales=(0.5,)",
+            "--config.pseudo.flip=False",
+        )
+    )
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [(r["stage"], r["round"], r["split"]) for r in rows] == [
+        ("teacher", 0, "test"),
+        ("student", 1, "test"),
+    ]
+    factor = 4 if argument else 1
+    assert all(len(r["iou"]) == 11 and r["pixels"] * factor > 35e6 for r in rows)
+    labels = list((tmp_path / "run" / "round_0/teacher/pseudo_labels").glob("*.png"))
+    assert len(labels) == 367 - 12
