@@ -1,0 +1,50 @@
+import io
+import json
+
+import numpy as np
+from rich.console import Console
+
+from semiseg_jax import results
+from semiseg_jax.evaluate import COMPARED, Score
+
+PROTOCOL = {key: key for key in COMPARED} | {"seed": 0, "config_hash": "a", "split": "val"}
+
+
+def row(stage, round_, diagonal, protocol=PROTOCOL, step=10):
+    """A row whose first two classes occur; the third never does."""
+    confusion = np.array([[diagonal, 10 - diagonal, 0], [0, 10, 0], [0, 0, 0]])
+    return results.make_row(stage, round_, step, 0, Score(confusion), protocol)
+
+
+def test_a_row_says_what_it_is():
+    made = row("teacher", 0, 5)
+    assert made["iou"] == [0.5, 10 / 15, None]
+    np.testing.assert_allclose(made["miou"], (0.5 + 10 / 15) / 2)
+    assert (made["pixels"], made["pixel_accuracy"], made["mean_class_accuracy"]) == (20, 0.75, 0.75)
+    json.dumps(made, allow_nan=False)
+
+
+def test_a_row_made_again_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "results.json"
+    kept = results.Results(path)
+    kept.add(row("teacher", 0, 1), final=True)
+    kept.add(row("student", 1, 2), final=True)
+    kept.add(row("teacher", 0, 3, step=5), final=False)
+    again = results.Results(path)
+    again.add(row("teacher", 0, 4), final=True)
+    content = json.loads(path.read_text())
+    assert [r["stage"] for r in content["rows"]] == ["teacher", "student"]
+    assert content["rows"][0] == row("teacher", 0, 4)
+    assert [r["step"] for r in content["curve"]] == [5]
+
+
+def test_the_table_has_gains_and_leaves_out_other_protocols():
+    other = PROTOCOL | {"scales": "others"}
+    rows = [row("teacher", 0, 5), row("student", 1, 8), row("control", 0, 9, other)]
+    printed = io.StringIO()
+    results.print_table(rows, ("sky", "road", "moon"), Console(file=printed, width=100))
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["mIoU", "58.33", "81.67"] in lines
+    assert ["gain", "over", "the", "teacher", "+0.00", "+23.33"] in lines
+    assert ["moon", "-", "-"] in lines
+    assert "control" not in printed.getvalue()
