@@ -8,6 +8,7 @@ see the same pixels.
 import io
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -27,7 +28,7 @@ UNKNOWN = -1
 def id_table(
     num_classes: int,
     ignore_ids: Sequence[int] = (IGNORE,),
-    id_map: Sequence[Sequence[int]] = (),
+    id_map: Sequence[Any] = (),
 ) -> Int16[np.ndarray, "256"]:
     """Table from mask value to class id, IGNORE or UNKNOWN.
 
