@@ -144,3 +144,19 @@ def test_without_unlabelled_images_there_is_one_sentence(config, tmp_path):
     config.data.labels = 0.0
     with pytest.raises(UserError, match="There is no unlabelled image"):
         rounds.run(config, tmp_path / "run")
+
+
+def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(config, tmp_path, capsys):
+    config.rounds.count = 0
+    rounds.run(config, tmp_path / "first")
+    weights = tmp_path / "first" / "model" / "weights.safetensors"
+    config.model.pretrained = str(weights)
+    config.optim.teacher.learning_rate = 1e-30
+    rounds.run(config, tmp_path / "second")
+    kept = load_file(tmp_path / "second" / "model" / "weights.safetensors")
+    for name, value in load_file(weights).items():
+        if name.startswith("params/"):
+            np.testing.assert_array_equal(kept[name], value, err_msg=name)
+    description = json.loads((tmp_path / "second" / "model" / "model.json").read_text())
+    assert description["model"]["input_normalization"] == "imagenet"
+    assert "weights of layout semiseg_jax, input normalisation imagenet" in capsys.readouterr().out
