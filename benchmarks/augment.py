@@ -13,13 +13,10 @@ where ours is faster.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,8 +36,8 @@ os.environ.update(
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from workers import ROOT, Worker  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from semiseg_jax.data.sda import OPS, strong_augment  # noqa: E402
@@ -99,70 +96,19 @@ def _graph(case: str) -> Callable:
     return tf.function(augment, input_signature=signature)
 
 
-class Worker:
-    """A peer's process."""
+class Peer(Worker):
+    """A peer's process, and what it can do."""
 
-    def __init__(self, peer: str, folder: str):
-        script = pathlib.Path(__file__).with_name("augment_peers.py")
-        self._process = subprocess.Popen(
-            [_environment(peer), str(script), peer, folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.cases: list[str] = self._answer()["cases"]
+    def __init__(self, name: str, folder: str):
+        super().__init__(name, "augment_peers.py", name, folder)
+        self.cases: list[str] = self.ready["cases"]
 
     def time(self, case: str, size: int, count: int) -> float:
         """Milliseconds an image, over `count` images."""
-        assert self._process.stdin
-        request = {"case": case, "size": size, "count": count}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["ms"]
-
-    def _answer(self) -> dict:
-        assert self._process.stdout and self._process.stderr
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(_last_line(self._process.stderr.read()))
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process by ending its input."""
-        self._process.communicate()
+        return self.ask({"case": case, "size": size, "count": count})["ms"]
 
 
-def _environment(peer: str) -> str:
-    """The Python of the peer's environment, which is made if it is missing or out of date."""
-    requirements = ROOT / "benchmarks" / "peers" / f"{peer}.txt"
-    folder = ROOT / ".venv-peers" / peer
-    python = folder / "bin" / "python"
-    marker = folder / "requirements.sha256"
-    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    if python.exists() and marker.exists() and marker.read_text() == wanted:
-        return str(python)
-    print(f"Making .venv-peers/{peer}: this happens once.", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"its environment cannot be made: {_last_line(done.stderr)}")
-    marker.write_text(wanted)
-    return str(python)
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it ended without a word"])[-1]
-
-
-def compare(ours: Ours, workers: dict[str, Worker], case: str, size: int, repeats: int) -> list:
+def compare(ours: Ours, workers: dict[str, Peer], case: str, size: int, repeats: int) -> list:
     """Interleaved repeats of one case at one size; rows of the result."""
     having = {peer: worker for peer, worker in workers.items() if case in worker.cases}
     count = COUNTS.get(case, 2)
@@ -209,7 +155,7 @@ def main() -> None:
             np.save(pathlib.Path(folder) / f"{size}.npy", stack)
         for peer in flags.peers.split(","):
             try:
-                workers[peer] = Worker(peer, folder)
+                workers[peer] = Peer(peer, folder)
             except RuntimeError as error:
                 print(f"{peer} is left out: {error}", flush=True)
         print(f"\n{'milliseconds an image, one core':40} {'ours':>9} {'peer':>9} {'ratio':>8}")

@@ -129,8 +129,13 @@ def sda() -> ConfigDict:
 def model() -> ConfigDict:
     """The network."""
     model = ConfigDict()
-    # resnet18, resnet10_slim, tiny.
+    # resnet18, resnet10_slim, efficientnet_lite0, tiny.
     model.backbone = "resnet18"
+    # Weights to start from, .npz or .safetensors; "" for none. Layouts: the original names of
+    # EfficientNet-Lite0 (the backbone), a run's own model/weights.safetensors (all but a classifier
+    # of another number of classes). Fresh networks of this backbone take them: the teacher, and
+    # students that start from scratch.
+    model.pretrained = ""
     # Input pixels a side of one pixel of the backbone's last features: 8 or 16.
     model.output_stride = 16
     # dsbn; dsbn_shared_affine (Split-BN); shared; frozen (statistics stay as loaded).
@@ -148,8 +153,9 @@ def model() -> ConfigDict:
     model.dropout = 0.1
     # Resize with the corners of both grids aligned, for loaded networks that need it.
     model.align_corners = False
-    # Mean and deviation of the input: imagenet, half (-1..1), lite ((x - 127) / 128).
-    model.input_normalization = "imagenet"
+    # Mean and deviation of the input: imagenet, half (-1..1), lite ((x - 127) / 128), or auto:
+    # that of the weights in `pretrained`, else the one usual for the backbone.
+    model.input_normalization = "auto"
     # float32 or bfloat16 compute; parameters, statistics, softmax and losses stay float32.
     model.compute_dtype = "float32"
     return model
@@ -245,7 +251,10 @@ def rounds() -> ConfigDict:
     rounds.count = 3
     # Backbone of the students; "" for the teacher's.
     rounds.student_model = ""
-    # A student starts from the teacher's weights, or from scratch.
+    # Weights that such a student starts from, where it is another backbone than the teacher's; ""
+    # for none.
+    rounds.student_pretrained = ""
+    # A student starts from the teacher's weights, where it is the same network, or from scratch.
     rounds.student_init = "teacher"
     # Also train the control: the teacher trained on with labels alone, for as many steps as all
     # students together. Without it a gain may be that of longer training.

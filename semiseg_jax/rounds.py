@@ -26,7 +26,7 @@ from semiseg_jax import train as training
 from semiseg_jax.data import pipeline, sources, streams
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
-from semiseg_jax.models import deeplab
+from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.pseudo_labels import Labeler
 from semiseg_jax.results import Results, make_row, print_table
 from semiseg_jax.state import Variables
@@ -78,7 +78,11 @@ class Network:
 
     def __init__(self, config: Any, backbone: str, dataset: sources.Dataset, mesh: Mesh):
         model_config = config.model.copy_and_resolve_references()
-        model_config.backbone = backbone
+        if backbone != model_config.backbone:
+            model_config.backbone = backbone
+            model_config.pretrained = config.rounds.student_pretrained
+        # Resolved here, so that model/model.json does not need the file of the weights.
+        model_config.input_normalization = deeplab.input_normalization(model_config)
         self.model_config = model_config
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh)
@@ -219,7 +223,7 @@ class Job:
         return training.run(
             stage,
             program,
-            start=functools.partial(self._start, network, stage, teacher),
+            start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
             evaluate=network.evaluate,
             report=functools.partial(self._report, stage, final=False),
@@ -229,15 +233,22 @@ class Job:
             mesh=self._mesh,
         )
 
-    def _start(self, network: Network, stage: training.Stage, teacher: Trained | None) -> Variables:
+    def _start(
+        self, network: Network, stage: training.Stage, teacher: Trained | None, say: Any
+    ) -> Variables:
         """Variables of step 0: the teacher's where they fit and are wanted, else fresh ones.
 
-        At round 1 the strong norm is a copy of the weak one; from then on it is kept.
+        Fresh ones take the network's pretrained weights. At round 1 the strong norm is a copy of
+        the weak one; from then on it is kept.
         """
         wanted = stage.kind == "control" or self._config.rounds.student_init == "teacher"
         if teacher is None or teacher.network is not network or not wanted:
             seed = int(stage.seed[1]) & 0xFFFFFFFF
-            return state_lib.init_variables(network.model, seed, self._mesh)
+            variables = state_lib.init_variables(network.model, seed, self._mesh)
+            if path := network.model_config.pretrained:
+                variables, report = pretrained.load(path, variables)
+                say(f"{path}: {report}")
+            return variables
         if stage.kind == "student" and teacher.stage.kind == "teacher":
             return state_lib.copy_weak_to_strong(teacher.variables)
         return teacher.variables

@@ -11,6 +11,7 @@ from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources import LAYOUTS
 from semiseg_jax.data.streams import KINDS
 from semiseg_jax.errors import UserError
+from semiseg_jax.models import pretrained
 from semiseg_jax.models.deeplab import BACKBONES, INPUT_NORMALIZATIONS
 from semiseg_jax.models.dsbn import NORM_KINDS
 
@@ -37,6 +38,7 @@ def _between(low: float, high: float) -> Rule:
     return lambda v: low <= v < high, f"at least {low} and below {high}"
 
 
+_TEXT: Rule = (lambda v: isinstance(v, str), "a path, or empty")
 _POSITIVE: Rule = (lambda v: v > 0, "above 0")
 _SIZE: Rule = (
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
@@ -82,7 +84,8 @@ RULES: dict[str, Rule] = {
         "a tuple of integers above 0, at least one",
     ),
     "model.dropout": _between(0, 1),
-    "model.input_normalization": _one_of(*INPUT_NORMALIZATIONS),
+    "model.pretrained": _TEXT,
+    "model.input_normalization": _one_of("auto", *INPUT_NORMALIZATIONS),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "loss.unlabeled": _one_of("scl", "scl_official", "sce", "ce"),
     "loss.unlabeled_weight": _at_least(0),
@@ -110,6 +113,7 @@ RULES: dict[str, Rule] = {
     "eval.every": _at_least(0),
     "rounds.count": _at_least(0),
     "rounds.student_model": _one_of("", *BACKBONES),
+    "rounds.student_pretrained": _TEXT,
     "rounds.student_init": _one_of("teacher", "scratch"),
 }
 
@@ -147,6 +151,20 @@ def check(config: Any) -> None:
             f"sda.num_ops is {config.sda.num_ops} without replacement from {len(config.sda.ops)} "
             "operations: lower it, or set sda.replace."
         )
+    _check_weights(config)
+
+
+def _check_weights(config: Any) -> None:
+    """Weights that cannot be read are refused before the workdir belongs to this config."""
+    rounds = config.rounds
+    if rounds.student_pretrained and rounds.student_model in ("", config.model.backbone):
+        raise UserError(
+            "rounds.student_pretrained is given, but students are the teacher's network: leave it "
+            "empty, or give another backbone as rounds.student_model."
+        )
+    for path in (config.model.pretrained, rounds.student_pretrained):
+        if path:
+            pretrained.inspect(path)
 
 
 def run_name(config_path: str) -> str:

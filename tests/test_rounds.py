@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import mesh, rounds, train
+from semiseg_jax import checkpoints, mesh, rounds, train
 from semiseg_jax.errors import UserError
+from semiseg_jax.models import deeplab
+from semiseg_jax.state import for_inference, variable_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +160,24 @@ def test_without_unlabelled_images_there_is_one_sentence(config, tmp_path):
     config.data.labels = 0.0
     with pytest.raises(UserError, match="There is no unlabelled image"):
         rounds.run(config, tmp_path / "run")
+
+
+def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(
+    config, tmp_path, monkeypatch, capsys
+):
+    shapes = variable_shapes(deeplab.build(config.model, 3))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: rng.uniform(0.1, 1, s.shape).astype(s.dtype), shapes)
+    path = tmp_path / "weights.safetensors"
+    checkpoints.save_weights(path, for_inference(variables), {})
+    config.rounds.count = 0
+    config.model.pretrained = str(path)
+    # Ends where training would start.
+    monkeypatch.setattr(train, "run", lambda stage, program, start, **_: start())
+    rounds.run(config, tmp_path / "run")
+    kept = load_file(tmp_path / "run" / "model" / "weights.safetensors")
+    for name, value in load_file(path).items():
+        np.testing.assert_array_equal(kept[name], value, err_msg=name)
+    description = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert description["model"]["input_normalization"] == "imagenet"
+    assert "weights of layout semiseg_jax" in capsys.readouterr().out

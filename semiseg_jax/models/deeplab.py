@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Num
 
-from semiseg_jax.models import dsbn, layers, resnet
+from semiseg_jax.models import dsbn, efficientnet_lite, layers, pretrained, resnet
 
 # Mean and standard deviation by channel, of RGB values 0..255.
 INPUT_NORMALIZATIONS = {
@@ -21,7 +21,12 @@ INPUT_NORMALIZATIONS = {
     "lite": ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
 }
 
-BACKBONES = {**resnet.BACKBONES}
+BACKBONES = {**resnet.BACKBONES, **efficientnet_lite.BACKBONES}
+
+# What each backbone's published weights were trained with.
+USUAL_NORMALIZATIONS = dict.fromkeys(resnet.BACKBONES, "imagenet") | dict.fromkeys(
+    efficientnet_lite.BACKBONES, "lite"
+)
 
 
 class ASPP(nn.Module):
@@ -174,7 +179,7 @@ def build(model_config: Any, num_classes: int) -> DeepLabV3Plus:
         # Flax names a submodule by the attribute that holds it: parameters stand under
         # "backbone".
     )
-    mean, std = INPUT_NORMALIZATIONS[model_config.input_normalization]
+    mean, std = INPUT_NORMALIZATIONS[input_normalization(model_config)]
     widen = 2 if model_config.output_stride == 8 else 1
     return DeepLabV3Plus(
         backbone=backbone,
@@ -191,7 +196,21 @@ def build(model_config: Any, num_classes: int) -> DeepLabV3Plus:
     )
 
 
+def input_normalization(model_config: Any) -> str:
+    """The name in INPUT_NORMALIZATIONS that `config.model` means.
+
+    "auto" is that of the weights in `pretrained` where they say, else the backbone's usual one.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    name = model_config.input_normalization
+    if name == "auto" and model_config.pretrained:
+        name = pretrained.inspect(model_config.pretrained).input_normalization or "auto"
+    return USUAL_NORMALIZATIONS[model_config.backbone] if name == "auto" else name
+
+
 def input_mean(model_config: Any) -> np.ndarray:
     """The mean colour that padding has, uint8 [3]: what normalises to about 0."""
-    mean, _ = INPUT_NORMALIZATIONS[model_config.input_normalization]
+    mean, _ = INPUT_NORMALIZATIONS[input_normalization(model_config)]
     return np.round(mean).astype(np.uint8)

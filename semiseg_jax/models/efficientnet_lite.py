@@ -1,0 +1,123 @@
+"""EfficientNet-Lite0: a backbone that is worth running on a CPU.
+
+Source: Tan and Le, ICML 2019 (EfficientNet-B0); the Lite variant, released by its authors with
+TensorFlow's TPU models, has ReLU6 in place of swish and no squeeze-and-excitation. Dilation in
+place of stride as in DeepLab (Chen et al., 2017).
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.models.layers import ConvNorm, NormFactory
+
+STEM_WIDTH = 32
+HEAD_WIDTH = 1280
+# (blocks, side of the depthwise kernel, stride of the first block, expansion, channels)
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 to `expand` times the channels, depthwise k x k, 1x1 to `features`; linear at the end.
+
+    Source: MobileNetV2 (Sandler et al., CVPR 2018), figure 3.
+    """
+
+    features: int
+    norm: NormFactory
+    kernel_size: int
+    expand: int
+    stride: int = 1
+    dilation: int = 1
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b oh ow d"]:
+        """One block; its input is added where stride and channels leave the shape as it is."""
+        conv = functools.partial(
+            ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
+        )
+        y = x
+        if self.expand != 1:
+            y = conv(self.expand * x.shape[-1], name="expand")(y, batch)
+        y = conv(
+            y.shape[-1],
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            depthwise=True,
+            name="depthwise",
+        )(y, batch)
+        y = conv(self.features, activation=None, name="project")(y, batch)
+        return x + y if self.stride == 1 and x.shape[-1] == self.features else y
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0, whose later stages trade stride for dilation.
+
+    Padding is TensorFlow's SAME, as the published weights need it.
+
+    Attributes:
+        norm: makes the norm of a layer.
+        output_stride: 8, 16 or 32: input pixels a side of one pixel of the last features.
+        head: also make the classifier's 1x1 convolution to 1280 channels, which segmentation
+            does without.
+        dtype: of the computation; None for that of input and parameters together.
+    """
+
+    norm: NormFactory
+    output_stride: int = 16
+    head: bool = False
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w 3"], batch: Batch
+    ) -> dict[str, Float[Array, "b _ _ _"]]:
+        """{"low": 24 channels at stride 4, "high": 320 at the output stride}; maybe "head"."""
+        conv = functools.partial(
+            ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
+        )
+        x = conv(STEM_WIDTH, kernel_size=3, stride=2, name="stem")(x, batch)
+        features = {}
+        stride, dilation, index = 2, 1, 0
+        for depth, kernel_size, step, expand, width in STAGES:
+            # As in ResNet: a stage that would pass the output stride keeps its resolution, and
+            # its first block, whose stride was taken, still has the dilation of the stage before.
+            first_dilation = dilation
+            if stride * step > self.output_stride:
+                dilation, step = dilation * step, 1
+            stride *= step
+            for i in range(depth):
+                x = InvertedResidual(
+                    width,
+                    self.norm,
+                    kernel_size,
+                    expand,
+                    stride=step if i == 0 else 1,
+                    dilation=first_dilation if i == 0 else dilation,
+                    dtype=self.dtype,
+                    name=f"block_{index}",
+                )(x, batch)
+                index += 1
+            if stride == 4:
+                features["low"] = x
+        features["high"] = x
+        if self.head:
+            features["head"] = conv(HEAD_WIDTH, name="head")(x, batch)
+        return features
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"efficientnet_lite0": EfficientNetLite}

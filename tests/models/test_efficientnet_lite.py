@@ -1,0 +1,111 @@
+import os
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semiseg_jax.models import deeplab, efficientnet_lite, pretrained
+from semiseg_jax.models.dsbn import Batch
+from tests.conftest import tiny_config
+
+SHARED = Path(os.environ.get("SEMISEG_SHARED") or Path(__file__).parents[2].parent / "shared")
+WEIGHTS = SHARED / "weights" / "efficientnet_lite0_nofc.npz"
+REFERENCE = SHARED / "weights" / "efficientnet_lite0_reference.npz"
+
+EVALUATE = Batch("weak", train=False)
+
+published = pytest.mark.skipif(
+    not (WEIGHTS.exists() and REFERENCE.exists()),
+    reason=f"{WEIGHTS} and {REFERENCE} are not there: SEMISEG_SHARED names their folder's parent",
+)
+
+
+class Alone(nn.Module):
+    """The backbone where a network has it, so that weights are found by name."""
+
+    backbone: nn.Module
+
+    def __call__(self, x, batch):
+        return self.backbone(x, batch)
+
+
+def lite0(**options):
+    config = tiny_config(model__backbone="efficientnet_lite0", model__norm="shared").model
+    norm = deeplab.build(config, 5).backbone.norm
+    return Alone(efficientnet_lite.EfficientNetLite(norm, **options))
+
+
+def shapes(model, size=64):
+    images = jnp.zeros((1, size, size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, EVALUATE))
+
+
+@published
+def test_activations_are_those_of_the_original():
+    reference = np.load(REFERENCE, allow_pickle=False)
+    model = lite0(output_stride=32, head=True)
+    drawn = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(model))
+    variables, report = pretrained.load(WEIGHTS, drawn)
+    assert report.left == report.unmatched == ()
+
+    def run(variables, x):
+        return model.apply(
+            variables,
+            x,
+            EVALUATE,
+            capture_intermediates=lambda module, _: module.name in reference.files,
+        )
+
+    _, captured = jax.jit(run)(variables, reference["input"])
+    ours = captured["intermediates"]["backbone"]
+    for name in ("stem", "block_2", "block_4", "block_10", "block_15", "head"):
+        expected, (got,) = reference[name], ours[name]["__call__"]
+        assert got.shape == expected.shape
+        assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max(), name
+
+
+@published
+def test_the_published_weights_have_the_published_number_of_parameters():
+    """4,652,008 with the classifier of 1280 x 1000 + 1000."""
+    weights = np.load(WEIGHTS, allow_pickle=False)
+    counted = sum(weights[k].size for k in weights.files if "running" not in k)
+    assert counted == 4_652_008 - 1_281_000
+
+
+def test_number_of_parameters():
+    params = shapes(lite0(head=True))["params"]
+    assert sum(v.size for v in jax.tree.leaves(params)) == 4_652_008 - 1_281_000
+
+
+@pytest.mark.parametrize(("stride", "last"), [(8, 16), (16, 8), (32, 4)])
+def test_output_stride(stride, last):
+    model = lite0(output_stride=stride)
+    images = jnp.zeros((1, 128, 128, 3))
+    features = jax.eval_shape(lambda v: model.apply(v, images, EVALUATE), shapes(model))
+    assert features["low"].shape == (1, 32, 32, 24)
+    assert features["high"].shape == (1, last, last, 320)
+
+
+def test_dilation_keeps_what_stride_would_sample():
+    """At output stride 16, every second pixel is that of output stride 32, to the border's reach.
+
+    Sizes of the form 32 n + 1 have SAME padding that is alike on both sides, with and without
+    stride.
+    """
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 65, 65, 3)), jnp.float32)
+    rng = np.random.default_rng(1)
+    drawn = jax.tree.map(
+        lambda s: (rng.uniform(0.5, 1, s.shape) / max(np.prod(s.shape[:-1]), 1)).astype(s.dtype),
+        shapes(lite0()),
+    )
+
+    def run(variables):
+        both = (lite0(output_stride=s).apply(variables, x, EVALUATE) for s in (16, 32))
+        return [features["high"] for features in both]
+
+    dilated, strided = jax.jit(run)(drawn)
+    assert dilated.shape[1:3] == (5, 5)
+    np.testing.assert_allclose(dilated[:, ::2, ::2], strided, rtol=1e-4)
