@@ -34,7 +34,7 @@ quickstart: setup ## teacher, pseudo-labels, students and control on the built-i
 	$(RUN) -m semiseg_jax.main --config=configs/streets.py $(ARGS)
 
 test: setup ## the fast tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 test-slow: setup ## the tests that take minutes
 	$(RUN) -m pytest -m slow $(ARGS)
