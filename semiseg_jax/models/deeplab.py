@@ -176,12 +176,11 @@ def build(model_config: Any, num_classes: int) -> DeepLabV3Plus:
         norm=functools.partial(norm, epsilon=model_config.norm_epsilon.backbone),
         output_stride=model_config.output_stride,
         dtype=dtype,
-        # Flax names a submodule by the attribute that holds it: parameters stand under
-        # "backbone".
     )
     mean, std = INPUT_NORMALIZATIONS[input_normalization(model_config)]
     widen = 2 if model_config.output_stride == 8 else 1
     return DeepLabV3Plus(
+        # Flax names a submodule by the attribute that holds it; optim.RULES go by "backbone".
         backbone=backbone,
         num_classes=num_classes,
         norm=functools.partial(norm, epsilon=model_config.norm_epsilon.head),
