@@ -15,7 +15,10 @@ from semiseg_jax.models.dsbn import Batch, DomainNorm
 # A partially applied DomainNorm: what differs between networks is bound where they are built.
 NormFactory = Callable[..., DomainNorm]
 
+# He et al. (ICCV 2015), equation 14. Of a depthwise kernel [k, k, 1, c] each output feeds from one
+# channel alone and each input into one: both fans are k * k, which flax knows as its "in".
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Conv(nn.Module):
@@ -29,6 +32,7 @@ class Conv(nn.Module):
         depthwise: one filter a channel; `features` must equal the input channels.
         padding: "torch" (dilation * (k - 1) / 2 on each side) or "same" (TensorFlow's).
         use_bias: add a bias [features].
+        kernel_init: draws the kernel; None for He's, by what kind of kernel it is.
         dtype: of the computation; None for that of input and kernel together.
     """
 
@@ -39,7 +43,7 @@ class Conv(nn.Module):
     depthwise: bool = False
     padding: convolutions.Padding = "torch"
     use_bias: bool = False
-    kernel_init: nn.initializers.Initializer = KERNEL_INIT
+    kernel_init: nn.initializers.Initializer | None = None
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -47,7 +51,8 @@ class Conv(nn.Module):
         """Convolves x."""
         inputs = 1 if self.depthwise else x.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        init = self.kernel_init or (DEPTHWISE_INIT if self.depthwise else KERNEL_INIT)
+        kernel = self.param("kernel", init, shape, jnp.float32)
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

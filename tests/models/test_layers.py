@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,3 +27,13 @@ def test_resize_from_one_pixel_is_constant():
 def test_resize_to_the_same_size_is_the_identity():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 2)))
     assert layers.resize(x, (3, 4)) is x
+
+
+@pytest.mark.parametrize(("depthwise", "fan"), [(False, 3 * 3 * 64), (True, 3 * 3)])
+def test_kernels_start_with_the_variance_that_keeps_activations(depthwise, fan):
+    conv = layers.Conv(64, kernel_size=3, depthwise=depthwise)
+    kernels = [
+        conv.init(jax.random.key(seed), jnp.zeros((1, 3, 3, 64)))["params"]["kernel"]
+        for seed in range(8)
+    ]
+    assert np.var(kernels) == pytest.approx(2 / fan, rel=0.1)
