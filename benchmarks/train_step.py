@@ -49,6 +49,9 @@ class Ours:
         import jax
 
         from configs import default
+        from semiseg_jax import memory
+
+        memory.keep_freed()  # As main does.
         from semiseg_jax import mesh, optim, state, steps
         from semiseg_jax.data.streams import Streams
         from semiseg_jax.models import deeplab

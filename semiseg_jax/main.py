@@ -8,6 +8,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from semiseg_jax import memory
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
     config_path = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(config_path.partition(":")[0]).exists():
         sys.exit(f"Error: The config {config_path} is missing: configs/ has those there are.")
+    memory.keep_freed()
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     # The data package first, because it silences TensorFlow's greeting.
     from semiseg_jax.data import sources  # isort: skip

@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import ctypes, resource, sys, threading
+if sys.argv[1] == "kept":
+    from semiseg_jax import memory
+    assert memory.keep_freed()
+
+def use_large_blocks():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    size = 2**26  # 16,384 pages, beyond the limit that glibc raises by itself
+    for _ in range(10):
+        block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+        ctypes.memset(block, 1, size)
+        libc.free(block)
+
+use_large_blocks()
+thread = threading.Thread(target=use_large_blocks)
+thread.start()
+thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def faults(mode):
+    command = [sys.executable, "-c", COUNT_FAULTS, mode]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about glibc")
+def test_large_blocks_are_used_again_without_touching_new_pages():
+    given_back, kept = faults("given back"), faults("kept")
+    # Of 20 blocks, at most one a thread is new.
+    assert given_back > kept + 18 * 16384
