@@ -134,6 +134,12 @@ class Job:
             f"{len(d.evaluation)} {config.eval.split} images, {len(d.classes)} classes; "
             f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
         )
+        if untrained := deeplab.untrained_rates(config.model, tuple(config.data.crop)):
+            self._say(
+                f"Warning: crops of {config.data.crop[1]}x{config.data.crop[0]} are too small to "
+                f"train the outer taps of model.aspp_rates {untrained}, which larger images will "
+                "meet: lower these rates or enlarge data.crop."
+            )
 
     def _check_batches(self) -> None:
         """Every batch divides over the devices; said before anything is trained."""

@@ -213,3 +213,20 @@ def input_mean(model_config: Any) -> np.ndarray:
     """The mean colour that padding has, uint8 [3]: what normalises to about 0."""
     mean, _ = INPUT_NORMALIZATIONS[input_normalization(model_config)]
     return np.round(mean).astype(np.uint8)
+
+
+def untrained_rates(model_config: Any, crop: tuple[int, int]) -> tuple[int, ...]:
+    """The rates of `config.model.aspp_rates` whose outer taps meet padding alone in every crop.
+
+    No gradient reaches those taps, and evaluation on larger images then uses them as they were
+    drawn. On CamVid at 240x180, crops of 128x160 with rates 6, 12 and 18 scored 27.6 % mIoU for
+    that reason.
+
+    Args:
+        model_config: `config.model`.
+        crop: (height, width) in pixels.
+    """
+    stride = model_config.output_stride
+    smallest = min(-(-side // stride) for side in crop)
+    widen = 2 if stride == 8 else 1
+    return tuple(rate for rate in model_config.aspp_rates if rate * widen >= smallest)

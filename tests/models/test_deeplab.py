@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import copy_weak_to_strong, for_inference
 from tests.conftest import tiny_config
@@ -118,3 +119,19 @@ def test_bfloat16_compute_keeps_parameters_and_statistics_in_float32():
     made = jax.eval_shape(lambda: model.init(jax.random.key(0), random_images(2), "both"))
     assert {v.dtype for v in jax.tree.leaves(made)} == {jnp.dtype("float32")}
     assert jax.eval_shape(model.apply, made, random_images(1)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("stride", "crop", "expected"),
+    [
+        (16, (769, 769), ()),  # features of 49x49
+        (16, (128, 160), (12, 18)),  # 8x10
+        (16, (289, 400), ()),  # 19x25, of which rate 18 still meets the first and last rows
+        (16, (288, 400), (18,)),
+        (8, (145, 200), (12, 18)),  # 19x25, and rates doubled
+    ],
+)
+def test_rates_that_a_crop_cannot_train(stride, crop, expected):
+    model = default.get_config().model
+    model.output_stride = stride
+    assert deeplab.untrained_rates(model, crop) == expected
