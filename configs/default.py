@@ -225,8 +225,13 @@ def pseudo() -> ConfigDict:
     pseudo.average = "softmax"
     # Pixels whose largest averaged probability is below become 255; 0 for none, below 1.
     pseudo.min_confidence = 0.0
+    # As eval.window and eval.window_stride; what images are padded to is eval.pad_to here too.
+    pseudo.window = ()
+    pseudo.window_stride = ()
     # Images labelled at a time, a multiple of the number of devices.
     pseudo.batch = 8
+    # Also keep each pixel's confidence, as grey PNGs: 255 times the largest probability.
+    pseudo.keep_confidence = False
     return pseudo
 
 
@@ -237,6 +242,13 @@ def evaluation() -> ConfigDict:
     evaluation.split = "val"
     evaluation.scales = (1.0,)
     evaluation.flip = False
+    # Scaled images larger than (height, width) pixels are seen through windows of that size whose
+    # logits are averaged, every `window_stride` (down, across) pixels; () and () for whole images.
+    evaluation.window = ()
+    evaluation.window_stride = ()
+    # Where a set has more than 8 sizes of image, a side is padded to a multiple of this, in pixels,
+    # so that few programs are compiled; 1 for never.
+    evaluation.pad_to = 128
     # Images evaluated at a time, a multiple of the number of devices.
     evaluation.batch = 8
     # Steps between evaluations inside a stage; 0 for its end alone.

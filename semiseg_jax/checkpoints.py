@@ -1,6 +1,7 @@
 """Checkpoints of a stage (orbax), and the final weights (safetensors)."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,29 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
+
+    def newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
+        """The newest checkpoint that can be read, and its step; None where there is none.
+
+        Those that cannot be read are removed: the steps since the one before are done again.
+
+        Args:
+            like: as for `restore`.
+            say: takes a line about each one that is removed.
+
+        Raises:
+            UserError: the checkpoint has other names, shapes or dtypes.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self.restore(step, like)
+            except UserError:
+                raise
+            except Exception as error:  # orbax and tensorstore have many.
+                reason = str(error).strip().splitlines()[0][:100]
+                say(f"the checkpoint of step {step} is damaged ({reason}): it is removed")
+                self._manager.delete(step)
+        return None
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state of a step; once the arrays are copied, the rest goes on behind."""

@@ -1,7 +1,6 @@
 """mIoU of a network on whole images, every pixel counted exactly once."""
 
 import dataclasses
-import hashlib
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
+from semiseg_jax import interruption, metrics, provenance
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import metrics
 from semiseg_jax.data.labels import IGNORE
-from semiseg_jax.data.pipeline import image_batches
+from semiseg_jax.data.pipeline import image_batches, padding_for
 from semiseg_jax.data.sources import Dataset
 from semiseg_jax.inference import Predictor
 from semiseg_jax.state import Variables, for_inference
@@ -47,13 +46,35 @@ class Score:
 
 
 class Evaluator:
-    """Evaluates on the evaluation set by the protocol of `config.eval`."""
+    """Evaluates on the evaluation set by the protocol of `config.eval`.
 
-    def __init__(self, model: nn.Module, dataset: Dataset, eval_config: Any, mesh: Mesh):
+    Attributes:
+        pad_to: what sides are padded to multiples of, in pixels; 1 for no padding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        eval_config: Any,
+        mesh: Mesh,
+        colour: UInt8[np.ndarray, "3"],
+        asked: interruption.Asked = interruption.never,
+    ):
+        self.pad_to = padding_for(dataset.evaluation, eval_config.pad_to)
         self._dataset = dataset
         self._mesh = mesh
         self._batch = eval_config.batch
-        self._predictor = Predictor(model, mesh, eval_config.scales, eval_config.flip)
+        self._colour = colour
+        self._asked = asked
+        self._predictor = Predictor(
+            model,
+            mesh,
+            eval_config.scales,
+            eval_config.flip,
+            window=eval_config.window,
+            window_stride=eval_config.window_stride,
+        )
         self._count = jax.jit(
             lambda probabilities, labels: metrics.confusion_matrix(
                 jnp.argmax(probabilities, axis=-1), labels, len(dataset.classes), IGNORE
@@ -62,12 +83,21 @@ class Evaluator:
         )
 
     def __call__(self, variables: Variables) -> Score:
-        """Scores the network with its weak norm."""
+        """Scores the network with its weak norm.
+
+        Raises:
+            UserError: an image or mask is missing or damaged.
+            Interrupted: that was asked for.
+        """
         variables = for_inference(variables)
         size = len(self._dataset.classes)
         total = np.zeros((size, size), np.int64)
         counting = None
-        for batch in image_batches(self._dataset.evaluation, self._dataset, self._batch):
+        batches = image_batches(
+            self._dataset.evaluation, self._dataset, self._batch, self.pad_to, self._colour
+        )
+        for batch in batches:
+            interruption.stop_if(self._asked)
             arrays = mesh_lib.to_devices({"image": batch.image, "label": batch.label}, self._mesh)
             counts = self._count(self._predictor(variables, arrays["image"]), arrays["label"])
             # The last batch's counts are fetched while the device works on this one.
@@ -80,23 +110,23 @@ class Evaluator:
 
 
 # What must agree before two mIoU stand in one table; a row's protocol says more.
-COMPARED = ("data", "split", "scales", "flip", "window", "selection", "split_hash")
+COMPARED = ("data", "split", "scales", "flip", "window", "pad_to", "selection", "split_hash")
 
 
-def protocol(config: Any, dataset: Dataset) -> dict[str, Any]:
+def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
     """How a result was obtained; stands on its row."""
+    window = {"size": list(config.eval.window), "stride": list(config.eval.window_stride)}
     return {
         "data": dataset.name,
         "split": config.eval.split,
         "scales": list(config.eval.scales),
         "flip": config.eval.flip,
-        "window": "whole",
+        "window": window if config.eval.window else "whole",
+        "pad_to": pad_to,
         "selection": "last",
         "split_hash": dataset.split_hash,
         "seed": config.seed,
-        "config_hash": hashlib.sha256(
-            config.to_json_best_effort(sort_keys=True).encode()
-        ).hexdigest()[:16],
+        "config_hash": provenance.config_hash(config),
     }
 
 

@@ -1,13 +1,15 @@
-"""Class probabilities of whole images, averaged over scales and mirror images."""
+"""Class probabilities of images, whole or by sliding window, averaged over scales and mirrors."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.deeplab import normalize
@@ -18,6 +20,23 @@ from semiseg_jax.state import Variables
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     """(height, width) times scale, rounded, in pixels."""
     return max(round(scale * size[0]), 1), max(round(scale * size[1]), 1)
+
+
+def window_starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows along one axis begin, in pixels: every `stride`, and the last at the end."""
+    return [*range(0, max(size - window, 0), stride), max(size - window, 0)]
+
+
+def window_weights(window: Sequence[int]) -> Float[np.ndarray, "h w 1"]:
+    """What a window's pixels weigh where windows overlap: most in its middle, little at its rim.
+
+    The product of a tent along each axis: at a rim the weight is next to nothing, so that no seam
+    shows where a window begins.
+    """
+    tents = (
+        np.minimum(np.arange(n) + 0.5, n - np.arange(n) - 0.5).astype(np.float32) for n in window
+    )
+    return np.multiply.outer(*tents)[..., None]
 
 
 class Predictor:
@@ -31,6 +50,9 @@ class Predictor:
         scales: multiples of the image size.
         flip: see the mirrored image too.
         average: "softmax" averages probabilities; "logits" logits, one softmax at the end.
+        window: (height, width) in pixels of the scaled image; where that is larger, the network
+            sees it through windows of this size, whose logits are averaged. () for never.
+        window_stride: pixels between neighbouring windows, (down, across).
     """
 
     def __init__(
@@ -40,12 +62,16 @@ class Predictor:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         average: Literal["softmax", "logits"] = "softmax",
+        window: Sequence[int] = (),
+        window_stride: Sequence[int] = (),
     ):
         self.model = model
         self.mesh = mesh
         self.scales = tuple(scales)
         self.flip = flip
         self.average = average
+        self.window = tuple(window)
+        self.window_stride = tuple(window_stride)
         whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
         self._add = jax.jit(
             self._add_scale,
@@ -93,13 +119,45 @@ class Predictor:
             # Each mirror image beside its original: one pass for both, and no image leaves its
             # device.
             x = jnp.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, *x.shape[1:])
-        logits = self.model.apply(variables, x, domain="weak", train=False)
-        logits = resize(logits.astype(jnp.float32), size, align)
+        logits = resize(self._logits(variables, x), size, align)
         scores = jax.nn.softmax(logits) if self.average == "softmax" else logits
         if self.flip:
             pairs = scores.reshape(-1, 2, *scores.shape[1:])
             scores = pairs[:, 0] + pairs[:, 1, :, ::-1]
         return total + scores
+
+    def _logits(
+        self, variables: Variables, x: Float[Array, "n h w 3"]
+    ) -> Float[Array, "n h w classes"]:
+        """float32 logits of normalised images, through windows where they are too large."""
+
+        def apply(x: Float[Array, "n wh ww 3"]) -> Float[Array, "n wh ww classes"]:
+            logits = self.model.apply(variables, x, domain="weak", train=False)
+            return logits.astype(jnp.float32)
+
+        count, *size, _ = x.shape
+        if not self.window or all(n <= w for n, w in zip(size, self.window, strict=True)):
+            return apply(x)
+        window = [min(n, w) for n, w in zip(size, self.window, strict=True)]
+        starts = map(window_starts, size, window, self.window_stride)
+        corners = np.array(list(itertools.product(*starts)), np.int32)
+        weights = window_weights(window)
+        covered = np.zeros((*size, 1), np.float32)
+        for top, left in corners:
+            covered[top : top + window[0], left : left + window[1]] += weights
+
+        def add(
+            total: Float[Array, "n h w classes"], corner: Int32[Array, "2"]
+        ) -> tuple[Float[Array, "n h w classes"], None]:
+            place = (0, corner[0], corner[1], 0)
+            seen = apply(jax.lax.dynamic_slice(x, place, (count, *window, 3))) * weights
+            before = jax.lax.dynamic_slice(total, place, seen.shape)
+            return jax.lax.dynamic_update_slice(total, before + seen, place), None
+
+        # One window after the other: the activations of one are all that memory must hold.
+        nothing = jnp.zeros((count, *size, self.model.num_classes), jnp.float32)
+        total, _ = jax.lax.scan(add, nothing, jnp.asarray(corners))
+        return total / covered
 
     def _average(self, total: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
         mean = total / (len(self.scales) * (2 if self.flip else 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from semiseg_jax import memory
+from semiseg_jax import interruption, memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -62,9 +62,14 @@ def main(argv: list[str]) -> None:
     try:
         settings.check(_CONFIG.value)
         mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
-        rounds.run(_CONFIG.value, _WORKDIR.value or f"runs/{settings.run_name(config_path)}")
+        workdir = _WORKDIR.value or f"runs/{settings.run_name(config_path)}"
+        with interruption.by_signals() as asked:
+            rounds.run(_CONFIG.value, workdir, asked)
     except UserError as error:
         sys.exit(f"Error: {error}")
+    except interruption.Interrupted:
+        print("Interrupted: start the same command again to go on.", file=sys.stderr)
+        sys.exit(interruption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Source: ICCV 2021, section 3.1: arg max of the teacher's class probabilities on 
 averaged over scales and mirror images.
 """
 
+import functools
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -17,28 +19,54 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
+from PIL import Image
 
+from semiseg_jax import interruption, provenance
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import labels
-from semiseg_jax.data.pipeline import image_batches
+from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset, Example
 from semiseg_jax.errors import UserError
 from semiseg_jax.inference import Predictor
 from semiseg_jax.state import Variables, for_inference
 
 MANIFEST = "manifest.json"
+# Beside the labels' folder, because the images' ids name what is in that.
+CONFIDENCE = "pseudo_confidence"
+
+# What is said of a set of label maps; see `Labeler.__call__`.
+Manifest = dict[str, Any]
 
 
 class Labeler:
     """Labels images by the settings of `config.pseudo`; compiled once, used every round."""
 
-    def __init__(self, model: nn.Module, dataset: Dataset, pseudo_config: Any, mesh: Mesh):
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        config: Any,
+        mesh: Mesh,
+        colour: UInt8[np.ndarray, "3"],
+        asked: interruption.Asked = interruption.never,
+    ):
+        """The whole config is for its hash in the manifest; `pseudo` and `eval.pad_to` are read."""
         self._dataset = dataset
-        self._config = pseudo_config
+        self._config = config.pseudo
+        self._config_hash = provenance.config_hash(config)
         self._mesh = mesh
+        self._colour = colour
+        self._asked = asked
+        self._pad_to = padding_for(dataset.unlabeled, config.eval.pad_to)
         self._predictor = Predictor(
-            model, mesh, pseudo_config.scales, pseudo_config.flip, pseudo_config.average
+            model,
+            mesh,
+            self._config.scales,
+            self._config.flip,
+            self._config.average,
+            self._config.window,
+            self._config.window_stride,
         )
         self._decide = jax.jit(self._most_likely)
 
@@ -48,41 +76,73 @@ class Labeler:
         teacher: str,
         folder: epath.PathLike,
         progress: Callable[[int, int], None],
-    ) -> None:
+        say: Callable[[str], None],
+    ) -> Manifest:
         """Writes a label map for each unlabelled image, and last the manifest.
 
-        Goes on where an earlier call stopped; does nothing where one ended.
+        Goes on where an earlier call stopped. Where one ended, every file is read again, and those
+        that are missing or not as they were written are made again.
 
         Args:
             variables: of the teacher; its weak norm is read.
             teacher: its name for the manifest, such as "round_0/teacher, step 500".
             folder: to write into.
             progress: called with (images done, images in all).
+            say: prints a line.
+
+        Returns:
+            The manifest: whose labels these are, and of each image the file's hash, its size, the
+            count of pixels of each label, and the mean confidence.
 
         Raises:
             UserError: the folder holds the labels of another teacher or of other settings.
+            Interrupted: that was asked for; what is labelled is on disk.
         """
         folder = epath.Path(folder)
         variables = for_inference(variables)
-        made_by = {
-            "teacher": teacher,
-            "teacher_hash": variables_hash(variables),
-            "scales": list(self._config.scales),
-            "flip": self._config.flip,
-            "average": self._config.average,
-            "min_confidence": self._config.min_confidence,
-            "classes": list(self._dataset.classes),
-        }
-        if _is_complete(folder, made_by, self._dataset.unlabeled):
-            return
+        made_by = self._made_by(variables, teacher)
         stamp = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-        todo = [e for e in self._dataset.unlabeled if not _is_labeled(folder, e, stamp)]
+        manifest = _read_manifest(folder, made_by)
+        with futures.ThreadPoolExecutor() as pool:
+            if manifest is None:
+                good = pool.map(lambda e: _is_labeled(folder, e, stamp), self._dataset.unlabeled)
+            else:
+                images = manifest["images"]
+                good = pool.map(
+                    lambda e: _is_as_written(folder, e, images.get(e.id)), self._dataset.unlabeled
+                )
+            todo = [e for e, fine in zip(self._dataset.unlabeled, good, strict=True) if not fine]
+        if manifest is not None:
+            if not todo:
+                return manifest
+            say(f"{len(todo)} label maps are missing or damaged, {todo[0].id} first: made again")
         self._label(variables, todo, folder, stamp, progress)
         with futures.ThreadPoolExecutor() as pool:
-            read = pool.map(lambda e: (e.id, _description(folder, e)), self._dataset.unlabeled)
-            images = dict(read)
-        manifest = made_by | {"stamp": stamp, "images": images}
+            described = pool.map(lambda e: (e.id, _description(folder, e)), self._dataset.unlabeled)
+            images = dict(described)
+        manifest = made_by | {
+            "stamp": stamp,
+            "code_version": provenance.code_version(),
+            "config_hash": self._config_hash,
+            "images": images,
+        }
         labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        return manifest
+
+    def _made_by(self, variables: Variables, teacher: str) -> dict[str, Any]:
+        """All that the labels follow from, besides the images."""
+        config = self._config
+        return {
+            "teacher": teacher,
+            "teacher_hash": variables_hash(variables),
+            "scales": list(config.scales),
+            "flip": config.flip,
+            "average": config.average,
+            "min_confidence": config.min_confidence,
+            "window": [list(config.window), list(config.window_stride)],
+            "pad_to": self._pad_to,
+            "classes": list(self._dataset.classes),
+        }
 
     def _label(
         self,
@@ -92,36 +152,54 @@ class Labeler:
         stamp: str,
         progress: Callable[[int, int], None],
     ) -> None:
+        """Images are read ahead, and files written, while the devices are at a batch."""
         total = len(self._dataset.unlabeled)
         done = total - len(todo)
+        batches = image_batches(todo, self._dataset, self._config.batch, self._pad_to, self._colour)
         with futures.ThreadPoolExecutor() as pool:
             writing: list[futures.Future] = []
-            for batch in image_batches(todo, self._dataset, self._config.batch):
-                images = mesh_lib.to_devices({"image": batch.image}, self._mesh)["image"]
-                classes, confidence = self._decide(self._predictor(variables, images))
-                # The files of the last batch are written while the device is at this one.
+            for batch, decided in _one_behind(batches, functools.partial(self._start, variables)):
                 for future in writing:
                     future.result()
-                classes, confidence = np.asarray(classes), np.asarray(confidence)
-                writing = [
-                    pool.submit(self._write, folder, name, classes[i], float(confidence[i]), stamp)
-                    for i, name in enumerate(batch.ids)
-                ]
+                interruption.stop_if(self._asked)
+                classes, means, confidence = (np.asarray(part) for part in decided)
+                writing = []
+                for i, name in enumerate(batch.ids):
+                    height, width = batch.sizes[i]
+                    cut = (i, slice(height), slice(width))
+                    if confidence.size:
+                        path = folder.parent / CONFIDENCE / f"{name}.png"
+                        writing.append(pool.submit(_write_grey, path, confidence[cut]))
+                    mean = float(means[i])
+                    writing.append(
+                        pool.submit(self._write, folder, name, classes[cut], mean, stamp)
+                    )
                 done += len(batch.ids)
                 progress(done, total)
             for future in writing:
                 future.result()
 
+    def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
+        """Sets the devices to work on a batch."""
+        arrays = mesh_lib.to_devices({"image": batch.image, "size": batch.sizes}, self._mesh)
+        return self._decide(self._predictor(variables, arrays["image"]), arrays["size"])
+
     def _most_likely(
-        self, probabilities: Float[Array, "n h w classes"]
-    ) -> tuple[UInt8[Array, "n h w"], Float[Array, " n"]]:
-        """Class ids, IGNORE where the confidence is too low; and each image's mean confidence."""
+        self, probabilities: Float[Array, "n h w classes"], sizes: Int32[Array, "n 2"]
+    ) -> tuple[UInt8[Array, "n h w"], Float[Array, " n"], UInt8[Array, "n _ _"]]:
+        """Class ids, IGNORE where the confidence is too low; each image's mean confidence; and, if
+        that is kept, the confidence of each pixel as 0..255."""
         confidence = jnp.max(probabilities, axis=-1)
         classes = jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
         if self._config.min_confidence > 0:
             sure = confidence >= self._config.min_confidence
             classes = jnp.where(sure, classes, jnp.uint8(labels.IGNORE))
-        return classes, jnp.mean(confidence, axis=(1, 2))
+        rows, columns = (jnp.arange(n) for n in confidence.shape[1:])
+        inside = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
+        pixels = jnp.maximum(jnp.sum(inside, axis=(1, 2)), 1)
+        mean = jnp.sum(confidence * inside, axis=(1, 2)) / pixels
+        kept = jnp.round(255 * confidence).astype(jnp.uint8)
+        return classes, mean, kept if self._config.keep_confidence else kept[:, :0, :0]
 
     def _write(
         self, folder: epath.Path, name: str, classes: np.ndarray, confidence: float, stamp: str
@@ -136,6 +214,26 @@ class Labeler:
         labels.write_bytes(folder / f"{name}.png", png)
 
 
+def _one_behind(
+    batches: Iterable[ImageBatch], start: Callable[[ImageBatch], Any]
+) -> Iterator[tuple[ImageBatch, Any]]:
+    """(batch, what was started for it), each once the next one is started too."""
+    before = None
+    for batch in batches:
+        started = (batch, start(batch))
+        if before is not None:
+            yield before
+        before = started
+    if before is not None:
+        yield before
+
+
+def _write_grey(path: epath.Path, pixels: UInt8[np.ndarray, "h w"]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    labels.write_bytes(path, buffer.getvalue())
+
+
 def variables_hash(variables: Variables) -> str:
     """16 hex digits that name these very weights."""
     digest = hashlib.sha256()
@@ -146,19 +244,22 @@ def variables_hash(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_complete(folder: epath.Path, made_by: dict[str, Any], examples: Sequence[Example]) -> bool:
-    """Whether the folder's manifest is there, of this teacher, and of these images."""
+def _read_manifest(folder: epath.Path, made_by: dict[str, Any]) -> Manifest | None:
+    """The folder's manifest, if it has one, which must be of this teacher and these settings."""
     path = folder / MANIFEST
     if not path.exists():
-        return False
-    manifest = json.loads(path.read_text())
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        return None  # Damaged: made again from the files.
     for key, value in made_by.items():
         if manifest.get(key) != value:
             raise UserError(
                 f"The pseudo-labels in {folder} were made with {key}={manifest.get(key)!r}, this "
                 f"run has {value!r}: remove that folder to make them again."
             )
-    return manifest["images"].keys() == {e.id for e in examples}
+    return manifest
 
 
 def _is_labeled(folder: epath.Path, example: Example, stamp: str) -> bool:
@@ -172,9 +273,29 @@ def _is_labeled(folder: epath.Path, example: Example, stamp: str) -> bool:
         return False
 
 
+def _is_as_written(folder: epath.Path, example: Example, entry: dict[str, Any] | None) -> bool:
+    """Whether the image's label map is the one in the manifest, and of the image's size."""
+    path = folder / f"{example.id}.png"
+    if entry is None or not path.exists():
+        return False
+    if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != entry["sha256"]:
+        return False
+    size = labels.image_size(example.image)
+    if list(size) != entry["size"]:
+        height, width = entry["size"]
+        raise UserError(
+            f"{example.image} is {size[1]}x{size[0]}, its pseudo-label in {folder} {width}x"
+            f"{height}: the image was changed; restore it, or remove that folder to label again."
+        )
+    return True
+
+
 def _description(folder: epath.Path, example: Example) -> dict[str, Any]:
-    text = labels.read_text(folder / f"{example.id}.png")
+    path = folder / f"{example.id}.png"
+    text = labels.read_text(path)
     return {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "size": list(labels.image_size(path)),
         "mean_confidence": float(text["mean_confidence"]),
         "histogram": json.loads(text["histogram"]),
     }

@@ -14,8 +14,8 @@ from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.evaluate import Score, comparable
 
 Row = dict[str, Any]
-# What tells one row from another; a row made again takes the place of the old one.
-KEY = ("stage", "round", "step", "split", "seed")
+# What tells one row from another, beside the protocol; a row made again takes the old one's place.
+KEY = ("stage", "round", "step", "seed")
 
 
 class Results:
@@ -36,10 +36,19 @@ class Results:
         """The ends of stages, in the order they were first written."""
         return self._content["rows"]
 
+    @property
+    def curve(self) -> list[Row]:
+        """The evaluations inside stages."""
+        return self._content["curve"]
+
     def add(self, row: Row, final: bool) -> None:
-        """Adds a row, or puts it in the place of the one with the same KEY, and writes."""
+        """Adds a row, or puts it in the place of that of the same KEY and protocol, and writes."""
         rows = self._content["rows" if final else "curve"]
-        same = [i for i, old in enumerate(rows) if all(old[k] == row[k] for k in KEY)]
+        same = [
+            i
+            for i, old in enumerate(rows)
+            if all(old[k] == row[k] for k in KEY) and comparable(old["protocol"], row["protocol"])
+        ]
         if same:
             rows[same[0]] = row
         else:
@@ -67,16 +76,18 @@ def make_row(stage: str, round_: int, step: int, seed: int, score: Score, protoc
 def print_table(rows: Sequence[Row], classes: Sequence[str], console: Console) -> None:
     """A column a stage: mIoU, its gain over the teacher, IoU by class; in percent.
 
-    Rows whose protocol is not that of the first one are left out.
+    Raises:
+        ValueError: the rows are of different protocols.
     """
-    rows = [row for row in rows if comparable(row["protocol"], rows[0]["protocol"])]
     if not rows:
         return
+    if not all(comparable(row["protocol"], rows[0]["protocol"]) for row in rows):
+        raise ValueError("rows of different protocols do not belong into one table")
     split, teacher = rows[0]["split"], next((r for r in rows if r["stage"] == "teacher"), None)
     table = Table(box=box.SIMPLE_HEAD, title=f"Results on {split}, in %")
     table.add_column("", no_wrap=True)
     for row in rows:
-        name = f"student {row['round']}" if row["stage"] == "student" else row["stage"]
+        name = row["stage"] if row["stage"] == "teacher" else f"{row['stage']} {row['round']}"
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("mIoU", *(f"{100 * row['miou']:.2f}" for row in rows), style="bold")
     if teacher:

@@ -9,6 +9,7 @@ Source: Yuan et al., ICCV 2021, algorithm 1.
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,12 +20,13 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from rich.console import Console
 
-from semiseg_jax import checkpoints, evaluate, optim, steps
+from semiseg_jax import checkpoints, evaluate, health, interruption, optim, steps
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax import train as training
 from semiseg_jax.data import pipeline, sources, streams
 from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.data.splits import split_hash
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.pseudo_labels import Labeler
@@ -32,33 +34,58 @@ from semiseg_jax.results import Results, make_row, print_table
 from semiseg_jax.state import Variables
 
 DONE = "DONE"
+PSEUDO_LABELS = "pseudo_labels"
+# Keys beside those of `eval` that may change while a run goes on: no stage's result follows from
+# them. (Images that moved to another root are the same by id, see `refuse_other_data`.)
+FREE = frozenset(
+    {
+        "data.root",
+        "data.cache_dir",
+        "data.prefetch",
+        "data.threads",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.profile_at",
+        "rounds.control",
+    }
+)
 STAGE_SEEDS = {"teacher": 0, "student": 1, "control": 2}
 
 
-def run(config: Any, workdir: epath.PathLike) -> Results:
+def run(
+    config: Any, workdir: epath.PathLike, asked: interruption.Asked = interruption.never
+) -> Results:
     """Runs Algorithm 1 as configured, from wherever the workdir stands.
 
     Args:
         config: as configs/default.py declares it.
         workdir: for everything that is written.
+        asked: whether to stop (see `interruption`).
 
     Returns:
         The rows of results.json.
 
     Raises:
-        UserError: bad data or config, or a workdir of another config.
+        UserError: bad data or config, or a workdir of another config or of other data.
+        Interrupted: that was asked for; the same call goes on.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config)
-    job = Job(config, workdir)
+    job = Job(config, workdir, asked)
     # Only now: a run that could not start leaves the folder to its corrected config.
     keep_config(workdir, config)
-    teacher = job.train("teacher", 0)
+    keep_data(workdir, job.dataset)
+    first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
-        pseudo = job.label(teacher) if job.takes_pseudo_labels else None
-        teacher = job.train("student", round_, teacher, pseudo)
+        student = job.finished("student", round_)
+        if student is None:
+            pseudo = job.label(teacher) if job.takes_pseudo_labels else None
+            student = job.train("student", round_, teacher, pseudo)
+        teacher = student
     if config.rounds.control and config.rounds.count:
-        job.train("control", 0, job.result("teacher", 0))
+        # As long as all students together, from the same teacher.
+        rounds = config.rounds.count
+        job.finished("control", rounds) or job.train("control", rounds, first)
     job.keep_model(teacher)
     job.print_table()
     return job.results
@@ -76,7 +103,14 @@ class Trained:
 class Network:
     """A network with what is compiled for it, shared by every stage that uses it."""
 
-    def __init__(self, config: Any, backbone: str, dataset: sources.Dataset, mesh: Mesh):
+    def __init__(
+        self,
+        config: Any,
+        backbone: str,
+        dataset: sources.Dataset,
+        mesh: Mesh,
+        asked: interruption.Asked,
+    ):
         model_config = config.model.copy_and_resolve_references()
         if backbone != model_config.backbone:
             model_config.backbone = backbone
@@ -85,8 +119,9 @@ class Network:
         model_config.input_normalization = deeplab.input_normalization(model_config)
         self.model_config = model_config
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
-        self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh)
-        self.label = Labeler(self.model, dataset, config.pseudo, mesh)
+        colour = deeplab.input_mean(model_config)
+        self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
+        self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
         self._shapes = state_lib.variable_shapes(self.model)
         self._config = config
         self._mesh = mesh
@@ -110,15 +145,17 @@ class Network:
 class Job:
     """One run of Algorithm 1 over a workdir."""
 
-    def __init__(self, config: Any, workdir: epath.Path):
+    def __init__(self, config: Any, workdir: epath.Path, asked: interruption.Asked):
         self._config = config
+        self._asked = asked
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         self._console = Console(highlight=False, soft_wrap=True)
-        self._dataset = sources.load(config)
+        self.dataset = sources.load(config)
+        refuse_other_data(workdir, self.dataset)
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
-        if self.takes_pseudo_labels and not self._dataset.unlabeled:
+        if self.takes_pseudo_labels and not self.dataset.unlabeled:
             raise UserError(
                 "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
                 "or train the teacher alone with rounds.count=0."
@@ -128,7 +165,7 @@ class Job:
         self._num_stages += bool(config.rounds.control and config.rounds.count)
         self._stage_number = 0
         self.results = Results(workdir / "results.json")
-        d = self._dataset
+        d = self.dataset
         self._say(
             f"{d.name}: {len(d.labeled)} labelled, {len(d.unlabeled)} unlabelled, "
             f"{len(d.evaluation)} {config.eval.split} images, {len(d.classes)} classes; "
@@ -155,7 +192,7 @@ class Job:
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
-        return Network(self._config, backbone, self._dataset, self._mesh)
+        return Network(self._config, backbone, self.dataset, self._mesh, self._asked)
 
     def _backbone(self, kind: str) -> str:
         student = self._config.rounds.student_model if kind == "student" else ""
@@ -166,11 +203,29 @@ class Job:
         num_steps = {
             "teacher": config.train.teacher_steps,
             "student": config.train.steps,
-            "control": config.train.steps * config.rounds.count,
+            "control": config.train.steps * round_,
         }[kind]
         seed = streams.stage_seed(config.seed, round_, STAGE_SEEDS[kind])
         folder = self._workdir / f"round_{round_}" / kind
         return training.Stage(kind, round_, num_steps, seed, folder)
+
+    def finished(self, kind: str, round_: int) -> Trained | None:
+        """A stage that is done, with a result by the present protocol; else None."""
+        stage = self._stage(kind, round_)
+        if not (stage.folder / DONE).exists():
+            return None
+        say = self._begin(stage.name, skipped=int(kind == "student" and self.takes_pseudo_labels))
+        network = self._network(self._backbone(kind))
+        program = network.program(kind, stage.steps)
+        variables = training.restore(stage, program, self._mesh, say)
+        if variables is None:
+            say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
+            self._stage_number -= 1 + int(kind == "student" and self.takes_pseudo_labels)
+            return None
+        say("done before")
+        if self._row(stage) is None:
+            self._score(stage, network, say, stage.steps, variables)
+        return Trained(stage, variables, network)
 
     def train(
         self,
@@ -179,29 +234,13 @@ class Job:
         teacher: Trained | None = None,
         pseudo: epath.Path | None = None,
     ) -> Trained:
-        """Trains and evaluates one stage, or takes it as done."""
+        """Trains and evaluates one stage, from wherever it stands."""
         stage = self._stage(kind, round_)
         network = self._network(self._backbone(kind))
-        say = self._begin(f"{stage.name}, {stage.steps} steps")
-        if (stage.folder / DONE).exists():
-            say("done before")
-            trained = self.result(kind, round_)
-            if self._row(stage) is not None:
-                return trained
-            variables = trained.variables
-        else:
-            variables = self._train(stage, network, teacher, pseudo, say)
-        score = network.evaluate(variables)
-        self._report(stage, stage.steps, score)
-        say(f"mIoU {100 * score.miou:.2f} on {self._config.eval.split}")
+        say = self._begin(stage.name, f"{stage.steps} steps")
+        variables = self._train(stage, network, teacher, pseudo, say)
+        self._score(stage, network, say, stage.steps, variables)
         write_bytes(stage.folder / DONE, b"")
-        return Trained(stage, variables, network)
-
-    def result(self, kind: str, round_: int) -> Trained:
-        """A stage that is done, from its last checkpoint."""
-        stage = self._stage(kind, round_)
-        network = self._network(self._backbone(kind))
-        variables = training.restore(stage, network.program(kind, stage.steps), self._mesh)
         return Trained(stage, variables, network)
 
     def _train(
@@ -215,11 +254,11 @@ class Job:
         config = self._config
         program = network.program(stage.kind, stage.steps)
         logging.info("Parameters by rule:\n%s", optim.table(program.shapes["params"]))
-        examples = pipeline.pseudo_examples(self._dataset, pseudo) if pseudo else ()
+        examples = pipeline.pseudo_examples(self.dataset, pseudo) if pseudo else ()
         batches = functools.partial(
             pipeline.train_batches,
             config,
-            self._dataset,
+            self.dataset,
             examples,
             program.streams,
             stage.seed,
@@ -231,12 +270,12 @@ class Job:
             program,
             start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
-            evaluate=network.evaluate,
-            report=functools.partial(self._report, stage, final=False),
+            score=functools.partial(self._score, stage, network, say),
             say=say,
             train_config=config.train,
             eval_every=config.eval.every,
             mesh=self._mesh,
+            asked=self._asked,
         )
 
     def _start(
@@ -260,8 +299,8 @@ class Job:
         return teacher.variables
 
     def label(self, teacher: Trained) -> epath.Path:
-        """The teacher's pseudo-labels; their folder."""
-        folder = teacher.stage.folder / "pseudo_labels"
+        """The teacher's pseudo-labels, checked; their folder."""
+        folder = teacher.stage.folder / PSEUDO_LABELS
         say = self._begin(f"pseudo-labels of {teacher.stage.name}")
 
         def progress(done: int, total: int) -> None:
@@ -270,7 +309,13 @@ class Job:
                 say(f"{done}/{total} images")
 
         name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {teacher.stage.steps}"
-        teacher.network.label(teacher.variables, name, folder, progress)
+        manifest = teacher.network.label(teacher.variables, name, folder, progress, say)
+        before = None
+        if teacher.stage.kind == "student":
+            kind = "student" if teacher.stage.round > 1 else "teacher"
+            before = self._stage(kind, teacher.stage.round - 1).folder / PSEUDO_LABELS
+        for line in health.check(folder, manifest, self.dataset, before):
+            say(line)
         return folder
 
     def keep_model(self, final: Trained) -> None:
@@ -278,13 +323,13 @@ class Job:
         row = self._row(final.stage)
         assert row is not None  # every stage that ends has written one
         description = {
-            "classes": list(self._dataset.classes),
-            "palette": [list(colour) for colour in self._dataset.palette],
+            "classes": list(self.dataset.classes),
+            "palette": [list(colour) for colour in self.dataset.palette],
             "model": final.network.model_config.to_dict(),
             "trained_on": {
-                "data": self._dataset.name,
-                "labeled": len(self._dataset.labeled),
-                "unlabeled": len(self._dataset.unlabeled),
+                "data": self.dataset.name,
+                "labeled": len(self.dataset.labeled),
+                "unlabeled": len(self.dataset.unlabeled),
             },
             "miou": row["miou"],
             "protocol": row["protocol"],
@@ -296,32 +341,54 @@ class Job:
 
     def print_table(self) -> None:
         """The rows of this run, for a person."""
-        print_table(self.results.rows, self._dataset.classes, self._console)
+        protocol = self._protocol(self._network(self._config.model.backbone))
+        rows = [r for r in self.results.rows if evaluate.comparable(r["protocol"], protocol)]
+        print_table(rows, self.dataset.classes, self._console)
 
-    def _row(self, stage: training.Stage) -> dict[str, Any] | None:
-        """The result of a stage's end, if there is one."""
-        key = (stage.kind, stage.round, stage.steps)
-        rows = self.results.rows
-        return next((r for r in rows if (r["stage"], r["round"], r["step"]) == key), None)
+    def _row(self, stage: training.Stage, step: int | None = None) -> dict[str, Any] | None:
+        """The result of a stage at a step, its end unless given, by the present protocol."""
+        protocol = self._protocol(self._network(self._backbone(stage.kind)))
+        key = (stage.kind, stage.round, stage.steps if step is None else step)
+        rows = self.results.rows if step is None else self.results.curve
+        return next(
+            (
+                row
+                for row in rows
+                if (row["stage"], row["round"], row["step"]) == key
+                and evaluate.comparable(row["protocol"], protocol)
+            ),
+            None,
+        )
 
-    def _report(
-        self, stage: training.Stage, step: int, score: evaluate.Score, final: bool = True
+    def _protocol(self, network: Network) -> dict[str, Any]:
+        return evaluate.protocol(self._config, self.dataset, network.evaluate.pad_to)
+
+    def _score(
+        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
     ) -> None:
-        protocol = evaluate.protocol(self._config, self._dataset)
+        """Evaluates and keeps the row; does nothing where a step inside the stage has one."""
+        final = step == stage.steps
+        if not final and self._row(stage, step) is not None:
+            return
+        score = network.evaluate(variables)
+        protocol = self._protocol(network)
         row = make_row(stage.kind, stage.round, step, self._config.seed, score, protocol)
         self.results.add(row, final)
-        with_names = zip(self._dataset.classes, score.iou, strict=True)
+        place = "" if final else f"step {step}: "
+        say(f"{place}mIoU {100 * score.miou:.2f} on {self._config.eval.split}")
+        with_names = zip(self.dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
         writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
         writer.write_scalars(step, scalars)
         writer.close()
 
-    def _begin(self, title: str):
-        """Announces a stage; returns what prints its lines."""
-        self._stage_number += 1
+    def _begin(self, title: str, details: str = "", skipped: int = 0) -> Callable[[str], None]:
+        """Announces a stage, some skipped before it; returns what prints its lines."""
+        self._stage_number += 1 + skipped
         place = f"[{self._stage_number}/{self._num_stages}]"
-        self._say(f"{place} {title}")
-        return lambda line: self._say(f"{place} {title.split(',')[0]}: {line}")
+        if details:
+            self._say(f"{place} {title}, {details}")
+        return lambda line: self._say(f"{place} {title}: {line}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
@@ -329,6 +396,8 @@ class Job:
 
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     """Refuses a workdir that belongs to another config.
+
+    What changes no stage's result may differ: FREE keys, and more rounds than there were.
 
     Raises:
         UserError: naming the keys that differ.
@@ -344,12 +413,47 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
+        and not (key.startswith("eval.") or key in FREE)
+        and not (key == "rounds.count" and new[key] > old.get(key, 0))
     ]
     if differing:
         raise UserError(
             f"The workdir {workdir} belongs to another config ({'; '.join(differing)}): give "
             "another --workdir, or the config it was made with."
         )
+
+
+def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None:
+    """Refuses to go on with other training images than a workdir began with.
+
+    Raises:
+        UserError: with the counts of images then and now.
+    """
+    path = epath.Path(workdir) / "data.json"
+    if not path.exists():
+        return
+    then, now = json.loads(path.read_text()), _described(dataset)
+    if then != now:
+        raise UserError(
+            f"The data changed since {workdir} was begun ({then['labeled']} labelled and "
+            f"{then['unlabeled']} unlabelled images of {then['data']} then, {now['labeled']} and "
+            f"{now['unlabeled']} of {now['data']} now): restore it, or give another --workdir."
+        )
+
+
+def keep_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None:
+    """Writes data.json, by which the workdir knows its images."""
+    content = json.dumps(_described(dataset), indent=1) + "\n"
+    write_bytes(epath.Path(workdir) / "data.json", content.encode())
+
+
+def _described(dataset: sources.Dataset) -> dict[str, Any]:
+    return {
+        "data": dataset.name,
+        "labeled": len(dataset.labeled),
+        "unlabeled": len(dataset.unlabeled),
+        "ids_hash": split_hash([[e.id for e in p] for p in (dataset.labeled, dataset.unlabeled)]),
+    }
 
 
 def keep_config(workdir: epath.PathLike, config: Any) -> None:

@@ -44,6 +44,7 @@ _SIZE: Rule = (
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
     "(height, width) in pixels, two integers above 0",
 )
+_WINDOW: Rule = (lambda v: v == () or _SIZE[0](v), f"() or {_SIZE[1]}")
 _RANGE: Rule = (
     lambda v: isinstance(v, tuple) and len(v) == 2 and 0 < v[0] <= v[1],
     "(low, high) with 0 < low <= high",
@@ -107,9 +108,14 @@ RULES: dict[str, Rule] = {
     "pseudo.scales": _SCALES,
     "pseudo.average": _one_of("softmax", "logits"),
     "pseudo.min_confidence": _between(0, 1),
+    "pseudo.window": _WINDOW,
+    "pseudo.window_stride": _WINDOW,
     "pseudo.batch": _at_least(1),
     "eval.scales": _SCALES,
+    "eval.window": _WINDOW,
+    "eval.window_stride": _WINDOW,
     "eval.batch": _at_least(1),
+    "eval.pad_to": _at_least(1),
     "eval.every": _at_least(0),
     "rounds.count": _at_least(0),
     "rounds.student_model": _one_of("", *BACKBONES),
@@ -151,7 +157,23 @@ def check(config: Any) -> None:
             f"sda.num_ops is {config.sda.num_ops} without replacement from {len(config.sda.ops)} "
             "operations: lower it, or set sda.replace."
         )
+    for name in ("eval", "pseudo"):
+        _check_window(name, config[name])
     _check_weights(config)
+
+
+def _check_window(name: str, protocol: Any) -> None:
+    """A window has a stride, no longer than itself: else pixels would lie between windows."""
+    window, stride = protocol.window, protocol.window_stride
+    if bool(window) != bool(stride):
+        raise UserError(
+            f"{name}.window is {window!r} and {name}.window_stride {stride!r}: give both, or none."
+        )
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise UserError(
+            f"{name}.window_stride {stride!r} is longer than {name}.window {window!r}: pixels "
+            "would lie between the windows; make it shorter."
+        )
 
 
 def _check_weights(config: Any) -> None:

@@ -1,10 +1,12 @@
 """One stage of a run: data, step, metrics, checkpoint, evaluation, until its last step."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -13,14 +15,14 @@ from clu import metric_writers, periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 
+from semiseg_jax import interruption, steps
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
-from semiseg_jax import steps
 from semiseg_jax.checkpoints import Checkpoints
 from semiseg_jax.data import pipeline
+from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.streams import Streams
 from semiseg_jax.errors import UserError
-from semiseg_jax.evaluate import Score
 from semiseg_jax.state import TrainState, Variables
 
 PROFILED_STEPS = 5
@@ -34,7 +36,8 @@ class Stage:
 
     Attributes:
         kind: "teacher", "student" or "control".
-        round: 0 for teacher and control, then that of the student.
+        round: 0 of the teacher, then that of the student; of the control, how many rounds it is
+            to be compared with.
         steps: optimiser steps.
         seed: of order and augmentation, from `streams.stage_seed`.
         folder: for checkpoints and metrics.
@@ -48,8 +51,8 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """For people: "student 2", "teacher"."""
-        return f"student {self.round}" if self.kind == "student" else self.kind
+        """For people: "student 2", "control 2", "teacher"."""
+        return self.kind if self.kind == "teacher" else f"{self.kind} {self.round}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,96 +71,119 @@ def run(
     program: Program,
     start: Callable[[], Variables],
     batches: Batches,
-    evaluate: Callable[[Variables], Score],
-    report: Callable[[int, Score], None],
+    score: Callable[[int, Variables], None],
     say: Callable[[str], None],
     train_config: Any,
     eval_every: int,
     mesh: Mesh,
+    asked: interruption.Asked = interruption.never,
 ) -> Variables:
     """Trains a stage, from its newest checkpoint where it has one.
 
     The order of things, step by step: the batch is put on its way to the devices and the step
     dispatched; only then the metrics of the step before are read, so that the devices have work
-    while the host reads, writes and makes the next batch; where due, metrics are written, then an
-    evaluation is made, then a checkpoint: a restart from it has lost none of them. A checkpoint is
-    written only after every step in it proved finite.
+    while the host reads, writes and makes the next batch; where due, metrics are written, then a
+    checkpoint, then an evaluation is made. A checkpoint is written only after every step in it
+    proved finite. A restart makes up for the evaluation that was cut off behind a checkpoint.
 
     Args:
         stage: what to train.
         program: its step.
         start: makes the variables of step 0; not called when a checkpoint is there.
         batches: this process's batches for a range of steps.
-        evaluate: scores variables.
-        report: takes (step, score) of each evaluation inside the stage.
+        score: evaluates variables at a step inside the stage and keeps the row; does nothing where
+            there is one.
         say: prints a line of progress.
         train_config: `config.train`.
         eval_every: steps between evaluations inside the stage, 0 for none.
         mesh: to run on.
+        asked: whether to stop.
 
     Returns:
         The variables after the last step.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite; the batch is kept to look at.
+        Interrupted: that was asked for; the last step is in a checkpoint.
     """
+
+    def evaluation_is_due(step: int) -> bool:
+        return bool(eval_every) and 0 < step < stage.steps and step % eval_every == 0
+
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        first = checkpoints.latest() or 0
-        if first:
-            state = _restored(program, checkpoints, first, mesh)
+        found = checkpoints.newest(_like(program, mesh), say)
+        if found:
+            first, state = found
             say(f"going on at step {first}")
         else:
-            state = state_lib.create(start(), program.tx, mesh)
+            first, state = 0, state_lib.create(start(), program.tx, mesh)
+        if evaluation_is_due(first):
+            score(first, state.variables)
         writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
         log = _Log(stage, program, writer, say, first, train_config)
         ahead = _ahead(batches(range(first, stage.steps)), mesh, log)
-        for step, (arrays, ids) in zip(range(first, stage.steps), ahead, strict=True):
-            state, metrics = program.step(state, arrays, key)
-            log.dispatched(step + 1, metrics, ids)
-            last = step + 1 == stage.steps
-            if eval_every and not last and (step + 1) % eval_every == 0:
-                log.settle()
-                score = evaluate(state.variables)
-                report(step + 1, score)
-                say(f"step {step + 1}: mIoU {100 * score.miou:.2f}")
-            if last or (step + 1) % train_config.checkpoint_every == 0:
-                log.settle()
-                checkpoints.save(step + 1, state)
+        # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
+        with contextlib.closing(ahead):
+            for step, (arrays, batch) in zip(range(first + 1, stage.steps + 1), ahead, strict=True):
+                state, metrics = program.step(state, arrays, key)
+                log.dispatched(step, metrics, batch)
+                stopping = asked()
+                if step == stage.steps or step % train_config.checkpoint_every == 0 or stopping:
+                    log.settle()
+                    checkpoints.save(step, state)
+                if stopping:
+                    raise interruption.Interrupted
+                if evaluation_is_due(step):
+                    log.settle()
+                    _score_or_save(score, step, state, checkpoints)
         log.settle()
         writer.close()
     return state.variables
 
 
-def restore(stage: Stage, program: Program, mesh: Mesh) -> Variables:
-    """The variables of a finished stage, from its last checkpoint.
+def _score_or_save(
+    score: Callable[[int, Variables], None], step: int, state: TrainState, checkpoints: Checkpoints
+) -> None:
+    """Evaluates; where that is interrupted, the step is kept, and a restart evaluates it."""
+    try:
+        score(step, state.variables)
+    except interruption.Interrupted:
+        if checkpoints.latest() != step:
+            checkpoints.save(step, state)
+        raise
 
-    Raises:
-        UserError: it has none of its last step.
+
+def restore(
+    stage: Stage, program: Program, mesh: Mesh, say: Callable[[str], None]
+) -> Variables | None:
+    """The variables of a finished stage; None where its last checkpoint is gone or damaged.
+
+    Args:
+        stage: with its folder.
+        program: for the shapes of its state.
+        mesh: to put them on.
+        say: takes a line about a damaged checkpoint.
     """
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        if checkpoints.latest() != stage.steps:
-            raise UserError(
-                f"{stage.folder} is marked as done, but has no checkpoint of step {stage.steps}: "
-                "remove that folder to train it again."
-            )
-        return _restored(program, checkpoints, stage.steps, mesh).variables
+        found = checkpoints.newest(_like(program, mesh), say)
+    return found[1].variables if found and found[0] == stage.steps else None
 
 
-def _restored(program: Program, checkpoints: Checkpoints, step: int, mesh: Mesh) -> TrainState:
+def _like(program: Program, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places of a stage's state."""
     whole = mesh_lib.replicated(mesh)
     create = functools.partial(state_lib.create, tx=program.tx, mesh=mesh)
-    like = jax.tree.map(
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(create, program.shapes),
     )
-    return checkpoints.restore(step, like)
 
 
 def _ahead(
     batches: Iterator[pipeline.TrainBatch], mesh: Mesh, log: "_Log"
-) -> Iterator[tuple[dict[str, jax.Array], tuple[str, ...]]]:
-    """(arrays, ids) of each batch, its transfer to the devices begun; waiting is counted."""
+) -> Generator[tuple[dict[str, jax.Array], pipeline.TrainBatch], None, None]:
+    """(arrays, batch) of each batch, its transfer to the devices begun; waiting is counted."""
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
@@ -165,7 +191,7 @@ def _ahead(
         if batch is None:
             return
         arrays = {"image": batch.image, "label": batch.label, "is_pseudo": batch.is_pseudo}
-        yield mesh_lib.to_devices(arrays, mesh), batch.ids
+        yield mesh_lib.to_devices(arrays, mesh), batch
 
 
 class _Log:
@@ -210,9 +236,9 @@ class _Log:
         """Counts time spent waiting for the input pipeline."""
         self._wait += seconds
 
-    def dispatched(self, step: int, metrics: steps.Metrics, ids: tuple[str, ...]) -> None:
+    def dispatched(self, step: int, metrics: steps.Metrics, batch: pipeline.TrainBatch) -> None:
         """Takes the metrics of a step that is under way; reads those of the step before."""
-        self._pending.append((step, metrics, ids))
+        self._pending.append((step, metrics, batch))
         while len(self._pending) > 1:
             self._read()
         self._progress(step)
@@ -225,18 +251,26 @@ class _Log:
             self._read()
 
     def _read(self) -> None:
-        step, metrics, ids = self._pending.popleft()
+        step, metrics, batch = self._pending.popleft()
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
             rates = "teacher" if self._stage.kind == "teacher" else "student"
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
-                f"{', '.join(ids)}): lower optim.{rates}.learning_rate or "
-                "look at these images; the checkpoints before it are kept."
+                f"{', '.join(batch.ids)}): look at this batch in {self._keep(step, batch)}, or "
+                f"lower optim.{rates}.learning_rate; the checkpoints before it are kept."
             )
         self._window.append(values)
         if step % self._config.log_every == 0 or step == self._stage.steps:
             self._write(step)
+
+    def _keep(self, step: int, batch: pipeline.TrainBatch) -> epath.Path:
+        """Writes a batch to look at: image, label, is_pseudo, ids; the file's path."""
+        path = self._stage.folder / f"not_finite_step_{step}.npz"
+        content = io.BytesIO()
+        np.savez_compressed(content, **dataclasses.asdict(batch))
+        write_bytes(path, content.getvalue())
+        return path
 
     def _write(self, step: int) -> None:
         now = time.perf_counter()

@@ -1,5 +1,6 @@
 """Averaged probabilities against a plain loop, and mIoU against one made from them."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from tests.conftest import tiny_config
 
 MEAN = np.array([123.675, 116.28, 103.53])
 STD = np.array([58.395, 57.12, 57.375])
+BLACK = np.zeros(3, np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_evaluation_counts_every_pixel_once(network, two, folder_config):
     model, variables = network
     folder_config.eval.batch = 4
     data = sources.load(folder_config)
-    score = evaluate.Evaluator(model, data, folder_config.eval, two)(variables)
+    score = evaluate.Evaluator(model, data, folder_config.eval, two, BLACK)(variables)
     expected = np.zeros((3, 3), np.int64)
     for example in data.evaluation:
         image = labels.read_image(example.image)
@@ -88,3 +90,61 @@ def test_evaluation_counts_every_pixel_once(network, two, folder_config):
 def test_sizes_are_rounded():
     assert inference.scaled_size((31, 45), 0.5) == (16, 22)  # halves to even, as round() does
     assert inference.scaled_size((1, 1), 0.25) == (1, 1)
+
+
+class Pointwise(nn.Module):
+    """Translation-equivariant: what it says of a pixel does not depend on the window."""
+
+    num_classes: int = 3
+    mean: tuple = (0.0, 0.0, 0.0)
+    std: tuple = (255.0, 255.0, 255.0)
+    align_corners: bool = False
+
+    @nn.compact
+    def __call__(self, x, domain="weak", train=False):
+        return nn.Conv(3, (1, 1))(x)
+
+
+@pytest.mark.parametrize("size", [(20, 29), (16, 40), (9, 33), (41, 12)])
+def test_sliding_windows_of_an_equivariant_network_equal_the_whole_image(two, size):
+    network = Pointwise()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.uint8)
+    images = jnp.asarray(pixels)
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    whole = inference.Predictor(network, two, (0.75, 1.0), flip=True)
+    sliding = inference.Predictor(
+        network, two, (0.75, 1.0), flip=True, window=(16, 16), window_stride=(11, 7)
+    )
+    np.testing.assert_allclose(
+        sliding(variables, jnp.asarray(images)),
+        whole(variables, jnp.asarray(images)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_sliding_windows_agree_with_a_plain_loop(network, two):
+    """A network with a field of view: each window is computed by itself, weighted, and summed."""
+    model, variables = network
+    images = np.random.default_rng(2).integers(0, 256, (2, 40, 52, 3)).astype(np.uint8)
+    sliding = inference.Predictor(model, two, window=(32, 32), window_stride=(20, 16))
+    ours = np.asarray(sliding(variables, jnp.asarray(images)))
+    apply = jax.jit(model.apply)
+    total, weight = np.zeros((2, 40, 52, 3)), np.zeros((40, 52, 1))
+    tent = np.array([min(i + 0.5, 31.5 - i) for i in range(32)])
+    for top in (0, 8):
+        for left in (0, 16, 20):
+            x = ((images[:, top : top + 32, left : left + 32] - MEAN) / STD).astype(np.float32)
+            tents = np.outer(tent, tent)[..., None]
+            total[:, top : top + 32, left : left + 32] += apply(variables, x) * tents
+            weight[top : top + 32, left : left + 32] += tents
+    exp = np.exp(total / weight)
+    np.testing.assert_allclose(ours, exp / exp.sum(-1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "expected"),
+    [(10, 4, 3, [0, 3, 6]), (11, 4, 3, [0, 3, 6, 7]), (4, 4, 3, [0]), (5, 4, 9, [0, 1])],
+)
+def test_windows_cover_an_axis_and_end_with_it(size, window, stride, expected):
+    assert inference.window_starts(size, window, stride) == expected

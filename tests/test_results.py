@@ -2,6 +2,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from semiseg_jax import results
@@ -38,13 +39,25 @@ def test_a_row_made_again_takes_the_place_of_the_old_one(tmp_path):
     assert [r["step"] for r in content["curve"]] == [5]
 
 
-def test_the_table_has_gains_and_leaves_out_other_protocols():
-    other = PROTOCOL | {"scales": "others"}
-    rows = [row("teacher", 0, 5), row("student", 1, 8), row("control", 0, 9, other)]
+def test_a_row_of_another_protocol_stands_beside_the_old_one(tmp_path):
+    kept = results.Results(tmp_path / "results.json")
+    kept.add(row("teacher", 0, 1), final=True)
+    kept.add(row("teacher", 0, 3, PROTOCOL | {"split": "test"}), final=True)
+    assert [r["split"] for r in kept.rows] == ["val", "test"]
+
+
+def test_the_table_has_gains():
+    rows = [row("teacher", 0, 5), row("student", 1, 8), row("control", 1, 9)]
     printed = io.StringIO()
     results.print_table(rows, ("sky", "road", "moon"), Console(file=printed, width=100))
     lines = [line.split() for line in printed.getvalue().splitlines()]
-    assert ["mIoU", "58.33", "81.67"] in lines
-    assert ["gain", "over", "the", "teacher", "+0.00", "+23.33"] in lines
-    assert ["moon", "-", "-"] in lines
-    assert "control" not in printed.getvalue()
+    assert ["teacher", "student", "1", "control", "1"] in lines
+    assert ["mIoU", "58.33", "81.67", "90.45"] in lines
+    assert ["gain", "over", "the", "teacher", "+0.00", "+23.33", "+32.12"] in lines
+    assert ["moon", "-", "-", "-"] in lines
+
+
+def test_a_table_of_several_protocols_is_refused():
+    rows = [row("teacher", 0, 5), row("student", 1, 8, PROTOCOL | {"scales": "others"})]
+    with pytest.raises(ValueError, match="different protocols"):
+        results.print_table(rows, ("sky", "road", "moon"), Console())

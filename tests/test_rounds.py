@@ -66,7 +66,7 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         ("teacher", 0, 4),
         ("student", 1, 4),
         ("student", 2, 4),
-        ("control", 0, 8),
+        ("control", 2, 8),
     ]
     for row in rows:
         assert len(row["iou"]) == 3 and 0 <= row["miou"] <= 1
@@ -87,6 +87,7 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         histogram = {str(v): int(n) for v, n in zip(values, counts, strict=True)}
         assert entry["histogram"] == histogram
         assert 1 / 3 <= entry["mean_confidence"] <= 1
+        assert entry["size"] == [image.height, image.width]
 
     # what a person sees
     printed = capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
 
     # killed in every kind of stage, then started again each time
     killed = tmp_path / "killed"
-    for stage, step in (("teacher", 3), ("student 1", 1), ("student 2", 4), ("control", 7)):
+    for stage, step in (("teacher", 3), ("student 1", 1), ("student 2", 4), ("control 2", 7)):
         with monkeypatch.context() as patch:
             kill_at(patch, stage, step)
             with pytest.raises(Killed):
@@ -142,6 +143,7 @@ def test_pseudo_labels_of_another_teacher_are_refused(config, tmp_path):
     content = json.loads(manifest.read_text())
     content["teacher_hash"] = "0" * 16
     manifest.write_text(json.dumps(content))
+    (tmp_path / "run" / "round_1" / "student" / "DONE").unlink()
     with pytest.raises(UserError, match="were made with teacher_hash='0000000000000000'"):
         rounds.run(config, tmp_path / "run")
 

@@ -8,12 +8,13 @@ cost, and the number of processes, devices or threads changes no pixel.
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from etils import epath
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 
 from semiseg_jax.data import labels, sda, weak
 from semiseg_jax.data.sources import Dataset, Example
@@ -226,28 +227,62 @@ def _options(threads: int) -> tf.data.Options:
     return options
 
 
+# A set with no more sizes than this is seen in exactly those, a program compiled for each.
+MAX_EXACT_SIZES = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageBatch:
-    """Whole images of one size, the tail padded with images of zeros.
+    """Whole images, padded at the right and the bottom to one size; the tail with empty ones.
 
     Attributes:
         image: RGB.
-        label: class ids and IGNORE; IGNORE throughout where there is no mask.
+        label: class ids and IGNORE; IGNORE throughout where there is no mask, and in the padding.
         ids: of the real images, at most as many as the batch holds.
+        sizes: (height, width) of each image in pixels, without padding; 0 of empty ones.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
     label: UInt8[np.ndarray, "n h w"]
     ids: tuple[str, ...]
+    sizes: Int32[np.ndarray, "n 2"]
+
+
+def padding_for(examples: Sequence[Example], pad_to: int) -> int:
+    """What the sides of these images are padded to multiples of: `pad_to`, or 1 for no padding.
+
+    Every size of image is a program to compile. A set with few sizes is seen as it is; one with
+    many is padded to few. Only the files' headers are read.
+
+    Args:
+        examples: a whole set.
+        pad_to: in pixels; 1 for no padding, however many sizes there are.
+    """
+    if pad_to == 1:
+        return 1
+    with futures.ThreadPoolExecutor() as pool:
+        sizes = set(pool.map(lambda e: labels.image_size(e.image), examples))
+    return 1 if len(sizes) <= MAX_EXACT_SIZES else pad_to
 
 
 def image_batches(
-    examples: Sequence[Example], dataset: Dataset, batch_size: int
+    examples: Sequence[Example],
+    dataset: Dataset,
+    batch_size: int,
+    pad_to: int,
+    colour: UInt8[np.ndarray, "3"],
 ) -> Iterator[ImageBatch]:
-    """Whole, clean images in batches of `batch_size`, each batch of one image size.
+    """Whole, clean images in batches of `batch_size`, each batch of one padded size.
 
     Every example occurs exactly once. Images of a size wait until a batch of that size is full;
-    what is left at the end is padded with empty images, labelled IGNORE.
+    what is left at the end is filled up with empty images, labelled IGNORE.
+
+    Args:
+        examples: what to read.
+        dataset: its id table is read.
+        batch_size: images in a batch.
+        pad_to: sides are padded to multiples of it, in pixels (see `padding_for`).
+        colour: of the padding.
 
     Raises:
         UserError: an image or mask is missing or damaged, or sizes differ.
@@ -258,19 +293,23 @@ def image_batches(
     elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(batch_size)
     waiting: dict[tuple[int, ...], list] = {}
     for index, image, label in reader.sentences(elements.with_options(_options(0))):
-        group = waiting.setdefault(image.shape, [])
+        padded = tuple(-(-side // pad_to) * pad_to for side in label.shape)
+        group = waiting.setdefault(padded, [])
         group.append((examples[index].id, image, label))
         if len(group) == batch_size:
-            yield _joined(waiting.pop(image.shape), batch_size)
-    for group in waiting.values():
-        yield _joined(group, batch_size)
+            yield _joined(waiting.pop(padded), padded, batch_size, colour)
+    for padded, group in waiting.items():
+        yield _joined(group, padded, batch_size, colour)
 
 
-def _joined(group: list, batch_size: int) -> ImageBatch:
-    ids, images, masks = zip(*group, strict=True)
-    missing = [(0, batch_size - len(ids))]
-    return ImageBatch(
-        image=np.pad(np.stack(images), missing + [(0, 0)] * 3),
-        label=np.pad(np.stack(masks), missing + [(0, 0)] * 2, constant_values=labels.IGNORE),
-        ids=ids,
-    )
+def _joined(
+    group: list, size: tuple[int, ...], batch_size: int, colour: UInt8[np.ndarray, "3"]
+) -> ImageBatch:
+    images = np.empty((batch_size, *size, 3), np.uint8)
+    images[:] = colour
+    masks = np.full((batch_size, *size), labels.IGNORE, np.uint8)
+    sizes = np.zeros((batch_size, 2), np.int32)
+    for i, (_, image, label) in enumerate(group):
+        height, width = sizes[i] = label.shape
+        images[i, :height, :width], masks[i, :height, :width] = image, label
+    return ImageBatch(images, masks, tuple(name for name, *_ in group), sizes)

@@ -2,8 +2,10 @@ import collections
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from semiseg_jax.data import pipeline, sources, streams
+from semiseg_jax.data import labels, pipeline, sources, streams
+from semiseg_jax.data.sources import Example
 from semiseg_jax.errors import UserError
 
 COLOUR = np.array([124, 116, 104], np.uint8)
@@ -18,8 +20,6 @@ def data(folder_config):
 @pytest.fixture
 def pseudo(data, tmp_path):
     """Pseudo-labels that are all of class 1."""
-    from semiseg_jax.data import labels
-
     for example in data.unlabeled:
         shape = labels.read_image(example.image).shape[:2]
         png = labels.encode_mask(np.ones(shape, np.uint8), data.palette)
@@ -147,9 +147,36 @@ def test_a_damaged_image_is_one_sentence(folder_config, data, pseudo):
 
 
 def test_whole_images_come_once_each_in_batches_of_one_size(folder_config, data):
-    made = list(pipeline.image_batches(data.evaluation, data, 2))
+    made = list(pipeline.image_batches(data.evaluation, data, 2, 1, COLOUR))
     assert collections.Counter(i for b in made for i in b.ids) == {e.id: 1 for e in data.evaluation}
     assert {b.image.shape for b in made} == {(2, 36, 48, 3), (2, 48, 36, 3)}
     for batch in made:
         for i in range(len(batch.ids), 2):
             assert (batch.label[i] == 255).all()
+
+
+def test_padded_images_stand_at_the_upper_left_of_the_mean_colour(data):
+    made = list(pipeline.image_batches(data.evaluation, data, 2, 32, COLOUR))
+    assert {b.image.shape for b in made} == {(2, 64, 64, 3)}
+    by_id = {e.id: e for e in data.evaluation}
+    for batch in made:
+        for i, name in enumerate(batch.ids):
+            image = labels.read_image(by_id[name].image)
+            height, width = batch.sizes[i]
+            assert (height, width) == image.shape[:2]
+            np.testing.assert_array_equal(batch.image[i, :height, :width], image)
+            outside = np.ones((64, 64), bool)
+            outside[:height, :width] = False
+            assert (batch.image[i][outside] == COLOUR).all()
+            assert (batch.label[i][outside] == 255).all()
+        assert (batch.sizes[len(batch.ids) :] == 0).all()
+
+
+@pytest.mark.parametrize(("count", "pad_to", "expected"), [(8, 64, 1), (9, 64, 64), (9, 1, 1)])
+def test_a_set_of_few_sizes_is_not_padded(tmp_path, count, pad_to, expected):
+    examples = []
+    for i in range(2 * count):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (40 + i % count, 30)).save(path)
+        examples.append(Example(str(i), str(path), None))
+    assert pipeline.padding_for(examples, pad_to) == expected
