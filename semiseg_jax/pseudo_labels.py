@@ -99,6 +99,7 @@ class Labeler:
             Interrupted: that was asked for; what is labelled is on disk.
         """
         folder = epath.Path(folder)
+        labels.remove_leftovers(folder)
         variables = for_inference(variables)
         made_by = self._made_by(variables, teacher)
         stamp = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]

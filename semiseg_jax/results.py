@@ -11,6 +11,7 @@ from rich.table import Table
 
 from semiseg_jax import metrics
 from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import Score, comparable
 
 Row = dict[str, Any]
@@ -23,13 +24,22 @@ class Results:
 
     The file is {"rows": [...], "curve": [...]}: `rows` has the end of each stage, `curve` the
     evaluations inside stages, rows of the same form.
+
+    Raises:
+        UserError: the file is damaged.
     """
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._content: dict[str, list[Row]] = {"rows": [], "curve": []}
         if self._path.exists():
-            self._content = json.loads(self._path.read_text())
+            try:
+                self._content = json.loads(self._path.read_text())
+            except ValueError as error:
+                raise UserError(
+                    f"{self._path} cannot be read ({error}): remove it, and start again to "
+                    "evaluate every stage anew."
+                ) from error
 
     @property
     def rows(self) -> list[Row]:

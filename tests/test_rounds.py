@@ -1,5 +1,7 @@
 """Algorithm 1 from data to result rows, and what survives an interruption."""
 
+import dataclasses
+import itertools
 import json
 
 import jax
@@ -8,7 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, mesh, rounds, train
+from semiseg_jax import checkpoints, interruption, mesh, rounds, train
+from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import for_inference, variable_shapes
@@ -37,6 +40,19 @@ def contents(workdir):
     found = {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
     weights = load_file(workdir / "model" / "weights.safetensors")
     return found | {k: v.tobytes() for k, v in weights.items()}
+
+
+def same(workdir, other):
+    """Two runs that ended with the same bits."""
+    one, other = contents(workdir), contents(other)
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
+
+
+def after(times):
+    """Asks to stop from the given time on that somebody wants to know."""
+    counted = itertools.count(1)
+    return lambda: next(counted) >= times
 
 
 class Killed(BaseException):
@@ -108,9 +124,15 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
             with pytest.raises(Killed):
                 rounds.run(config, killed)
     rounds.run(config, killed)
-    one, other = contents(whole), contents(killed)
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
+    same(whole, killed)
+
+    # asked to stop at several moments, inside stages, labelling and evaluation
+    stopped = tmp_path / "stopped"
+    for patience in (1, 2, 6, 9, 10):
+        with pytest.raises(interruption.Interrupted):
+            rounds.run(config, stopped, asked=after(patience))
+    rounds.run(config, stopped)
+    same(whole, stopped)
 
 
 def test_another_config_is_refused_with_the_difference(config, tmp_path):
@@ -155,6 +177,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(config, tm
         rounds.run(config, tmp_path / "run")
     kept = [p.name for p in (tmp_path / "run/round_0/teacher/checkpoints").iterdir()]
     assert kept == ["1"]
+    (batch,) = (tmp_path / "run/round_0/teacher").glob("not_finite_step_*.npz")
+    assert np.load(batch)["image"].shape == (2, 32, 40, 3)
+    assert len(np.load(batch)["ids"]) == 2
     assert not (tmp_path / "run/round_0/teacher/DONE").exists()
 
 
@@ -183,3 +208,35 @@ def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(
     description = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert description["model"]["input_normalization"] == "imagenet"
     assert "weights of layout semiseg_jax" in capsys.readouterr().out
+
+
+def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
+    config.rounds.count = 0
+    config.eval.every = 2
+    rounds.run(config, tmp_path)
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert [r["step"] for r in first["curve"]] == [2]
+    config.rounds.count = 1
+    config.rounds.control = False
+    config.eval.flip = True
+    rounds.run(config, tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    rows = content["rows"]
+    assert [(r["stage"], r["protocol"]["flip"]) for r in rows] == [
+        ("teacher", False),
+        ("teacher", True),
+        ("student", True),
+    ]
+    assert rows[0] == first["rows"][0]
+    config.rounds.count = 0
+    with pytest.raises(UserError, match=r"rounds\.count: 1 there, 0 here"):
+        rounds.run(config, tmp_path)
+
+
+def test_other_training_images_are_refused(config, tmp_path):
+    data = sources.load(config)
+    rounds.keep_data(tmp_path, data)
+    rounds.refuse_other_data(tmp_path, data)
+    fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
+    with pytest.raises(UserError, match=r"4 labelled and 8 unlabelled .* then, 4 and 7 of .* now"):
+        rounds.refuse_other_data(tmp_path, fewer)

@@ -213,3 +213,9 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             f"{target} cannot be written ({error.strerror or error}): free space or give another "
             "folder, and start again."
         ) from error
+
+
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes the temporary files below a folder that `write_bytes` left when it was killed."""
+    for path in epath.Path(folder).rglob(".*.tmp"):
+        path.unlink()

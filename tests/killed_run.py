@@ -1,0 +1,60 @@
+"""A run that ends itself, as kill -9 does, at a named write: python -m tests.killed_run …
+
+    python -m tests.killed_run CONFIG.json WORKDIR [PATTERN PHASE COUNT]
+
+Writes go to a temporary file, and a rename makes them count. PATTERN is a regular expression for
+the path, PHASE where the process ends ("before" the rename, or "after" it), COUNT which match it
+is. Without them the run goes to its end. Not a test by itself; see test_survival_slow.py.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+from configs import default
+from semiseg_jax import data  # noqa: F401 - silences TensorFlow
+
+from semiseg_jax import mesh, rounds  # isort: skip
+from etils import epath
+
+
+def die_at(pattern, phase, count):
+    """Ends the process at a rename."""
+    matches = 0
+
+    def wrap(method):
+        def renamed(self, target):
+            nonlocal matches
+            found = re.search(pattern, os.fspath(target))
+            matches += bool(found)
+            if found and matches == count and phase == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = method(self, target)
+            if found and matches == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return renamed
+
+    cls = type(epath.Path("/"))
+    cls.replace, cls.rename = wrap(cls.replace), wrap(cls.rename)
+
+
+def main(config_path, workdir, pattern=None, phase="", count="1"):
+    """Runs Algorithm 1."""
+    config = default.get_config()
+    with open(config_path) as file:
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(file).items()}
+    config.update_from_flattened_dict(changes)
+    if pattern:
+        die_at(pattern, phase, int(count))
+    mesh.keep_compiled_programs(os.path.join(os.path.dirname(config_path), "compiled"))
+    rounds.run(config, workdir)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

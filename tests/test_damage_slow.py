@@ -1,0 +1,123 @@
+"""What is damaged in a workdir is made again with the same bits, or refused in one sentence."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from semiseg_jax import mesh, rounds
+from semiseg_jax.errors import UserError
+from tests.test_rounds import same
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    make = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+
+
+@pytest.fixture
+def config(folder_config):
+    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
+    folder_config.pseudo.batch = folder_config.eval.batch = 2
+    return folder_config
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_all(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            cut(path)
+
+
+def undo(*stages):
+    """The stages count as unfinished."""
+
+    def apply(run):
+        for stage in stages:
+            (run / stage / "DONE").unlink()
+
+    return apply
+
+
+def both(*actions):
+    def apply(run):
+        for action in actions:
+            action(run)
+
+    return apply
+
+
+STUDENT, TEACHER = "round_1/student", "round_0/teacher"
+LABELS = f"{TEACHER}/pseudo_labels"
+
+
+def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    rounds.run(config, whole)
+    cases = {
+        "a checkpoint": (
+            lambda run: cut_all(run / STUDENT / "checkpoints/4"),
+            "the checkpoint of step 4 is damaged",
+        ),
+        "every checkpoint": (
+            lambda run: [cut_all(run / STUDENT / f"checkpoints/{step}") for step in (2, 4)],
+            "the checkpoint of step 2 is damaged",
+        ),
+        "a checkpoint gone": (
+            lambda run: shutil.rmtree(run / STUDENT / "checkpoints"),
+            "its checkpoint of step 4 is missing: it is trained again",
+        ),
+        "a marker": (undo(TEACHER, STUDENT), "going on at step 4"),
+        "a label map": (
+            both(undo(STUDENT), lambda run: cut(sorted((run / LABELS).glob("*.png"))[3])),
+            "1 label maps are missing or damaged",
+        ),
+        "a label map gone": (
+            both(undo(STUDENT), lambda run: sorted((run / LABELS).glob("*.png"))[3].unlink()),
+            "1 label maps are missing or damaged",
+        ),
+        "a manifest": (both(undo(STUDENT), lambda run: cut(run / LABELS / "manifest.json")), ""),
+    }
+    for name, (damage, said) in cases.items():
+        run = tmp_path / name.replace(" ", "_")
+        shutil.copytree(whole, run)
+        damage(run)
+        capsys.readouterr()
+        rounds.run(config, run)
+        assert said in capsys.readouterr().out, name
+        same(whole, run)
+
+    # A file of the checkpoint at a time: none may be read as something else.
+    files = [p for p in (whole / STUDENT / "checkpoints/4").rglob("*") if p.is_file()]
+    for path in files:
+        run = tmp_path / "one_file"
+        shutil.copytree(whole, run)
+        cut(run / path.relative_to(whole))
+        rounds.run(config, run)
+        same(whole, run)
+        shutil.rmtree(run)
+
+
+def test_damaged_results_are_one_sentence(config, tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": [')
+    with pytest.raises(UserError, match=r"results\.json cannot be read .* remove it"):
+        rounds.run(config, tmp_path)
+
+
+def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
+    run = tmp_path / "run"
+    rounds.run(config, run)
+    undo(STUDENT)(run)
+    manifest = json.loads((run / LABELS / "manifest.json").read_text())
+    name = min(manifest["images"])
+    manifest["images"][name]["size"] = [3, 4]
+    (run / LABELS / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the image was changed; restore it"):
+        rounds.run(config, run)

@@ -1,0 +1,86 @@
+"""Two rounds, killed at every kind of write and at seeded steps, against an uninterrupted run."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_main_slow import contents
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+# In the order in which a run comes to them: what is written, when the process ends, at which match.
+KILLS = [
+    ("config.json", "before", 1),
+    ("data.json", "after", 1),
+    ("round_0/teacher/checkpoints/2", "before", 1),
+    ("round_0/teacher/checkpoints/4", "after", 1),
+    ("results.json", "before", 1),
+    ("round_0/teacher/DONE", "before", 1),
+    ("round_0/teacher/DONE", "after", 1),
+    ("round_0/teacher/pseudo_labels/.*png", "before", 1),
+    ("round_0/teacher/pseudo_labels/.*png", "after", 3),
+    ("round_0/teacher/pseudo_labels/manifest", "before", 1),
+    ("round_0/teacher/pseudo_labels/manifest", "after", 1),
+    ("round_0/teacher/pseudo_labels/health", "before", 1),
+    ("round_1/student/checkpoints/2", "after", 1),
+    ("round_1/student/checkpoints/4", "before", 1),
+    ("round_1/student/DONE", "before", 1),
+    ("round_1/student/pseudo_labels/.*png", "before", 5),
+    ("round_1/student/pseudo_labels/manifest", "before", 1),
+    ("round_2/student/checkpoints/2", "before", 1),
+    ("results.json", "after", 1),
+    ("round_2/student/DONE", "after", 1),
+    ("round_2/control/checkpoints/4", "before", 1),
+    ("round_2/control/checkpoints/8", "after", 1),
+    ("weights.safetensors", "before", 1),
+    ("model.json", "before", 1),
+]
+
+
+def run(folder, workdir, *kill):
+    command = [sys.executable, "-m", "tests.killed_run", str(folder / "config.json"), str(workdir)]
+    done = subprocess.run(
+        [*command, *map(str, kill)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
+    config = {
+        "data.name": "folder",
+        "data.root": folder_config.data.root,
+        "data.classes": list(folder_config.data.classes),
+        "data.labels": folder_config.data.labels,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.crop": [32, 40],
+        "model.backbone": "tiny",
+        "model.head_features": 8,
+        "model.low_level_features": 4,
+        "model.aspp_rates": [1],
+        "train.steps": 4,
+        "train.batch_labeled": 2,
+        "train.batch_unlabeled": 2,
+        "train.checkpoint_every": 2,
+        "pseudo.scales": [1.0],
+        "pseudo.batch": 2,
+        "eval.batch": 2,
+        "rounds.count": 2,
+        "rounds.control": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, output = run(tmp_path, tmp_path / "whole")
+    assert status == 0, output
+    for pattern, phase, count in KILLS:
+        status, output = run(tmp_path, tmp_path / "killed", pattern, phase, count)
+        assert status == -signal.SIGKILL, f"{pattern} {phase}: {output}"
+    status, output = run(tmp_path, tmp_path / "killed")
+    assert status == 0, output
+    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
