@@ -1,11 +1,56 @@
 """Weak augmentation: random scale, crop, mirror; and padding. On the host, in tf.data."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from semiseg_jax.data.labels import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """One draw of scale, crop and mirror for an image of a size.
+
+    Attributes:
+        scaled: (height, width) of the scaled image in pixels, int32 [2].
+        corner: the crop's upper left corner in the scaled image, mirrored if it is, int32 [2].
+        valid: (height, width) of what the crop holds of it, int32 [2].
+        place: the upper left corner of that in the crop, int32 [2]; padding is around it.
+        mirrored: left and right are exchanged, bool [].
+    """
+
+    scaled: tf.Tensor
+    corner: tf.Tensor
+    valid: tf.Tensor
+    place: tf.Tensor
+    mirrored: tf.Tensor
+
+
+def draw(size: tf.Tensor, seed: tf.Tensor, data_config: Any) -> Geometry:
+    """The geometry of one view.
+
+    Args:
+        size: int32 [2], (height, width) of the image in pixels.
+        seed: int [2]; the result is a pure function of it and the other arguments.
+        data_config: `config.data`; `scale`, `crop` and `mirror` are read.
+    """
+    low, high = data_config.scale
+    draws = tf.random.stateless_uniform([6], seed, dtype=tf.float64)
+    scale = low + (high - low) * draws[0]
+    scaled = tf.maximum(tf.cast(tf.round(scale * tf.cast(size, tf.float64)), tf.int32), 1)
+    crop = tf.constant(data_config.crop, tf.int32)
+    valid = tf.minimum(scaled, crop)
+    # Where the image is larger than the crop, the crop's corner is drawn; where it is smaller,
+    # the image's place in the padding.
+    return Geometry(
+        scaled=scaled,
+        corner=tf.cast(draws[1:3] * tf.cast(scaled - valid + 1, tf.float64), tf.int32),
+        valid=valid,
+        place=tf.cast(draws[3:5] * tf.cast(crop - valid + 1, tf.float64), tf.int32),
+        mirrored=draws[5] < 0.5 if data_config.mirror else tf.constant(False),
+    )
 
 
 def random_crop(
@@ -27,27 +72,17 @@ def random_crop(
         image uint8 [vh, vw, 3], label uint8 [vh, vw], no larger than the crop; and the place
         of their upper left corner in the crop, int32 [2]. `pad` fills the rest.
     """
-    low, high = data_config.scale
-    draws = tf.random.stateless_uniform([6], seed, dtype=tf.float64)
-    scale = low + (high - low) * draws[0]
     size = tf.shape(label)
-    scaled = tf.maximum(tf.cast(tf.round(scale * tf.cast(size, tf.float64)), tf.int32), 1)
-    crop = tf.constant(data_config.crop, tf.int32)
-    valid = tf.minimum(scaled, crop)
-    # Where the image is larger than the crop, the crop's corner is drawn; where it is smaller,
-    # the image's place in the padding.
-    corner = tf.cast(draws[1:3] * tf.cast(scaled - valid + 1, tf.float64), tf.int32)
-    place = tf.cast(draws[3:5] * tf.cast(crop - valid + 1, tf.float64), tf.int32)
-    mirrored = draws[5] < 0.5 if data_config.mirror else tf.constant(False)
-
+    geometry = draw(size, seed, data_config)
     centres = []
     for axis in (0, 1):
-        index = tf.range(valid[axis]) + corner[axis]
+        index = tf.range(geometry.valid[axis]) + geometry.corner[axis]
         if axis == 1:
-            index = tf.where(mirrored, scaled[1] - 1 - index, index)
-        ratio = tf.cast(size[axis], tf.float64) / tf.cast(scaled[axis], tf.float64)
+            mirrored = geometry.scaled[1] - 1 - index
+            index = tf.where(geometry.mirrored, mirrored, index)
+        ratio = tf.cast(size[axis], tf.float64) / tf.cast(geometry.scaled[axis], tf.float64)
         centres.append((tf.cast(index, tf.float64) + 0.5) * ratio - 0.5)
-    return _bilinear(image, *centres), _nearest(label, *centres), place
+    return _bilinear(image, *centres), _nearest(label, *centres), geometry.place
 
 
 def pad(
