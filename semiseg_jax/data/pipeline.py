@@ -250,14 +250,15 @@ class _Reader:
         TensorFlow destroys an iterator holding Python's lock, and waits for its reads, which wait
         for that lock: an iterator that is dropped while it reads never returns.
         """
-        self._stopped.assign(True)
-        while True:
-            try:
-                next(iterator)
-            except StopIteration:
-                return
-            except tf.errors.OpError:
-                continue
+        with tf.init_scope():  # a generator may be collected while some graph is traced
+            self._stopped.assign(True)
+            while True:
+                try:
+                    next(iterator)
+                except StopIteration:
+                    return
+                except tf.errors.OpError:
+                    continue
 
 
 def _options(threads: int) -> tf.data.Options:

@@ -243,7 +243,7 @@ def _split(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
     return tf.unstack(tf.random.experimental.stateless_split(seed, count, alg="philox"))
 
 
-def _fold_in(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+def _fold_in(seed: tf.Tensor, number: tf.Tensor | int) -> tf.Tensor:
     number = tf.cast(number, tf.int64)
     return tf.random.experimental.stateless_fold_in(seed, number, alg="philox")
 
