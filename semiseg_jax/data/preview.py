@@ -24,7 +24,8 @@ from semiseg_jax.errors import UserError
 # In pixels of the sheet: about how wide one picture is, and the space between things.
 _CELL, _OPERATION_CELL = 300, 230
 _GAP, _CARD_GAP, _MARGIN = 4, 22, 28
-_INK, _PALE, _LINE, _PAPER = (28, 30, 34), (112, 117, 125), (255, 60, 130), (255, 255, 255)
+_INK, _PALE, _LINE = (28, 30, 34), (112, 117, 125), (255, 60, 130)
+_PAPER, _EMPTY = (255, 255, 255), (236, 238, 241)
 _TITLE, _HEADING, _TEXT = 30, 24, 17
 # Share of a class's colour in what is laid over an image.
 _OPACITY = 0.55
@@ -206,8 +207,8 @@ def operations_sheet(image: Picture, config: Any, title: str) -> Image.Image:
 
 def _view_card(view: View, palette: Sequence[Sequence[int]]) -> Image.Image:
     """The whole image, the view, and the view with its labels, where it has any; and captions."""
-    height, width = view.label.shape
-    pictures = [_fitted(outline(view), _CELL, (height, width)), _fitted(view.image, _CELL)]
+    seen = _fitted(view.image, _CELL)
+    pictures = [_inside(outline(view), seen.size), seen]
     if view.operations:
         pictures.insert(1, _fitted(view.without_sda, _CELL))
     if view.example.mask is not None:
@@ -217,23 +218,24 @@ def _view_card(view: View, palette: Sequence[Sequence[int]]) -> Image.Image:
     return _card(pictures, [view.example.id], lines)
 
 
-def _fitted(image: Picture, width: int, crop: tuple[int, int] | None = None) -> Image.Image:
-    """The picture about `width` wide, enlarged by whole pixels; or within the cell of a crop."""
+def _fitted(image: Picture, width: int) -> Image.Image:
+    """The picture about `width` wide, enlarged by whole pixels."""
     picture = Image.fromarray(image)
-    if crop is not None:
-        cell = _fitted(np.zeros((*crop, 3), np.uint8), width).size
-        picture = picture.resize(
-            _scaled(picture.size, min(c / p for c, p in zip(cell, picture.size, strict=True))),
-            Image.Resampling.LANCZOS,
-        )
-        canvas = Image.new("RGB", cell, (236, 238, 241))
-        canvas.paste(picture, tuple((c - p) // 2 for c, p in zip(cell, picture.size, strict=True)))
-        return canvas
     if picture.width > 1.5 * width:
         size = _scaled(picture.size, width / picture.width)
         return picture.resize(size, Image.Resampling.LANCZOS)
     factor = max(round(width / picture.width), 1)
     return picture.resize(_scaled(picture.size, factor), Image.Resampling.NEAREST)
+
+
+def _inside(image: Picture, size: tuple[int, int]) -> Image.Image:
+    """The whole picture, as large as fits (width, height) of `size`, in its middle."""
+    picture = Image.fromarray(image)
+    factor = min(size[0] / picture.width, size[1] / picture.height)
+    picture = picture.resize(_scaled(picture.size, factor), Image.Resampling.LANCZOS)
+    cell = Image.new("RGB", size, _EMPTY)
+    cell.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return cell
 
 
 def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
@@ -351,7 +353,7 @@ def make_sheets(
     seed = streams.stage_seed(config.seed, int(stage == "student"), stage)
     pseudo: Sequence[sources.Example] = dataset.unlabeled
     if pseudo_labels:
-        pseudo = pipeline.pseudo_examples(dataset, pseudo_labels)
+        pseudo = pipeline.pseudo_examples(dataset, Path(pseudo_labels))
     colour = _padding_colour(config, stage)
     shown = views(config, dataset, pseudo, taken, seed, colour, count)
     name = f"{stage} 1" if stage == "student" else stage
