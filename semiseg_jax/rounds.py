@@ -49,7 +49,6 @@ FREE = frozenset(
         "rounds.control",
     }
 )
-STAGE_SEEDS = {"teacher": 0, "student": 1, "control": 2}
 
 
 def run(
@@ -131,13 +130,7 @@ class Network:
         """The compiled step of a kind of stage."""
         config = self._config
         tx, schedule = optim.make_optimizer(config.optim, kind, num_steps)
-        student = kind == "student"
-        taken = streams.Streams(
-            weak=tuple(config.data.weak_stream) if student else ("labeled",),
-            strong=tuple(config.data.strong_stream) if student else (),
-            batch_labeled=config.train.batch_labeled,
-            batch_pseudo=config.train.batch_unlabeled,
-        )
+        taken = streams.of_stage(config, kind)
         step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
         return training.Program(step, tx, schedule, taken, self._shapes)
 
@@ -205,7 +198,7 @@ class Job:
             "student": config.train.steps,
             "control": config.train.steps * round_,
         }[kind]
-        seed = streams.stage_seed(config.seed, round_, STAGE_SEEDS[kind])
+        seed = streams.stage_seed(config.seed, round_, kind)
         folder = self._workdir / f"round_{round_}" / kind
         return training.Stage(kind, round_, num_steps, seed, folder)
 

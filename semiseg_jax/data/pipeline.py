@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from etils import epath
-from jaxtyping import Bool, Int, Int32, UInt8
+from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from semiseg_jax.data import labels, sda, weak
 from semiseg_jax.data.sources import Dataset, Example
@@ -30,12 +30,14 @@ class TrainBatch:
         image: RGB, not normalised.
         label: class ids and IGNORE.
         is_pseudo: the label is a pseudo-label, whatever the stream.
+        seed: what each view was drawn from; `view_draws` names the draws.
         ids: of the images, to name them when something goes wrong.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
     label: UInt8[np.ndarray, "n h w"]
     is_pseudo: Bool[np.ndarray, " n"]
+    seed: Int64[np.ndarray, "n 2"]
     ids: tuple[str, ...]
 
 
@@ -97,10 +99,11 @@ def train_batches(
             "image": image,
             "label": label,
             "is_pseudo": tf.gather(places.pseudo, place),
+            "seed": key,
             "index": index,
         }
 
-    numbers = tf.data.Dataset.range(steps.start * count, steps.stop * count)
+    numbers = reader.numbers(steps.start * count, steps.stop * count)
     elements = numbers.map(element, config.data.threads or tf.data.AUTOTUNE, deterministic=True)
     batches = elements.batch(count, drop_remainder=True).prefetch(config.data.prefetch)
     for batch in reader.sentences(batches.with_options(_options(config.data.threads))):
@@ -142,6 +145,21 @@ def augment(
     return weak.pad(image, label, place, tuple(config.data.crop), colour)
 
 
+def view_draws(
+    seed: Int64[np.ndarray, "2"], strong: bool, size: tuple[int, int], config: Any
+) -> tuple[weak.Geometry, list[tuple[str, sda.Magnitude]]]:
+    """What `augment` draws with a seed: the geometry, and the operations in order.
+
+    Args:
+        seed: of the view, from `TrainBatch.seed`.
+        strong: the view is of the strong stream.
+        size: (height, width) of the image in pixels.
+        config: the whole config; `data` and `sda` are read.
+    """
+    geometry = weak.draw(tf.constant(size), _fold(seed, 0), config.data)
+    return geometry, sda.drawn(_fold(seed, 1), config.sda) if strong else []
+
+
 def _example_index(
     places: Slots,
     step: tf.Tensor,
@@ -180,6 +198,7 @@ class _Reader:
         self._tables = (dataset.table, labels.id_table(len(dataset.classes)))
         self._first_of_ours = first_of_ours
         self._error: UserError | None = None
+        self._stopped = tf.Variable(False, trainable=False)
 
     def __call__(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(image uint8 [h, w, 3], label uint8 [h, w]) of the example at an index."""
@@ -204,19 +223,43 @@ class _Reader:
             self._error = error
             raise
 
+    def numbers(self, start: int, stop: int) -> tf.data.Dataset:
+        """start … stop - 1, to read by; fewer where `sentences` is left before its end."""
+        running = tf.autograph.experimental.do_not_convert(lambda _: ~self._stopped)
+        return tf.data.Dataset.range(start, stop).take_while(running)
+
     def sentences(self, dataset: tf.data.Dataset) -> Iterator[Any]:
         """The data set's elements as numpy; a reading error as the UserError it was."""
         iterator = dataset.as_numpy_iterator()
-        while True:
-            try:
-                element = next(iterator)
-            except StopIteration:
-                return
-            except tf.errors.OpError as error:
-                if self._error is None:
-                    raise
-                raise self._error from error
-            yield element
+        try:
+            while True:
+                try:
+                    element = next(iterator)
+                except StopIteration:
+                    return
+                except tf.errors.OpError as error:
+                    if self._error is None:
+                        raise
+                    raise self._error from error
+                yield element
+        finally:
+            self._drain(iterator)
+
+    def _drain(self, iterator: Iterator[Any]) -> None:
+        """Lets the reads that are under way end.
+
+        TensorFlow destroys an iterator holding Python's lock, and waits for its reads, which wait
+        for that lock: an iterator that is dropped while it reads never returns.
+        """
+        with tf.init_scope():  # a generator may be collected while some graph is traced
+            self._stopped.assign(True)
+            while True:
+                try:
+                    next(iterator)
+                except StopIteration:
+                    return
+                except tf.errors.OpError:
+                    continue
 
 
 def _options(threads: int) -> tf.data.Options:
@@ -288,7 +331,7 @@ def image_batches(
         UserError: an image or mask is missing or damaged, or sizes differ.
     """
     reader = _Reader(examples, dataset, len(examples))
-    numbers = tf.data.Dataset.range(len(examples))
+    numbers = reader.numbers(0, len(examples))
     read = tf.autograph.experimental.do_not_convert(lambda i: (i, *reader(i)))
     elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(batch_size)
     waiting: dict[tuple[int, ...], list] = {}

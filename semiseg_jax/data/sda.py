@@ -11,6 +11,7 @@ under any number of threads.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -25,21 +26,35 @@ _MAGNITUDES = ("uniform", "released")
 
 
 @dataclasses.dataclass(frozen=True)
+class Law:
+    """How a magnitude is drawn.
+
+    Attributes:
+        draw: seed int64 [2] -> magnitude.
+        at: 0..1 -> the magnitude that share of the way through the range, the same in every channel
+            and without a seed of its own: what to show of an operation.
+    """
+
+    draw: Callable[[tf.Tensor], Magnitude]
+    at: Callable[[float], Magnitude]
+
+
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation of the pool: how its magnitude is drawn, and what it does to an image.
 
     Attributes:
         name: its name in `OPS` and in `config.sda.ops`.
         kernel: (image, **magnitude) -> image, deterministic.
-        uniform: seed int64 [2] -> magnitude, drawn from the range of this project.
-        released: the same, as the authors' code does it.
+        uniform: draws from the range of this project.
+        released: draws as the authors' code does.
         defaults: the entries of a magnitude that may be left out, and their values.
     """
 
     name: str
     kernel: Callable[..., tf.Tensor]
-    uniform: Callable[[tf.Tensor], Magnitude]
-    released: Callable[[tf.Tensor], Magnitude]
+    uniform: Law
+    released: Law
     defaults: dict[str, bool] = dataclasses.field(default_factory=dict)
 
     @tf.autograph.experimental.do_not_convert
@@ -75,9 +90,23 @@ class Operation:
             A dict of tensors: float32, int32 or bool of shape [], [2] or [3] (one per channel),
             and for random operations `seed`, int64 [2].
         """
+        return self._law(magnitude).draw(tf.cast(seed, tf.int64))
+
+    def at(self, share: float, seed: TensorLike, magnitude: str = "uniform") -> Magnitude:
+        """The magnitude some way through its range: the keyword arguments of `apply`.
+
+        Args:
+            share: 0 for the low end, 1 for the high one.
+            seed: int [2], for what differs from pixel to pixel; not used by most operations.
+            magnitude: as `sample` takes it.
+        """
+        entries = self._law(magnitude).at(share)
+        takes_seed = "seed" in inspect.signature(self.kernel).parameters
+        return entries | ({"seed": tf.cast(seed, tf.int64)} if takes_seed else {})
+
+    def _law(self, magnitude: str) -> Law:
         _check_magnitude(magnitude)
-        draw = self.uniform if magnitude == "uniform" else self.released
-        return draw(tf.cast(seed, tf.int64))
+        return self.uniform if magnitude == "uniform" else self.released
 
 
 # There is no Python control flow on tensors here; converting it all the same doubles the time that
@@ -103,14 +132,7 @@ def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tenso
     image = tf.convert_to_tensor(image)
     if sda.num_ops == 0:
         return image
-    choice_seed, magnitude_seed = _split(tf.cast(seed, tf.int64), 2)
-    if sda.replace:
-        picks = _integers(choice_seed, [sda.num_ops], 0, len(operations) - 1)
-    else:
-        shuffled = tf.random.experimental.stateless_shuffle(
-            tf.range(len(operations)), choice_seed, alg="philox"
-        )
-        picks = tf.sort(shuffled[: sda.num_ops])
+    picks, magnitude_seed = _choose(operations, seed, sda)
 
     def apply_next(position: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         seed = _fold_in(magnitude_seed, position)
@@ -125,6 +147,38 @@ def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tenso
         parallel_iterations=1,
     )
     return image
+
+
+def drawn(seed: TensorLike, config: Any) -> list[tuple[str, Magnitude]]:
+    """What `strong_augment` applies with this seed: names and magnitudes, in order.
+
+    Args:
+        seed: int [2], not symbolic.
+        config: as `strong_augment` takes it.
+    """
+    sda = getattr(config, "sda", config)
+    operations = _switched_on(sda)
+    if sda.num_ops == 0:
+        return []
+    picks, magnitude_seed = _choose(operations, seed, sda)
+    chosen = [operations[pick] for pick in picks.numpy()]
+    return [
+        (operation.name, operation.sample(_fold_in(magnitude_seed, position), sda.magnitude))
+        for position, operation in enumerate(chosen)
+    ]
+
+
+def _choose(operations: list[Operation], seed: TensorLike, sda: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Places in `operations` of those to apply, int32 [num_ops]; and the seed of magnitudes."""
+    choice_seed, magnitude_seed = _split(tf.cast(seed, tf.int64), 2)
+    if sda.replace:
+        picks = _integers(choice_seed, [sda.num_ops], 0, len(operations) - 1)
+    else:
+        shuffled = tf.random.experimental.stateless_shuffle(
+            tf.range(len(operations)), choice_seed, alg="philox"
+        )
+        picks = tf.sort(shuffled[: sda.num_ops])
+    return picks, magnitude_seed
 
 
 def _switched_on(sda: Any) -> list[Operation]:
@@ -189,7 +243,7 @@ def _split(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
     return tf.unstack(tf.random.experimental.stateless_split(seed, count, alg="philox"))
 
 
-def _fold_in(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+def _fold_in(seed: tf.Tensor, number: tf.Tensor | int) -> tf.Tensor:
     number = tf.cast(number, tf.int64)
     return tf.random.experimental.stateless_fold_in(seed, number, alg="philox")
 
@@ -203,69 +257,103 @@ def _integers(seed: tf.Tensor, shape: list[int], low: int, high: int) -> tf.Tens
     return tf.random.stateless_uniform(shape, seed, low, high + 1, tf.int32, alg="philox")
 
 
-def _uniform(key: str, low: float, high: float, shape: tuple[int, ...] = ()) -> Callable:
+def _uniform(key: str, low: float, high: float, shape: tuple[int, ...] = ()) -> Law:
     """Draws one entry uniformly; shape (3,) is an independent draw for each channel."""
-    return lambda seed: {key: _floats(seed, list(shape), low, high)}
+    return Law(
+        draw=lambda seed: {key: _floats(seed, list(shape), low, high)},
+        at=lambda share: {key: tf.fill(shape, _way(share, low, high))},
+    )
 
 
-def _constant(key: str, value: float, shape: tuple[int, ...] = ()) -> Callable:
-    return lambda seed: {key: tf.fill(shape, tf.constant(value, tf.float32))}
+def _constant(**entries: Any) -> Law:
+    """The entries as they are."""
+    return Law(
+        draw=lambda seed: {key: _tensor(key, value) for key, value in entries.items()},
+        at=lambda share: {key: _tensor(key, value) for key, value in entries.items()},
+    )
 
 
-def _seeded(draw: Callable[[tf.Tensor], Magnitude]) -> Callable[[tf.Tensor], Magnitude]:
+def _way(share: float, low: float, high: float) -> tf.Tensor:
+    return tf.constant(low + share * (high - low), tf.float32)
+
+
+def _whole_way(share: float, low: int, high: int) -> tf.Tensor:
+    return tf.constant(round(low + share * (high - low)), tf.int32)
+
+
+def _seeded(law: Law) -> Law:
     """Adds the seed from which the kernel draws what differs from pixel to pixel."""
 
-    def sample(seed: tf.Tensor) -> Magnitude:
+    def draw(seed: tf.Tensor) -> Magnitude:
         draw_seed, pixel_seed = _split(seed, 2)
-        return draw(draw_seed) | {"seed": pixel_seed}
+        return law.draw(draw_seed) | {"seed": pixel_seed}
 
-    return sample
+    return Law(draw, law.at)
 
 
-def _channels(seed: tf.Tensor) -> Magnitude:
+def _channels() -> Law:
     """Each channel by a fair coin; if that chose none, one of them with equal odds."""
-    coins_seed, one_seed = _split(seed, 2)
-    coins = _floats(coins_seed, [3], 0, 1) < 0.5
-    one = tf.range(3) == _integers(one_seed, [], 0, 2)
-    return {
-        "channels": coins | (one & ~tf.reduce_any(coins)),
-        "swap_red_blue": tf.constant(False),
-    }
+
+    def draw(seed: tf.Tensor) -> Magnitude:
+        coins_seed, one_seed = _split(seed, 2)
+        coins = _floats(coins_seed, [3], 0, 1) < 0.5
+        one = tf.range(3) == _integers(one_seed, [], 0, 2)
+        return {
+            "channels": coins | (one & ~tf.reduce_any(coins)),
+            "swap_red_blue": tf.constant(False),
+        }
+
+    return Law(
+        draw,
+        at=lambda share: {
+            "channels": tf.range(3) <= _whole_way(share, 0, 2),
+            "swap_red_blue": tf.constant(False),
+        },
+    )
 
 
-def _grid(low: float, high: float, fewest: int, most: int) -> Callable[[tf.Tensor], Magnitude]:
+def _grid(low: float, high: float, fewest: int, most: int) -> Law:
     """Probability in low..high, and cells down and across, each drawn by itself."""
 
-    def sample(seed: tf.Tensor) -> Magnitude:
+    def draw(seed: tf.Tensor) -> Magnitude:
         p_seed, cells_seed = _split(seed, 2)
         return {
             "p": _floats(p_seed, [], low, high),
             "cells": _integers(cells_seed, [2], fewest, most),
         }
 
-    return sample
+    return Law(
+        draw,
+        at=lambda share: {
+            "p": _way(share, low, high),
+            "cells": tf.fill([2], _whole_way(share, fewest, most)),
+        },
+    )
 
 
-def _hue_saturation(seed: tf.Tensor) -> Magnitude:
-    hue, saturation = tf.unstack(_floats(seed, [2], -20, 20))
-    return {"hue": hue, "saturation": saturation}
+def _hue_saturation(low: float, high: float) -> Law:
+    def draw(seed: tf.Tensor) -> Magnitude:
+        hue, saturation = tf.unstack(_floats(seed, [2], low, high))
+        return {"hue": hue, "saturation": saturation}
+
+    return Law(draw, at=lambda share: dict.fromkeys(("hue", "saturation"), _way(share, low, high)))
 
 
-def _permutation(seed: tf.Tensor) -> Magnitude:
+def _permutation() -> Law:
     shuffle = tf.random.experimental.stateless_shuffle
-    return {"permutation": shuffle(tf.range(3), seed, alg="philox")}
+    # Of the six, the exchange of green and blue, the turn by one, and the exchange of red and blue.
+    shown = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
+    return Law(
+        draw=lambda seed: {"permutation": shuffle(tf.range(3), seed, alg="philox")},
+        at=lambda share: {"permutation": tf.constant(shown[round(2 * share)])},
+    )
 
 
-def _quality(low: int, high: int) -> Callable[[tf.Tensor], Magnitude]:
-    return lambda seed: {"quality": _integers(seed, [], low, high)}
-
-
-def _unchanged(seed: tf.Tensor) -> Magnitude:
-    return {"hue": tf.constant(0.0), "saturation": tf.constant(0.0)}
-
-
-def _swapped(seed: tf.Tensor) -> Magnitude:
-    return {"channels": tf.constant([False] * 3), "swap_red_blue": tf.constant(True)}
+def _quality(low: int, high: int) -> Law:
+    return Law(
+        draw=lambda seed: {"quality": _integers(seed, [], low, high)},
+        at=lambda share: {"quality": _whole_way(share, low, high)},
+    )
 
 
 # --- The pool, in the order that drawing without replacement applies -----------------------------
@@ -273,6 +361,7 @@ def _swapped(seed: tf.Tensor) -> Magnitude:
 _EACH = (3,)
 _solarize = _uniform("t", 64, 192)
 _salt_pepper = _seeded(_uniform("p", 0, 0.1))
+_shuffle = _permutation()
 _multiply = _uniform("m", 0.25, 2.5, _EACH)
 
 OPS: dict[str, Operation] = {
@@ -282,69 +371,69 @@ OPS: dict[str, Operation] = {
             "contrast_gamma",
             sda_ops.contrast_gamma,
             uniform=_uniform("g", 0.5, 1.5, _EACH),
-            released=_constant("g", 1.013, _EACH),
+            released=_constant(g=[1.013] * 3),
         ),
         Operation(
             "contrast_linear",
             sda_ops.contrast_linear,
             uniform=_uniform("a", 0.5, 2, _EACH),
-            released=_constant("a", 1.269, _EACH),
+            released=_constant(a=[1.269] * 3),
         ),
         Operation(
             "brightness",
             sda_ops.brightness,
             uniform=_uniform("v", -20, 50),
-            released=_constant("v", 16),
+            released=_constant(v=16),
         ),
         Operation(
             "brightness_channel",
             sda_ops.brightness,
             uniform=_uniform("v", -20, 50, _EACH),
-            released=_constant("v", 16, _EACH),
+            released=_constant(v=[16] * 3),
         ),
         Operation(
             "equalize",
             sda_ops.equalize,
-            uniform=lambda seed: {},
-            released=lambda seed: {"lightness": tf.constant(True)},
+            uniform=_constant(),
+            released=_constant(lightness=True),
             defaults={"lightness": False},
         ),
         Operation(
             "hsv",
             sda_ops.hue_saturation,
-            uniform=_hue_saturation,
-            released=_unchanged,
+            uniform=_hue_saturation(-20, 20),
+            released=_constant(hue=0.0, saturation=0.0),
         ),
         Operation(
             "invert_channel",
             sda_ops.invert,
-            uniform=_channels,
-            released=_swapped,
+            uniform=_channels(),
+            released=_constant(channels=[False] * 3, swap_red_blue=True),
             defaults={"swap_red_blue": False},
         ),
         Operation(
             "blur",
             sda_ops.gaussian_blur,
             uniform=_uniform("sigma", 0.5, 2),
-            released=_constant("sigma", 1.756),
+            released=_constant(sigma=1.756),
         ),
         Operation(
             "noise_gau",
             sda_ops.gaussian_noise,
             uniform=_seeded(_uniform("s", 7.65, 20.4)),
-            released=_seeded(_constant("s", 14.2)),
+            released=_seeded(_constant(s=14.2)),
         ),
         Operation(
             "noise_pos",
             sda_ops.poisson_noise,
             uniform=_seeded(_uniform("lam", 10, 15)),
-            released=_seeded(_constant("lam", 12.6)),
+            released=_seeded(_constant(lam=12.6)),
         ),
         Operation(
             "channel_shuffle",
             sda_ops.permute_channels,
-            uniform=_permutation,
-            released=_permutation,
+            uniform=_shuffle,
+            released=_shuffle,
         ),
         Operation(
             "dropout",

@@ -1,6 +1,7 @@
 """The weak and the strong stream: what a step takes from each, and in which order."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Int
 from semiseg_jax.errors import UserError
 
 KINDS = ("labeled", "pseudo")
+STAGES = ("teacher", "student", "control")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,22 @@ class Streams:
         """The norm's `domain` for the joined batch."""
         present = [s for s in ("weak", "strong") if self.size(s)]
         return "both" if len(present) == 2 else present[0]
+
+
+def of_stage(config: Any, stage: str) -> Streams:
+    """What a stage takes: students both streams, the others labelled images weakly augmented.
+
+    Args:
+        config: the whole config; `data` and `train` are read.
+        stage: one of STAGES.
+    """
+    student = stage == "student"
+    return Streams(
+        weak=tuple(config.data.weak_stream) if student else ("labeled",),
+        strong=tuple(config.data.strong_stream) if student else (),
+        batch_labeled=config.train.batch_labeled,
+        batch_pseudo=config.train.batch_unlabeled,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +104,8 @@ def slots(streams: Streams, groups: int, process_index: int = 0, process_count: 
     return Slots(*(np.array(column) for column in zip(*joined, strict=True)))
 
 
-def stage_seed(seed: int, *stage: int) -> Int[np.ndarray, "2"]:
-    """Two integers for one stage of one run, from any integers."""
-    state = np.random.SeedSequence([s & 0xFFFFFFFF for s in (seed, *stage)]).generate_state(2)
+def stage_seed(seed: int, round_: int, stage: str) -> Int[np.ndarray, "2"]:
+    """Two integers for one stage of one run, from any integer `seed`."""
+    numbers = (seed, round_, STAGES.index(stage))
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(2)
     return state.view(np.int32).astype(np.int64)

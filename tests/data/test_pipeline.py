@@ -1,4 +1,9 @@
 import collections
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +42,7 @@ def batches(config, data, pseudo, taken=PAPER, steps=range(3), seed=(1, 2), **kw
 def same(one, other):
     return all(
         np.array_equal(getattr(one, k), getattr(other, k))
-        for k in ("image", "label", "is_pseudo", "ids")
+        for k in ("image", "label", "is_pseudo", "seed", "ids")
     )
 
 
@@ -53,9 +58,30 @@ def test_a_batch_is_weak_labelled_and_strong_pseudo_labelled(folder_config, data
     assert padding.any()
 
 
-def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own(folder_config, data, pseudo):
-    """8 pseudo-labelled images, 4 a step: an epoch is 2 steps; 4 labelled: 1 step."""
-    ids = [b.ids for b in batches(folder_config, data, pseudo, steps=range(12))]
+# 8 pseudo-labelled images, 4 a step: an epoch is 2 steps; 4 labelled: 1 step.
+THREE_EPOCHS = range(6)
+
+
+@pytest.fixture
+def few_operations(folder_config):
+    """Fewer are built faster, and here their number does not matter."""
+    folder_config.sda.ops = ("multiply", "noise_gau", "coarse_dropout")
+    return folder_config
+
+
+def drawn(config, data, pseudo, batch, place, strong):
+    """(id, geometry, operations, magnitudes) of one image of a batch, as plain numbers."""
+    kind = pseudo if batch.is_pseudo[place] else data.labeled
+    (example,) = (e for e in kind if e.id == batch.ids[place])
+    size = labels.image_size(example.image)
+    geometry, operations = pipeline.view_draws(batch.seed[place], strong, size, config)
+    numbers = [np.asarray(v).tolist() for v in dataclasses.astuple(geometry)]
+    named = [(n, {k: np.asarray(v).tolist() for k, v in m.items()}) for n, m in operations]
+    return (example.id, numbers, named)
+
+
+def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own(few_operations, data, pseudo):
+    ids = [b.ids for b in batches(few_operations, data, pseudo, steps=range(12))]
     orders = set()
     for epoch in range(6):
         seen = ids[2 * epoch][4:] + ids[2 * epoch + 1][4:]
@@ -65,34 +91,79 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own(folder_config
     assert len(orders) == 6
 
 
-def test_going_on_at_a_step_gives_what_was_to_come(folder_config, data, pseudo):
-    whole = batches(folder_config, data, pseudo, steps=range(6))
-    rest = batches(folder_config, data, pseudo, steps=range(4, 6))
-    assert all(map(same, whole[4:], rest))
+def test_going_on_at_any_step_gives_what_was_to_come(few_operations, data, pseudo):
+    whole = batches(few_operations, data, pseudo, steps=THREE_EPOCHS)
+    for step in THREE_EPOCHS:
+        rest = batches(few_operations, data, pseudo, steps=range(step, THREE_EPOCHS.stop))
+        assert len(rest) == THREE_EPOCHS.stop - step
+        assert all(map(same, whole[step:], rest))
 
 
 def test_threads_change_nothing(folder_config, data, pseudo):
     runs = []
     for threads in (1, 8):
         folder_config.data.threads = threads
-        runs.append(batches(folder_config, data, pseudo, steps=range(3)))
+        runs.append(batches(folder_config, data, pseudo, steps=THREE_EPOCHS))
     assert all(map(same, *runs))
 
 
-def test_processes_and_groups_rearrange_and_change_nothing(folder_config, data, pseudo):
-    (one,) = batches(folder_config, data, pseudo, steps=range(1))
-    parts = [
-        batches(
-            folder_config, data, pseudo, steps=range(1), groups=4, process_index=i, process_count=4
-        )[0]
-        for i in range(4)
+def test_processes_share_what_one_would_do_alone(few_operations, data, pseudo, monkeypatch):
+    """Four processes in three epochs: the same images, crops, operations and magnitudes, and each
+    process opens no file but those of its share."""
+    opened = []
+    for name in ("read_image", "read_mask"):
+        read = getattr(labels, name)
+        watched = functools.partial(
+            lambda read, path, *a: opened.append(path) or read(path, *a), read
+        )
+        monkeypatch.setattr(labels, name, watched)
+    alone = batches(few_operations, data, pseudo, steps=THREE_EPOCHS)
+    assert len(opened) == 2 * 8 * len(THREE_EPOCHS)
+    for process in range(4):
+        opened.clear()
+        parts = batches(
+            few_operations,
+            data,
+            pseudo,
+            steps=THREE_EPOCHS,
+            groups=4,
+            process_index=process,
+            process_count=4,
+        )
+        # An image of either stream, and its mask, in each step.
+        assert len(opened) == 2 * 2 * len(THREE_EPOCHS)
+        by_id = {e.id: e for e in (*data.labeled, *pseudo)}
+        shares = [by_id[name] for part in parts for name in part.ids]
+        assert set(opened) == {path for e in shares for path in (e.image, e.mask)}
+        for one, part in zip(alone, parts, strict=True):
+            # Block g of [weak; strong] holds image g of either stream.
+            for place, position in enumerate((process, 4 + process)):
+                for key in ("image", "label", "is_pseudo", "seed", "ids"):
+                    mine, its = getattr(part, key)[place], getattr(one, key)[position]
+                    np.testing.assert_array_equal(mine, its)
+    draws = [
+        drawn(few_operations, data, pseudo, batch, place, place >= 4)
+        for batch in alone
+        for place in range(8)
     ]
-    # Block g of [weak; strong] holds image g of either stream.
-    for g, part in enumerate(parts):
-        for place, position in enumerate((g, 4 + g)):
-            np.testing.assert_array_equal(part.image[place], one.image[position])
-            np.testing.assert_array_equal(part.label[place], one.label[position])
-            assert part.ids[place] == one.ids[position]
+    # No two views of the three epochs are drawn alike.
+    assert len({repr(d) for d in draws}) == len(draws) == 48
+    assert {name for *_, operations in draws for name, _ in operations} == set(
+        few_operations.sda.ops
+    )
+
+
+def test_a_seed_tells_the_geometry_of_its_view(few_operations, data, pseudo):
+    """An independent count: what is not padding is as large as the geometry says."""
+    (batch,) = batches(few_operations, data, pseudo, steps=range(1))
+    for place in range(4, 8):
+        _, (_, _, valid, corner, _), operations = drawn(
+            few_operations, data, pseudo, batch, place, True
+        )
+        inside = np.argwhere(batch.label[place] != 255)  # these pseudo-labels are 1 throughout
+        np.testing.assert_array_equal(inside.min(0), corner)
+        np.testing.assert_array_equal(inside.max(0) + 1 - inside.min(0), valid)
+        assert len(operations) == 3
 
 
 def test_other_seeds_give_other_batches(folder_config, data, pseudo):
@@ -138,12 +209,65 @@ def test_padding_is_untouched_by_sda(folder_config, data, pseudo):
 
 
 def test_a_damaged_image_is_one_sentence(folder_config, data, pseudo):
-    from pathlib import Path
-
     path = Path(data.labeled[0].image)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match="truncated, corrupt or not an image"):
         batches(folder_config, data, pseudo)
+
+
+LEFT_EARLY = """
+import sys, time
+import numpy as np
+from configs import default
+from semiseg_jax.data import labels, pipeline, sources, streams
+from semiseg_jax.errors import UserError
+
+read, count, damaged = labels.read_image, 0, False
+def slow_read(path):
+    global count
+    count += 1
+    time.sleep(0.05)
+    if damaged:
+        raise UserError("This one is damaged.")
+    return read(path)
+labels.read_image = slow_read
+
+config = default.get_config()
+config.data.name, config.data.root = "folder", sys.argv[1]
+config.data.classes, config.data.crop = ("ground", "thing", "corner"), (16, 16)
+config.data.threads = 4
+data = sources.load(config)
+taken = streams.Streams(("labeled",), (), 4, 4)
+seed, colour = np.array([1, 2]), np.zeros(3, np.uint8)
+for damaged_later in (False, True):
+    made = pipeline.train_batches(config, data, (), taken, seed, range(1000), colour)
+    try:
+        for _ in range(2):
+            next(made)
+        damaged = damaged_later
+        while damaged:
+            next(made)
+    except UserError as error:
+        print(error)
+    del made
+started = count
+time.sleep(0.3)
+print("reads after the end:", count - started)
+"""
+
+
+def test_a_pipeline_that_is_left_early_ends(folder_data):
+    """Dropped in the middle, and by an error, it neither hangs nor reads on."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_EARLY, str(folder_data)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.splitlines() == ["This one is damaged.", "reads after the end: 0"], (
+        done.stderr
+    )
 
 
 def test_whole_images_come_once_each_in_batches_of_one_size(folder_config, data):

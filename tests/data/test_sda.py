@@ -429,6 +429,25 @@ def test_sample_fills_the_range(name, key, magnitude):
     assert values.mean() == pytest.approx((low + high) / 2, abs=middle)
 
 
+@pytest.mark.parametrize(("name", "key"), RANGES)
+@pytest.mark.parametrize("magnitude", ["uniform", "released"])
+def test_at_goes_from_end_to_end_of_the_range(name, key, magnitude):
+    low, high = RANGES[name, key][magnitude == "released"]
+    for share in (0, 0.5, 1):
+        value = OPS[name].at(share, (0, 0), magnitude)[key].numpy()
+        rounding = 0.5 if value.dtype.kind == "i" else 1e-5
+        np.testing.assert_allclose(value, low + share * (high - low), atol=rounding)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("magnitude", ["uniform", "released"])
+def test_at_gives_what_sample_gives(name, magnitude):
+    at, sampled = OPS[name].at(0.5, (1, 2), magnitude), OPS[name].sample((1, 2), magnitude)
+    assert {k: (v.shape, v.dtype) for k, v in at.items()} == {
+        k: (v.shape, v.dtype) for k, v in sampled.items()
+    }
+
+
 @pytest.mark.parametrize("name", EACH_CHANNEL)
 def test_sample_draws_each_channel_on_its_own(name):
     (values,) = draws(name).values()

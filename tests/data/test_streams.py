@@ -50,5 +50,10 @@ def test_a_batch_that_does_not_divide_is_one_sentence():
 
 
 def test_stage_seeds_differ():
-    seeds = {tuple(streams.stage_seed(s, r, k)) for s in (0, 1, -1) for r in (0, 1) for k in (0, 1)}
-    assert len(seeds) == 12
+    seeds = {
+        tuple(streams.stage_seed(s, r, k))
+        for s in (0, 1, -1)
+        for r in (0, 1)
+        for k in streams.STAGES
+    }
+    assert len(seeds) == 18

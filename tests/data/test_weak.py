@@ -64,18 +64,53 @@ def test_half_are_mirrored_image_and_label_alike():
     assert 15 < mirrored < 45
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.8, 1.7])
-def test_label_and_image_edges_stay_within_half_a_pixel(factor):
-    """A vertical edge at column 20 of 41, black to white and class 0 to 1."""
-    image = np.zeros((30, 41, 3), np.uint8)
-    image[:, 20:] = 255
-    label = (image[..., 0] > 0).astype(np.uint8)
-    x, y, _ = crop(image, label, [3, 4], data_config((factor, factor), (99, 99)))
-    row = x.numpy()[5, :, 0].astype(float) / 255
-    image_edge = len(row) - row.sum()
-    label_edge = np.argmax(y.numpy()[5])
-    assert abs(image_edge - label_edge) <= 0.5
-    assert set(np.unique(y)) == {0, 1}
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [(30, 41), (17, 64)])
+@pytest.mark.parametrize("limits", [(0.5, 0.5), (0.8, 0.8), (1.0, 1.0), (1.7, 1.7), (0.5, 2.0)])
+def test_label_and_image_edges_stay_within_half_a_pixel(limits, size, axis):
+    """Black and class 3 before the edge, white and class 7 after: both where the view puts it.
+
+    The amount of white along a line says where the edge is, to parts of a pixel.
+    """
+    edge = size[axis] // 2
+    white = np.arange(size[axis]) >= edge
+    white = np.broadcast_to(white if axis else white[:, None], size)
+    image, label = np.repeat(255 * white[..., None], 3, -1).astype(np.uint8), 3 + 4 * white
+    config = data_config(limits, (24, 28), mirror=True)
+    seen = set()
+    for i in range(12):
+        seed = [i, 3]
+        x, y, _ = crop(image, label.astype(np.uint8), seed, config)
+        drawn = weak.draw(tf.constant(size), tf.constant(seed), config)
+        scaled, corner, valid = (int(t[axis]) for t in (drawn.scaled, drawn.corner, drawn.valid))
+        before, after = edge * scaled / size[axis], (size[axis] - edge) * scaled / size[axis]
+        if axis == 1 and drawn.mirrored:
+            expected = min(max(after - corner, 0), valid)
+        else:
+            expected = min(max(corner + valid - before, 0), valid)
+        line, classes = (t.numpy().take(1, 1 - axis) for t in (x, y))
+        assert abs(line[:, 0].sum() / 255 - expected) <= 0.5 + 1e-6
+        assert abs((classes == 7).sum() - expected) <= 0.5 + 1e-6
+        assert set(classes) <= {3, 7}
+        seen.add((bool(drawn.mirrored), 0 < expected < valid))
+    assert (True, True) in seen and (False, True) in seen
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2), (40, 7)])
+def test_images_from_one_pixel_and_crops_larger_than_them(size):
+    """No colour and no class that the image does not have, but padding around it."""
+    image, label = np.full((*size, 3), 200, np.uint8), np.full(size, 4, np.uint8)
+    config = data_config((0.3, 2.0), (16, 20), mirror=True)
+    colour = np.array([1, 2, 3], np.uint8)
+    for i in range(10):
+        x, y, place = crop(image, label, [i, 5], config)
+        assert 1 <= y.shape[0] <= 16 and 1 <= y.shape[1] <= 20
+        padded, labels = weak.pad(x, y, place, (16, 20), colour)
+        inside = labels.numpy() == 4
+        assert inside.sum() == y.shape[0] * y.shape[1]
+        assert set(np.unique(labels)) <= {4, 255}
+        assert (padded.numpy()[inside] == 200).all()
+        assert (padded.numpy()[~inside] == colour).all()
 
 
 def test_scale_is_uniform_in_its_range():

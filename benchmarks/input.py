@@ -1,0 +1,245 @@
+"""The input pipeline from files on disk: images a second and memory, at 100 to 10,000 images.
+
+    python benchmarks/input.py [--counts=100,1000,10000] [--repeats=9] [--threads=2]
+
+What a student's step takes: labelled images weakly augmented, pseudo-labelled ones strongly
+augmented, half and half, a sixteenth of the images labelled. Two kinds of data: PNGs of 240x180 at
+a crop of 160x128 (CamVid at half size) and JPEGs of 1024x512 at a crop of 512x512. The files are
+drawn once into the cache folder: 200 distinct ones, and hard links to them for as many as a set
+has, so that it costs little disk and every set is in the page cache.
+
+Every size is a process of its own, and they take turns: a repeat is the same steps in each, with
+the same draws. A number is the median over the repeats: images a second of wall time, and of CPU
+time, which other programs on the machine disturb less; and the resident memory at the end. The
+last line is one JSON object: `ours` is at the largest size, `peer` at the one before, ratio > 1
+where the larger set does better; 1 is what to hope for.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from workers import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+DISTINCT = 200
+CLASSES = 11
+# (height, width) of the images, their format, the crop, and the steps of a repeat.
+KINDS = {
+    "png 240x180": ((180, 240), "png", (128, 160), 40),
+    "jpeg 1024x512": ((512, 1024), "jpg", (512, 512), 10),
+}
+BATCH = 8  # images of either stream
+PREFETCH = 2
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth colours with noise, which cost about what a photograph does; blocks of classes."""
+    small = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3)).astype(np.uint8)
+    smooth = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 4, (height, width, 3))
+    image = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
+    blocks = rng.integers(0, CLASSES, (height // 24 + 1, width // 24 + 1)).astype(np.uint8)
+    label = np.kron(blocks, np.ones((24, 24), np.uint8))[:height, :width]
+    return image, label
+
+
+def make_data(folder: pathlib.Path, kind: str, count: int) -> pathlib.Path:
+    """The folder data set of `count` images of a kind; made if it is missing."""
+    (height, width), suffix, *_ = KINDS[kind]
+    distinct = folder / f"{width}x{height}.{suffix}"
+    if not distinct.exists():
+        scratch = distinct.with_name(f"{distinct.name}.{os.getpid()}")
+        scratch.mkdir(parents=True)
+        for number in range(DISTINCT):
+            image, label = photograph(np.random.default_rng(number), height, width)
+            Image.fromarray(image).save(scratch / f"{number}.{suffix}", quality=90)
+            Image.fromarray(label).save(scratch / f"{number}.mask.png")
+        scratch.rename(distinct)
+    root = folder / f"{distinct.name}-{count}"
+    if not root.exists():
+        scratch = root.with_name(f"{root.name}.{os.getpid()}")
+        for split, size in (("train", count), ("val", 1)):
+            for name in ("images", "masks"):
+                (scratch / name / split).mkdir(parents=True)
+            for number in range(size):
+                source = distinct / f"{number % DISTINCT}.{suffix}"
+                os.link(source, scratch / "images" / split / f"{number:06d}.{suffix}")
+                mask = source.with_suffix(".mask.png")
+                os.link(mask, scratch / "masks" / split / f"{number:06d}.png")
+        scratch.rename(root)
+    return root
+
+
+# --- One size, in a process of its own -----------------------------------------------------------
+
+
+def batches_of(root: pathlib.Path, kind: str, threads: int) -> Iterator[Any]:
+    """A student's batches from a data set, without end."""
+    from configs import default
+    from semiseg_jax.data import pipeline, sources, streams
+
+    config = default.get_config()
+    config.data.name = "folder"
+    config.data.root = str(root)
+    config.data.classes = tuple(f"class {i}" for i in range(CLASSES))
+    config.data.labels = 1 / 16
+    config.data.crop = KINDS[kind][2]
+    config.data.threads = threads
+    config.data.prefetch = PREFETCH
+    config.train.batch_labeled = config.train.batch_unlabeled = BATCH
+    dataset = sources.load(config)
+    # Masks of the unlabelled images stand in for pseudo-labels.
+    pseudo = pipeline.pseudo_examples(dataset, root / "masks" / "train")
+    return pipeline.train_batches(
+        config,
+        dataset,
+        pseudo,
+        streams.of_stage(config, "student"),
+        streams.stage_seed(0, 1, "student"),
+        range(1_000_000_000),
+        np.zeros(3, np.uint8),
+    )
+
+
+def serve(root: pathlib.Path, kind: str, threads: int) -> None:
+    """Answers each line with the rates of a repeat and the memory after it, until input ends."""
+    batches = batches_of(root, kind, threads)
+    for _ in sys.stdin:
+        # While it waited for its turn the pipeline went ahead by its buffers.
+        for _ in range(2 * PREFETCH):
+            next(batches)
+        steps = KINDS[kind][3]
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            next(batches)
+        images = 2 * BATCH * steps
+        answer = {
+            "wall": images / (time.perf_counter() - wall),
+            "cpu": images / (time.process_time() - cpu),
+            "memory": resident_megabytes(),
+        }
+        print(json.dumps(answer), flush=True)
+
+
+def resident_megabytes() -> float:
+    """Resident memory of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+
+# --- All sizes -----------------------------------------------------------------------------------
+
+
+class Size:
+    """The process of one size of one kind of data."""
+
+    def __init__(self, kind: str, count: int, flags: argparse.Namespace):
+        command = [sys.executable, __file__, f"--serve={kind}", f"--counts={count}"]
+        command += [f"--threads={flags.threads}", f"--folder={flags.folder}"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+
+    def repeat(self) -> dict[str, float]:
+        """What `serve` answers."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("A size's process ended; what it said is above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process by ending its input."""
+        self._process.communicate()
+
+
+def compare(kind: str, counts: list[int], flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Interleaved repeats of one kind of data; rows of the result, and lines for a person."""
+    sizes = {count: Size(kind, count, flags) for count in counts}
+    answers: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for repeat in range(-1, flags.repeats):
+        for count, size in sizes.items():
+            answer = size.repeat()
+            if repeat >= 0:  # The one before traces graphs and fills caches.
+                answers[count].append(answer)
+    medians = {}
+    for count, size in sizes.items():
+        size.close()
+        given = answers[count]
+        m = {key: statistics.median(answer[key] for answer in given) for key in given[0]}
+        medians[count] = m | {"memory": given[-1]["memory"]}
+        spread = ", ".join(
+            f"{key} {min(a[key] for a in given):.1f} to {max(a[key] for a in given):.1f}"
+            for key in ("wall", "cpu")
+        )
+        print(
+            f"{kind:14} {count:6} images {m['wall']:9.1f} {m['cpu']:11.1f} "
+            f"{medians[count]['memory']:8.0f}   ({spread})",
+            flush=True,
+        )
+    small, large = (medians[count] for count in counts[-2:])
+    names = f"{counts[-1]} against {counts[-2]} images"
+    keys = {"wall": "images/s", "cpu": "images/CPU second", "memory": "resident MB"}
+    return [
+        {
+            "case": f"{kind}, {what}, {names}",
+            "ours": round(large[key], 3),
+            "peer": round(small[key], 3),
+            "ratio": round((large[key] / small[key]) ** (-1 if key == "memory" else 1), 3),
+        }
+        for key, what in keys.items()
+    ]
+
+
+def main() -> None:
+    """Runs every kind at every count, or one case where told to."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--counts", default="100,1000,10000", help="ascending; the last two compare"
+    )
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--repeats", default=9, type=int)
+    parser.add_argument("--threads", default=0, type=int, help="of the pipeline; 0 for all cores")
+    parser.add_argument("--folder", default="", help="for the files; in the cache unless given")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    counts = [int(count) for count in flags.counts.split(",")]
+    cache = os.environ.get("SEMISEG_CACHE") or pathlib.Path.home() / ".cache" / "semiseg_jax"
+    folder = pathlib.Path(flags.folder or pathlib.Path(cache) / "benchmark_input")
+    if flags.serve:
+        serve(make_data(folder, flags.serve, counts[0]), flags.serve, flags.threads)
+        return
+    if len(counts) < 2:
+        sys.exit("--counts must name at least two sizes: the last two are compared.")
+    print(f"{'':28} {'images/s':>9} {'a CPU s':>11} {'RSS MB':>8}")
+    rows = []
+    for kind in flags.kinds.split(","):
+        for count in counts:
+            make_data(folder, kind, count)
+        rows += compare(kind, counts, flags)
+    print(json.dumps({"name": "input", "cases": rows}))
+
+
+if __name__ == "__main__":
+    main()
