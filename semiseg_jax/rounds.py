@@ -17,7 +17,9 @@ from clu import metric_writers
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
+from rich import box
 from rich.console import Console
+from rich.table import Column, Table
 
 from semiseg_jax import checkpoints, evaluate, optim, steps
 from semiseg_jax import mesh as mesh_lib
@@ -82,12 +84,12 @@ class Network:
             model_config.backbone = backbone
             model_config.pretrained = config.rounds.student_pretrained
         # Resolved here, so that model/model.json does not need the file of the weights.
-        model_config.input_normalization = deeplab.input_normalization(model_config)
-        self.model_config = model_config
+        self.departures = deeplab.departures(model_config)
+        self.model_config = model_config = deeplab.resolve(model_config)
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh)
         self.label = Labeler(self.model, dataset, config.pseudo, mesh)
-        self._shapes = state_lib.variable_shapes(self.model)
+        self.shapes = state_lib.variable_shapes(self.model)
         self._config = config
         self._mesh = mesh
 
@@ -104,7 +106,7 @@ class Network:
             batch_pseudo=config.train.batch_unlabeled,
         )
         step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
-        return training.Program(step, tx, schedule, taken, self._shapes)
+        return training.Program(step, tx, schedule, taken, self.shapes)
 
 
 class Job:
@@ -149,7 +151,12 @@ class Job:
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
-        return Network(self._config, backbone, self._dataset, self._mesh)
+        network = Network(self._config, backbone, self._dataset, self._mesh)
+        table = Table("part", Column("parameters", justify="right"), "", box=box.SIMPLE_HEAD)
+        for part, count, note in deeplab.parts(network.model_config, network.shapes):
+            table.add_row(part, f"{count:,}", note)
+        self._console.print(table)
+        return network
 
     def _backbone(self, kind: str) -> str:
         student = self._config.rounds.student_model if kind == "student" else ""
@@ -248,6 +255,8 @@ class Job:
             if path := network.model_config.pretrained:
                 variables, report = pretrained.load(path, variables)
                 say(f"{path}: {report}")
+                for sentence in network.departures:
+                    say(sentence)
             return variables
         if stage.kind == "student" and teacher.stage.kind == "teacher":
             return state_lib.copy_weak_to_strong(teacher.variables)
