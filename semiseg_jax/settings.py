@@ -162,16 +162,27 @@ def check(config: Any) -> None:
 
 
 def _check_weights(config: Any) -> None:
-    """Weights that cannot be read are refused before the workdir belongs to this config."""
+    """Weights that cannot be loaded are refused before the workdir belongs to this config."""
     rounds = config.rounds
     if rounds.student_pretrained and rounds.student_model in ("", config.model.backbone):
         raise UserError(
             "rounds.student_pretrained is given, but students are the teacher's network: leave it "
             "empty, or give another backbone as rounds.student_model."
         )
-    for path in (config.model.pretrained, rounds.student_pretrained):
-        if path:
-            pretrained.inspect(path)
+    for path, backbone in (
+        (config.model.pretrained, ("model.backbone", config.model.backbone)),
+        (rounds.student_pretrained, ("rounds.student_model", rounds.student_model)),
+    ):
+        if not path:
+            continue
+        said = pretrained.inspect(path)
+        head = ("model.head", config.model.head)
+        for (key, value), needed in ((backbone, said.backbone), (head, said.head)):
+            if needed not in (None, value):
+                raise UserError(
+                    f"{path} holds weights of {needed}, and {key} is {value}: make it {needed}, or "
+                    "give other weights."
+                )
 
 
 def run_name(config_path: str) -> str:

@@ -402,3 +402,17 @@ def test_settings_refuse_weights_that_a_run_could_not_load(tmp_path):
         settings.check(tiny_config(**student))
     with pytest.raises(UserError, match=r"none\.npz is missing"):
         settings.check(tiny_config(**student, rounds__student_model="resnet18"))
+
+
+def test_settings_refuse_weights_of_another_backbone_or_head(tmp_path):
+    names = ("encoder.layer4.0.conv1.weight", "decoder.aspp.0.convs.0.0.weight")
+    blocks = (f"encoder.layer3.{i}.conv1.weight" for i in range(2))
+    path = tmp_path / "smp.npz"
+    np.savez(path, **dict.fromkeys((*names, *blocks), np.zeros(3)))
+    changes = {"model__pretrained": str(path), "model__head": "v3plus_smp"}
+    settings.check(tiny_config(**changes, model__backbone="resnet18"))
+    with pytest.raises(UserError, match=r"of resnet18, and model\.backbone is resnet50: make"):
+        settings.check(tiny_config(**changes, model__backbone="resnet50"))
+    changes["model__head"] = "v2"
+    with pytest.raises(UserError, match=r"of v3plus_smp, and model\.head is v2: make it v3"):
+        settings.check(tiny_config(**changes, model__backbone="resnet18"))
