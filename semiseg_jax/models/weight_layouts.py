@@ -112,7 +112,7 @@ def _is_resnet_deep_stem(file: File) -> bool:
 
 
 def _resnet_name(file: File, prefix: str = "") -> str | None:
-    """Name of the backbone that has the file's blocks and stem."""
+    """Name of the backbone that has the file's blocks and stem, if there is one."""
     blocks = {
         match[1]
         for name in file.tensors
@@ -123,7 +123,8 @@ def _resnet_name(file: File, prefix: str = "") -> str | None:
     deep = file.tensors.get(f"{prefix}conv1.0.weight")
     if name is None or deep is None:
         return name
-    return name + {32: "c", 64: "s"}.get(deep.shape[0], "?")
+    letter = {32: "c", 64: "s"}.get(deep.shape[0])
+    return letter and name + letter
 
 
 def _resnet_conventions(layout: str, file: File) -> Conventions:
@@ -150,7 +151,6 @@ def _translate_resnet(
         place = stem.get(layer, "")
     if converted is None or (not place and layer == "fc"):
         return None
-    # A name that is not known keeps its own, so that it is refused by it.
     return f"backbone/{place or layer}/{converted[0]}", converted[1]
 
 
