@@ -1,6 +1,7 @@
-"""A whole training step against PyTorch: DeepLabV3+ on EfficientNet-Lite0, on the CPU.
+"""A whole training step against PyTorch: DeepLabV3+ on three backbones, on the CPU.
 
-    python benchmarks/train_step.py [--sizes=129,257] [--batch=4] [--repeats=7] [--threads=N]
+    python benchmarks/train_step.py [--backbones=xception65,…] [--sizes=129,257] [--batch=4]
+        [--repeats=7] [--threads=N]
 
 Forward, backward, batch norm over the batch, cross-entropy and the SGD update, float32, 21 classes,
 output stride 16, without dropout. Ours is the teacher's step as `main` runs it; PyTorch's is the
@@ -27,6 +28,11 @@ import numpy as np
 from workers import ROOT, Worker
 
 CLASSES = 21
+BACKBONES = {
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "resnet50": "ResNet-50",
+    "xception65": "Xception-65",
+}
 # PyTorch's threads wait actively for a while after their work.
 REST_SECONDS = 0.3
 
@@ -41,9 +47,9 @@ def batch_of(size: int, count: int) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """The teacher's step of the project."""
+    """The teacher's step of the project, with one backbone."""
 
-    def __init__(self, batch: int):
+    def __init__(self, backbone: str, batch: int):
         # Imported once affinity is set: XLA takes its number of threads from it.
         sys.path.insert(0, str(ROOT))
         import jax
@@ -57,7 +63,7 @@ class Ours:
         from semiseg_jax.models import deeplab
 
         config = default.get_config()
-        config.model.backbone = "efficientnet_lite0"
+        config.model.backbone = backbone
         config.model.dropout = 0.0
         model = deeplab.build(config.model, CLASSES)
         self._jax, self._mesh_lib, self._state_lib = jax, mesh, state
@@ -94,31 +100,31 @@ class Ours:
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": float(losses[0])}
 
 
-def compare(ours: Ours, peer: Worker, case: str, batch: dict[str, np.ndarray], flags) -> dict:
+def compare(
+    ours: Ours, peer: Worker, backbone: str, name: str, batch: dict[str, np.ndarray], flags
+) -> dict:
     """Interleaved repeats of one case; a row of the result."""
+    case = f"{BACKBONES[backbone]}, {name}"
+    asked = {"backbone": backbone, "batch": name, "steps": flags.steps}
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[flags.clock]
     speeds: dict[str, list[float]] = {"ours": [], "peer": []}
     for repeat in range(-1, flags.repeats):
         answers = {}
-        for name in speeds:
+        for who in speeds:
             time.sleep(REST_SECONDS)
-            answers[name] = (
-                ours.run(case, batch, flags.steps)
-                if name == "ours"
-                else peer.ask({"case": case, "steps": flags.steps})
-            )
+            answers[who] = ours.run(name, batch, flags.steps) if who == "ours" else peer.ask(asked)
         if repeat < 0:  # It compiles and fills caches.
-            losses = {name: answer["loss"] for name, answer in answers.items()}
+            losses = {who: answer["loss"] for who, answer in answers.items()}
             if abs(losses["ours"] - losses["peer"]) > 1e-4 * losses["peer"]:
                 sys.exit(f"{case}: the networks differ, as their first losses do: {losses}")
             continue
-        for name, answer in answers.items():
-            speeds[name].append(len(batch["images"]) * flags.steps / answer[clock])
-    mine, theirs = (statistics.median(speeds[name]) for name in ("ours", "peer"))
+        for who, answer in answers.items():
+            speeds[who].append(len(batch["images"]) * flags.steps / answer[clock])
+    mine, theirs = (statistics.median(speeds[who]) for who in ("ours", "peer"))
     spread = ", ".join(f"{n} {min(v):.2f} to {max(v):.2f}" for n, v in speeds.items())
-    print(f"{case:12} {mine:9.2f} {theirs:9.2f} {mine / theirs:8.2f}   ({spread})", flush=True)
+    print(f"{case:32} {mine:9.2f} {theirs:9.2f} {mine / theirs:8.2f}   ({spread})", flush=True)
     return {
-        "case": f"DeepLabV3+ EfficientNet-Lite0, {case}",
+        "case": f"DeepLabV3+ {case}",
         "ours": round(mine, 3),
         "peer": round(theirs, 3),
         "ratio": round(mine / theirs, 3),
@@ -129,6 +135,7 @@ def main() -> None:
     """Runs every size."""
     cores = sorted(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backbones", default=",".join(BACKBONES))
     parser.add_argument("--sizes", default="129,257", help="sides in pixels, of the form 32 n + 1")
     parser.add_argument("--batch", default=4, type=int)
     parser.add_argument("--repeats", default=7, type=int)
@@ -136,6 +143,9 @@ def main() -> None:
     parser.add_argument("--threads", default=len(cores), type=int, help="and cores")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     flags = parser.parse_args()
+    backbones = flags.backbones.split(",")
+    if not set(backbones) <= BACKBONES.keys():
+        sys.exit(f"--backbones must be out of {', '.join(BACKBONES)}.")
     sizes = [int(size) for size in flags.sizes.split(",")]
     if any(size % 32 != 1 for size in sizes):
         sys.exit("--sizes must be of the form 32 n + 1: there both paddings are alike.")
@@ -143,14 +153,18 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
 
     batches = {f"{flags.batch}x{size}x{size}": batch_of(size, flags.batch) for size in sizes}
-    ours = Ours(flags.batch)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, arrays in {"weights": ours.weights(), **batches}.items():
+        for name, arrays in batches.items():
             np.savez(pathlib.Path(folder) / f"{name}.npz", **arrays)  # type: ignore[arg-type]
         peer = Worker("torchvision", "train_step_peer.py", folder, str(flags.threads))
         print(f"PyTorch {peer.ready['torch']}, {flags.threads} threads, {flags.clock} clock")
-        print(f"{'images/s':12} {'ours':>9} {'peer':>9} {'ratio':>8}")
-        rows = [compare(ours, peer, case, batch, flags) for case, batch in batches.items()]
+        print(f"{'images/s':32} {'ours':>9} {'peer':>9} {'ratio':>8}")
+        for backbone in backbones:
+            ours = Ours(backbone, flags.batch)
+            weights = pathlib.Path(folder) / f"{backbone}.npz"
+            np.savez(weights, **ours.weights())  # type: ignore[arg-type]
+            rows += [compare(ours, peer, backbone, *item, flags) for item in batches.items()]
         peer.close()
     print(json.dumps({"name": "train_step", "cases": rows}))
 

@@ -1,10 +1,10 @@
-"""The worker of `train_step.py`: the same network and step in PyTorch, in its own environment.
+"""The worker of `train_step.py`: the same networks and step in PyTorch, in its own environment.
 
     python train_step_peer.py FOLDER THREADS
 
-FOLDER holds weights.npz, parameters under our names ("backbone.stem.conv.kernel"), and for each
-case CASE.npz with uint8 `images` [n, h, w, 3] and `labels` [n, h, w]. The worker prints a line of
-JSON with its version, then answers each line {"case", "steps"} with {"seconds", "cpu_seconds",
+FOLDER holds BACKBONE.npz, parameters under our names ("backbone.stem.conv.kernel"), and BATCH.npz
+with uint8 `images` [n, h, w, 3] and `labels` [n, h, w]. The worker prints a line of JSON with its
+version, then answers each line {"backbone", "batch", "steps"} with {"seconds", "cpu_seconds",
 "loss"}, the loss being that of the first of the steps, until its input ends. It imports nothing but
 PyTorch, NumPy and the standard library.
 """
@@ -73,8 +73,11 @@ class Block(nn.Module):
         return x + y if self.residual else y
 
 
-class Backbone(nn.Module):
+class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0 with output stride 16."""
+
+    low_features, high_features = 24, 320
+    mean, std = (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)
 
     def __init__(self):
         super().__init__()
@@ -101,22 +104,142 @@ class Backbone(nn.Module):
         return low, x
 
 
-def head_conv(inputs, outputs, **options):
-    """Of the head: ReLU, and the epsilon of its norms."""
-    return ConvNorm(inputs, outputs, act=nn.ReLU(inplace=True), eps=1e-5, **options)
+def relu():
+    """Of ResNet and the head."""
+    return nn.ReLU(inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 around a shortcut."""
+
+    def __init__(self, inputs, width, stride, dilation):
+        super().__init__()
+        self.conv1 = ConvNorm(inputs, width, act=relu())
+        self.conv2 = ConvNorm(width, width, 3, stride, dilation, act=relu())
+        self.conv3 = ConvNorm(width, 4 * width)
+        same = stride == 1 and inputs == 4 * width
+        self.shortcut = nn.Identity() if same else ConvNorm(inputs, 4 * width, stride=stride)
+
+    def forward(self, x):
+        """[n, inputs, h, w] -> [n, 4 * width, h', w']."""
+        y = self.conv3(self.conv2(self.conv1(x)))
+        return functional.relu(y + self.shortcut(x), inplace=True)
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 with output stride 16."""
+
+    low_features, high_features = 256, 2048
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvNorm(3, 64, 7, 2, act=relu())
+        inputs, self.stages = 64, []
+        # Blocks, stride of the first, dilation of the others.
+        for number, (depth, stride, dilation) in enumerate(
+            ((3, 1, 1), (4, 2, 1), (6, 2, 1), (3, 1, 2))
+        ):
+            width = 64 * 2**number
+            self.stages.append([f"stage{number + 1}_block{i + 1}" for i in range(depth)])
+            for i, name in enumerate(self.stages[-1]):
+                options = (stride, 1) if i == 0 else (1, dilation)
+                self.add_module(name, Bottleneck(inputs, width, *options))
+                inputs = 4 * width
+
+    def forward(self, x):
+        """[n, 3, h, w] -> features at stride 4 and 16."""
+        x = functional.max_pool2d(self.stem(x), 3, 2, 1)
+        low = None
+        for names in self.stages:
+            for name in names:
+                x = getattr(self, name)(x)
+            low = x if low is None else low
+        return low, x
 
 
 class Separable(nn.Module):
-    """Depthwise 3x3 and 1x1."""
+    """Depthwise 3x3 and 1x1; as the head has it unless told otherwise."""
 
-    def __init__(self, inputs, outputs, dilation=1):
+    def __init__(self, inputs, outputs, dilation=1, stride=1, act=relu, eps=1e-5):
         super().__init__()
-        self.depthwise = head_conv(inputs, inputs, kernel=3, dilation=dilation, groups=inputs)
-        self.pointwise = head_conv(inputs, outputs)
+        self.depthwise = ConvNorm(inputs, inputs, 3, stride, dilation, inputs, act(), eps)
+        self.pointwise = ConvNorm(inputs, outputs, act=act(), eps=eps)
 
     def forward(self, x):
-        """[n, inputs, h, w] -> [n, outputs, h, w]."""
+        """[n, inputs, h, w] -> [n, outputs, h', w']."""
         return self.pointwise(self.depthwise(x))
+
+
+class XceptionBlock(nn.Module):
+    """Three separable convolutions, each after a ReLU, and a shortcut; or without, ReLUs inside."""
+
+    def __init__(self, inputs, features, stride=1, dilation=1, residual=True):
+        super().__init__()
+        self.residual = residual
+        same = stride == 1 and inputs == features[2]
+        if residual and not same:
+            self.shortcut = ConvNorm(inputs, features[2], stride=stride)
+        elif residual:
+            self.shortcut = nn.Identity()
+        for i, outputs in enumerate(features):
+            options = (dilation, stride if i == 2 else 1, (lambda: None) if residual else relu)
+            self.add_module(f"separable{i + 1}", Separable(inputs, outputs, *options, eps=1e-3))
+            inputs = outputs
+
+    def forward(self, x):
+        """[n, inputs, h, w] -> [n, outputs, h', w'], and what enters the last convolution."""
+        y = x
+        for name in ("separable1", "separable2", "separable3"):
+            inner = y
+            y = getattr(self, name)(functional.relu(y) if self.residual else y)
+        return (y + self.shortcut(x) if self.residual else y), inner
+
+
+class Xception65(nn.Module):
+    """DeepLab's Xception-65 with output stride 16."""
+
+    low_features, high_features = 256, 2048
+    mean, std = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
+
+    def __init__(self):
+        super().__init__()
+        self.stem1 = ConvNorm(3, 32, 3, 2, act=relu())
+        self.stem2 = ConvNorm(32, 64, 3, act=relu())
+        self.names, inputs = [], 64
+        for i, features in enumerate((128, 256, 728)):
+            self._add(f"entry_block{i + 1}", XceptionBlock(inputs, (features,) * 3, 2))
+            inputs = features
+        for i in range(16):
+            self._add(f"middle_block{i + 1}", XceptionBlock(728, (728,) * 3))
+        self._add("exit_block1", XceptionBlock(728, (728, 1024, 1024)))
+        last = XceptionBlock(1024, (1536, 1536, 2048), dilation=2, residual=False)
+        self._add("exit_block2", last)
+
+    def _add(self, name, block):
+        self.names.append(name)
+        self.add_module(name, block)
+
+    def forward(self, x):
+        """[n, 3, h, w] -> features at stride 4 and 16."""
+        x, low = self.stem2(self.stem1(x)), None
+        for name in self.names:
+            x, inner = getattr(self, name)(x)
+            if name == "entry_block2":
+                low = inner
+        return low, x
+
+
+BACKBONES = {
+    "efficientnet_lite0": EfficientNetLite,
+    "resnet50": ResNet50,
+    "xception65": Xception65,
+}
+
+
+def head_conv(inputs, outputs, **options):
+    """Of the head: ReLU, and the epsilon of its norms."""
+    return ConvNorm(inputs, outputs, act=relu(), eps=1e-5, **options)
 
 
 def resize(x, size):
@@ -146,18 +269,21 @@ class ASPP(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """The network; names as ours."""
 
-    def __init__(self, classes):
+    def __init__(self, backbone, classes):
         super().__init__()
-        self.backbone = Backbone()
-        self.aspp = ASPP(320, 256)
-        self.low = head_conv(24, 48)
+        self.backbone = BACKBONES[backbone]()
+        self.aspp = ASPP(self.backbone.high_features, 256)
+        self.low = head_conv(self.backbone.low_features, 48)
         self.decoder1 = Separable(304, 256)
         self.decoder2 = Separable(256, 256)
         self.classifier = nn.Conv2d(256, classes, 1)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.backbone, name)).view(1, 3, 1, 1)
+            self.register_buffer(f"{name}_buffer", values, persistent=False)
 
     def forward(self, images):
         """uint8 [n, 3, h, w] -> logits [n, classes, h, w]."""
-        low, high = self.backbone((images.float() - 127) / 128)
+        low, high = self.backbone((images.float() - self.mean_buffer) / self.std_buffer)
         low = self.low(low)
         y = torch.cat([resize(self.aspp(high), low.shape[2:]), low], 1)
         return resize(self.classifier(self.decoder2(self.decoder1(y))), images.shape[2:])
@@ -180,10 +306,10 @@ def load(model, weights):
 class Trainer:
     """Network, optimiser and one batch."""
 
-    def __init__(self, folder, case):
-        weights = np.load(folder / "weights.npz")
-        batch = np.load(folder / f"{case}.npz")
-        self.model = DeepLabV3Plus(len(weights["classifier.bias"]))
+    def __init__(self, folder, backbone, batch):
+        weights = np.load(folder / f"{backbone}.npz")
+        batch = np.load(folder / f"{batch}.npz")
+        self.model = DeepLabV3Plus(backbone, len(weights["classifier.bias"]))
         load(self.model, weights)
         self.model.to(memory_format=torch.channels_last).train()
         kernels = [p for p in self.model.parameters() if p.ndim == 4]
@@ -211,16 +337,17 @@ class Trainer:
 def main(folder, threads):
     """Answers requests until the input ends."""
     torch.set_num_threads(int(threads))
-    trainers = {}
+    case, trainer = None, None
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        case = request["case"]
         try:
-            if case not in trainers:
-                trainers[case] = Trainer(pathlib.Path(folder), case)
+            if case != (request["backbone"], request["batch"]):
+                # One at a time: the largest fill the memory of a laptop.
+                case, trainer = (request["backbone"], request["batch"]), None
+                trainer = Trainer(pathlib.Path(folder), *case)
             wall, cpu = time.perf_counter(), time.process_time()
-            losses = [trainers[case].step() for _ in range(request["steps"])]
+            losses = [trainer.step() for _ in range(request["steps"])]
             answer = {
                 "seconds": time.perf_counter() - wall,
                 "cpu_seconds": time.process_time() - cpu,

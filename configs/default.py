@@ -129,35 +129,57 @@ def sda() -> ConfigDict:
 def model() -> ConfigDict:
     """The network."""
     model = ConfigDict()
-    # resnet18, resnet10_slim, efficientnet_lite0, tiny.
+    # xception65; resnet18, resnet50, resnet101, with the deep stem of 32-32-64 or 64-64-128
+    # channels resnet50c, resnet101c or resnet50s, resnet101s; efficientnet_lite0; resnet10_slim;
+    # tiny.
     model.backbone = "resnet18"
-    # Weights to start from, .npz or .safetensors; "" for none. Layouts: the original names of
-    # EfficientNet-Lite0 (the backbone), a run's own model/weights.safetensors (all but a classifier
-    # of another number of classes). Fresh networks of this backbone take them: the teacher, and
-    # students that start from scratch.
+    # v3plus (DeepLabV3+), v3plus_smp (as segmentation_models_pytorch builds it: no norm inside
+    # separable convolutions, one of them before the decoder joins the low-level branch), v2
+    # (DeepLabV2, the sum of dilated classifiers).
+    model.head = "v3plus"
+    # Weights to start from; "" for none: .npz, .safetensors or, where torch is installed, .pth; or
+    # the prefix of a TensorFlow checkpoint. Layouts (whatever a file has is taken, but for a
+    # classifier of another number of classes): torchvision's and timm's ResNets; timm's Xception-65
+    # and that of TensorFlow's DeepLab, with its head; segmentation_models_pytorch's DeepLabV3+ on
+    # a ResNet; the original names of EfficientNet-Lite0; a run's own model/weights.safetensors.
+    # Fresh networks of this backbone take them: the teacher, and students that start from scratch.
     model.pretrained = ""
-    # Input pixels a side of one pixel of the backbone's last features: 8 or 16.
+    # Input pixels a side of one pixel of the backbone's last features: 8, 16 or 32.
     model.output_stride = 16
+    # Dilation of a stage's first block, where the stage's stride becomes dilation: previous (that
+    # of the stage before; torchvision, timm, TensorFlow), stage (that of the others in the stage;
+    # segmentation_models_pytorch), or auto: that of the weights, else previous.
+    model.first_dilation = "auto"
+    # Factors on the dilation of the last stage's blocks (ResNet-50 and -101: 3, ResNet-18: 2) or of
+    # the last block's convolutions (Xception-65: 3), integers above 0; () for none.
+    model.multi_grid = ()
     # dsbn; dsbn_shared_affine (Split-BN); shared; frozen (statistics stay as loaded).
     model.norm = "dsbn"
     # Share of the running moment kept in each step, [0, 1).
     model.norm_momentum = 0.9
-    # Added to the variance, > 0.
-    model.norm_epsilon = ConfigDict({"backbone": 1e-3, "head": 1e-5})
-    # Channels of ASPP and decoder; channels of the branch from stride 4.
+    # Added to the variance, > 0; unset: that of the weights, else 1e-3 and 1e-5.
+    model.norm_epsilon = ConfigDict()
+    model.norm_epsilon.backbone = config_dict.placeholder(float)
+    model.norm_epsilon.head = config_dict.placeholder(float)
+    # Of v3plus: channels of ASPP and decoder; channels of the branch from stride 4.
     model.head_features = 256
     model.low_level_features = 48
-    # Dilation rates at stride 16, in pixels of the features; doubled at stride 8.
-    model.aspp_rates = (6, 12, 18)
-    # Share of ASPP's output dropped in training, [0, 1).
+    # Dilation rates of the head, in pixels of the features; () for those usual for head and output
+    # stride: v3plus 6, 12, 18 at stride 16 and twice that at 8; v2 6, 12, 18, 24 at stride 8 and
+    # half that at 16; v3plus_smp 12, 24, 36.
+    model.aspp_rates = ()
+    # Share of the output of v3plus's ASPP dropped in training, [0, 1); v2 has no dropout.
     model.dropout = 0.1
-    # Resize with the corners of both grids aligned, for loaded networks that need it.
-    model.align_corners = False
+    # Resize with the corners of both grids aligned; unset: as the weights have it, else not.
+    model.align_corners = config_dict.placeholder(bool)
     # Mean and deviation of the input: imagenet, half (-1..1), lite ((x - 127) / 128), or auto:
     # that of the weights in `pretrained`, else the one usual for the backbone.
     model.input_normalization = "auto"
     # float32 or bfloat16 compute; parameters, statistics, softmax and losses stay float32.
     model.compute_dtype = "float32"
+    # Compute the inside of each block again in the backward pass instead of keeping it: less
+    # memory, about a third more work.
+    model.remat = False
     return model
 
 

@@ -18,7 +18,9 @@ from clu import metric_writers
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
+from rich import box
 from rich.console import Console
+from rich.table import Column, Table
 
 from semiseg_jax import checkpoints, evaluate, health, interruption, optim, steps
 from semiseg_jax import mesh as mesh_lib
@@ -115,13 +117,13 @@ class Network:
             model_config.backbone = backbone
             model_config.pretrained = config.rounds.student_pretrained
         # Resolved here, so that model/model.json does not need the file of the weights.
-        model_config.input_normalization = deeplab.input_normalization(model_config)
-        self.model_config = model_config
+        self.departures = deeplab.departures(model_config)
+        self.model_config = model_config = deeplab.resolve(model_config)
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         colour = deeplab.input_mean(model_config)
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
         self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
-        self._shapes = state_lib.variable_shapes(self.model)
+        self.shapes = state_lib.variable_shapes(self.model)
         self._config = config
         self._mesh = mesh
 
@@ -132,7 +134,7 @@ class Network:
         tx, schedule = optim.make_optimizer(config.optim, kind, num_steps)
         taken = streams.of_stage(config, kind)
         step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
-        return training.Program(step, tx, schedule, taken, self._shapes)
+        return training.Program(step, tx, schedule, taken, self.shapes)
 
 
 class Job:
@@ -185,7 +187,12 @@ class Job:
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
-        return Network(self._config, backbone, self.dataset, self._mesh, self._asked)
+        network = Network(self._config, backbone, self.dataset, self._mesh, self._asked)
+        table = Table("part", Column("parameters", justify="right"), "", box=box.SIMPLE_HEAD)
+        for part, count, note in deeplab.parts(network.model_config, network.shapes):
+            table.add_row(part, f"{count:,}", note)
+        self._console.print(table)
+        return network
 
     def _backbone(self, kind: str) -> str:
         student = self._config.rounds.student_model if kind == "student" else ""
@@ -286,6 +293,8 @@ class Job:
             if path := network.model_config.pretrained:
                 variables, report = pretrained.load(path, variables)
                 say(f"{path}: {report}")
+                for sentence in network.departures:
+                    say(sentence)
             return variables
         if stage.kind == "student" and teacher.stage.kind == "teacher":
             return state_lib.copy_weak_to_strong(teacher.variables)

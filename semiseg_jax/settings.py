@@ -11,9 +11,10 @@ from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources import LAYOUTS
 from semiseg_jax.data.streams import KINDS
 from semiseg_jax.errors import UserError
-from semiseg_jax.models import pretrained
-from semiseg_jax.models.deeplab import BACKBONES, INPUT_NORMALIZATIONS
+from semiseg_jax.models import deeplab, pretrained
+from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
 from semiseg_jax.models.dsbn import NORM_KINDS
+from semiseg_jax.models.layers import FIRST_DILATIONS
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -40,6 +41,11 @@ def _between(low: float, high: float) -> Rule:
 
 _TEXT: Rule = (lambda v: isinstance(v, str), "a path, or empty")
 _POSITIVE: Rule = (lambda v: v > 0, "above 0")
+_UNSET_OR_POSITIVE: Rule = (lambda v: v is None or v > 0, "above 0, or leave it out")
+_COUNTS: Rule = (
+    lambda v: isinstance(v, tuple) and all(type(n) is int and n > 0 for n in v),
+    "a tuple of integers above 0, or ()",
+)
 _SIZE: Rule = (
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
     "(height, width) in pixels, two integers above 0",
@@ -73,17 +79,17 @@ RULES: dict[str, Rule] = {
     "sda.magnitude": _one_of("uniform", "released"),
     "sda.ops": _all_of(*OPS),
     "model.backbone": _one_of(*BACKBONES),
-    "model.output_stride": (lambda v: v in (8, 16), "8 or 16"),
+    "model.head": _one_of(*HEADS),
+    "model.output_stride": (lambda v: v in (8, 16, 32), "8, 16 or 32"),
+    "model.first_dilation": _one_of("auto", *FIRST_DILATIONS),
+    "model.multi_grid": _COUNTS,
     "model.norm": _one_of(*NORM_KINDS),
     "model.norm_momentum": _between(0, 1),
-    "model.norm_epsilon.backbone": _POSITIVE,
-    "model.norm_epsilon.head": _POSITIVE,
+    "model.norm_epsilon.backbone": _UNSET_OR_POSITIVE,
+    "model.norm_epsilon.head": _UNSET_OR_POSITIVE,
     "model.head_features": _at_least(1),
     "model.low_level_features": _at_least(1),
-    "model.aspp_rates": (
-        lambda v: isinstance(v, tuple) and len(v) > 0 and all(type(n) is int and n > 0 for n in v),
-        "a tuple of integers above 0, at least one",
-    ),
+    "model.aspp_rates": _COUNTS,
     "model.dropout": _between(0, 1),
     "model.pretrained": _TEXT,
     "model.input_normalization": _one_of("auto", *INPUT_NORMALIZATIONS),
@@ -159,6 +165,7 @@ def check(config: Any) -> None:
         )
     for name in ("eval", "pseudo"):
         _check_window(name, config[name])
+    deeplab.check_multi_grid(config.model)
     _check_weights(config)
 
 
@@ -177,16 +184,27 @@ def _check_window(name: str, protocol: Any) -> None:
 
 
 def _check_weights(config: Any) -> None:
-    """Weights that cannot be read are refused before the workdir belongs to this config."""
+    """Weights that cannot be loaded are refused before the workdir belongs to this config."""
     rounds = config.rounds
     if rounds.student_pretrained and rounds.student_model in ("", config.model.backbone):
         raise UserError(
             "rounds.student_pretrained is given, but students are the teacher's network: leave it "
             "empty, or give another backbone as rounds.student_model."
         )
-    for path in (config.model.pretrained, rounds.student_pretrained):
-        if path:
-            pretrained.inspect(path)
+    for path, backbone in (
+        (config.model.pretrained, ("model.backbone", config.model.backbone)),
+        (rounds.student_pretrained, ("rounds.student_model", rounds.student_model)),
+    ):
+        if not path:
+            continue
+        said = pretrained.inspect(path)
+        head = ("model.head", config.model.head)
+        for (key, value), needed in ((backbone, said.backbone), (head, said.head)):
+            if needed not in (None, value):
+                raise UserError(
+                    f"{path} holds weights of {needed}, and {key} is {value}: make it {needed}, or "
+                    "give other weights."
+                )
 
 
 def run_name(config_path: str) -> str:

@@ -109,6 +109,7 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert "[3/6] student 1, 4 steps" in printed
     assert "gain over the teacher" in printed
+    assert "tiny, output stride 16" in printed and "input imagenet, half-pixel" in printed
 
     # the same command again does nothing, and says the same
     stages = [p for p in whole.glob("round_*/**/*") if p.is_file()]

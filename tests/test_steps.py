@@ -69,11 +69,12 @@ def test_student_has_all_reduces_alone_and_no_more_than_the_teacher():
     assert 0 < counts["student"]["all-reduce"] <= counts["teacher"]["all-reduce"]
 
 
-def run_steps(devices, count, dtype, **changes):
+def run_steps(devices, count, dtype, batches=None, **changes):
+    """Losses and the last state; `batches` different batches, one each step unless given."""
     step, made, mesh = make_step(STUDENT, devices, dtype, **changes)
     losses = []
     for i in range(count):
-        batch = mesh_lib.to_devices(make_batch(STUDENT, devices, seed=i), mesh)
+        batch = mesh_lib.to_devices(make_batch(STUDENT, devices, seed=i % (batches or count)), mesh)
         made, metrics = step(made, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return np.array(losses), jax.device_get(made)
@@ -85,6 +86,36 @@ def test_one_device_is_eight_devices_in_float64():
         eight, _ = run_steps(8, 20, jnp.float64, model__dropout=0.3)
     assert np.ptp(one) > 0.01  # it trains
     np.testing.assert_allclose(eight, one, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_rematerialised_steps_follow_the_float32_ones():
+    """20 steps on one batch. Rematerialisation computes the same, but for the order of sums; what
+    bfloat16's 8 bits change stays below a twentieth of what training changes."""
+    fast = {"batches": 1, "optim__teacher__learning_rate": 0.2}
+    plain, _ = run_steps(1, 20, jnp.float32, **fast)
+    remat, _ = run_steps(1, 20, jnp.float32, model__remat=True, **fast)
+    half, state = run_steps(1, 20, jnp.float32, model__compute_dtype="bfloat16", **fast)
+    assert np.ptp(plain) > 0.1  # it trains
+    np.testing.assert_allclose(remat, plain, rtol=1e-5)
+    np.testing.assert_allclose(half, plain, atol=np.ptp(plain) / 20)
+    assert not np.array_equal(half, plain)
+    kept = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.norms, state.opt_state))}
+    assert kept <= {np.dtype("float32"), np.dtype("int32")}
+
+
+def instructions(streams, **changes):
+    """How many there are in the program before the compiler's first pass."""
+    step, made, mesh = make_step(streams, 1, **changes)
+    batch = mesh_lib.to_devices(make_batch(STUDENT, 1), mesh)
+    batch = {k: v[: streams.size("weak") + streams.size("strong")] for k, v in batch.items()}
+    return len(re.findall(r"^ *%.* = ", step.lower(made, batch, jax.random.key(0)).as_text(), re.M))
+
+
+def test_a_students_program_holds_one_network():
+    """And so takes about as long to compile as a teacher's."""
+    counts = [instructions(streams) for streams in (TEACHER, STUDENT)]
+    assert counts[1] <= 1.3 * counts[0]
 
 
 def test_one_float32_step_on_eight_devices_is_that_on_one():

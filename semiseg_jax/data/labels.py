@@ -217,5 +217,9 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 def remove_leftovers(folder: epath.PathLike) -> None:
     """Removes the temporary files below a folder that `write_bytes` left when it was killed."""
-    for path in epath.Path(folder).rglob(".*.tmp"):
-        path.unlink()
+    folder = epath.Path(folder)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            remove_leftovers(path)
+        elif path.name.startswith(".") and path.suffix == ".tmp":
+            path.unlink()

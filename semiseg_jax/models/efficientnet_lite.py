@@ -13,7 +13,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from semiseg_jax.models.dsbn import Batch
-from semiseg_jax.models.layers import ConvNorm, NormFactory
+from semiseg_jax.models.layers import (
+    ConvNorm,
+    FirstDilation,
+    NormFactory,
+    dilated_stages,
+    rematerialized,
+)
 
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
@@ -72,14 +78,18 @@ class EfficientNetLite(nn.Module):
     Attributes:
         norm: makes the norm of a layer.
         output_stride: 8, 16 or 32: input pixels a side of one pixel of the last features.
+        first_dilation: see `layers.dilated_stages`.
         head: also make the classifier's 1x1 convolution to 1280 channels, which segmentation
             does without.
+        remat: keep no activations from inside a block for the backward pass.
         dtype: of the computation; None for that of input and parameters together.
     """
 
     norm: NormFactory
     output_stride: int = 16
+    first_dilation: FirstDilation = "previous"
     head: bool = False
+    remat: bool = False
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -91,23 +101,21 @@ class EfficientNetLite(nn.Module):
             ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
         )
         x = conv(STEM_WIDTH, kernel_size=3, stride=2, name="stem")(x, batch)
+        block = rematerialized(InvertedResidual, self.remat)
         features = {}
-        stride, dilation, index = 2, 1, 0
-        for depth, kernel_size, step, expand, width in STAGES:
-            # As in ResNet: a stage that would pass the output stride keeps its resolution, and
-            # its first block, whose stride was taken, still has the dilation of the stage before.
-            first_dilation = dilation
-            if stride * step > self.output_stride:
-                dilation, step = dilation * step, 1
-            stride *= step
+        stride, index = 2, 0
+        strides = [stage[2] for stage in STAGES]
+        stages = dilated_stages(strides, stride, self.output_stride, self.first_dilation)
+        for (depth, kernel_size, _, expand, width), stage in zip(STAGES, stages, strict=True):
+            stride *= stage.stride
             for i in range(depth):
-                x = InvertedResidual(
+                x = block(
                     width,
                     self.norm,
                     kernel_size,
                     expand,
-                    stride=step if i == 0 else 1,
-                    dilation=first_dilation if i == 0 else dilation,
+                    stride=stage.stride if i == 0 else 1,
+                    dilation=stage.dilation if i == 0 else stage.dilation_after,
                     dtype=self.dtype,
                     name=f"block_{index}",
                 )(x, batch)

@@ -1,6 +1,7 @@
 """Layers that the networks share: convolution with norm, separable convolution, resizing."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,10 @@ from semiseg_jax.models.dsbn import Batch, DomainNorm
 
 # A partially applied DomainNorm: what differs between networks is bound where they are built.
 NormFactory = Callable[..., DomainNorm]
+Activation = Callable[[jax.Array], jax.Array]
+# How the first block of a stage is dilated; see `dilated_stages`.
+FirstDilation = Literal["previous", "stage"]
+FIRST_DILATIONS = ("previous", "stage")
 
 # He et al. (ICCV 2015), equation 14. Of a depthwise kernel [k, k, 1, c] each output feeds from one
 # channel alone and each input into one: both fans are k * k, which flax knows as its "in".
@@ -78,7 +83,7 @@ class ConvNorm(nn.Module):
     dilation: int = 1
     depthwise: bool = False
     padding: convolutions.Padding = "torch"
-    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+    activation: Activation | None = nn.relu
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -104,27 +109,50 @@ class SeparableConvNorm(nn.Module):
     """Depthwise then pointwise convolution, a norm and an activation after each.
 
     Source: DeepLabV3+ (Chen et al., ECCV 2018), section 3.2, atrous separable convolution.
+
+    Attributes:
+        features: output channels.
+        norm: makes the norms.
+        kernel_size, stride, dilation: of the depthwise convolution, in pixels.
+        activation: after each norm; None for none.
+        norm_between: whether the depthwise convolution has norm and activation of its own;
+            without them the two convolutions are one linear map.
+        dtype: of the computation; None for that of input and parameters together.
     """
 
     features: int
     norm: NormFactory
     kernel_size: int = 3
+    stride: int = 1
     dilation: int = 1
+    activation: Activation | None = nn.relu
+    norm_between: bool = True
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b h w features"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], batch: Batch
+    ) -> Float[Array, "b oh ow features"]:
         """Convolves and normalises x."""
-        x = ConvNorm(
-            x.shape[-1],
+        depthwise = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "depthwise": True,
+            "dtype": self.dtype,
+            "name": "depthwise",
+        }
+        if self.norm_between:
+            x = ConvNorm(x.shape[-1], self.norm, activation=self.activation, **depthwise)(x, batch)
+        else:
+            x = Conv(x.shape[-1], **depthwise)(x)
+        return ConvNorm(
+            self.features,
             self.norm,
-            self.kernel_size,
-            dilation=self.dilation,
-            depthwise=True,
+            activation=self.activation,
             dtype=self.dtype,
-            name="depthwise",
+            name="pointwise",
         )(x, batch)
-        return ConvNorm(self.features, self.norm, dtype=self.dtype, name="pointwise")(x, batch)
 
 
 class Dropout(nn.Module):
@@ -146,6 +174,57 @@ class Dropout(nn.Module):
         )
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def rematerialized(block: type[nn.Module], wanted: bool) -> Callable[..., Callable[..., Any]]:
+    """The block (called with x and batch), its activations made again in the backward pass.
+
+    What a block computes inside is then not kept from the forward pass; its input is.
+    """
+    return nn.remat(block, static_argnums=(2,)) if wanted else block
+
+
+class Stage(NamedTuple):
+    """Where a stage samples, in pixels of its input.
+
+    Attributes:
+        stride: of its strided convolution.
+        dilation: of its strided convolution, and of those before it in the block.
+        dilation_after: of every convolution after that.
+    """
+
+    stride: int
+    dilation: int
+    dilation_after: int
+
+
+def dilated_stages(
+    strides: Sequence[int],
+    reached: int,
+    output_stride: int,
+    first_dilation: FirstDilation = "previous",
+) -> list[Stage]:
+    """Stages whose stride is traded for dilation where they would pass the output stride.
+
+    Source: DeepLab (Chen et al., 2017), section 3.1.
+
+    Args:
+        strides: of the stages as published.
+        reached: stride of what enters the first of them.
+        output_stride: of what shall leave the last.
+        first_dilation: "previous" leaves the convolution whose stride was taken at the dilation
+            before it, so that the dilated network computes what the strided one does, on more
+            pixels (torchvision, timm, TensorFlow's DeepLab); "stage" dilates it as all that
+            follow (segmentation_models_pytorch).
+    """
+    stages, dilation = [], 1
+    for stride in strides:
+        first = dilation
+        if reached * stride > output_stride:
+            dilation, stride = dilation * stride, 1
+        reached *= stride
+        stages.append(Stage(stride, first if first_dilation == "previous" else dilation, dilation))
+    return stages
 
 
 def interpolation_matrix(

@@ -1,8 +1,13 @@
 import functools
+import pickle
+import re
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from semiseg_jax import checkpoints, settings
 from semiseg_jax.errors import UserError
@@ -185,16 +190,164 @@ def test_unknown_layouts_and_endings_are_one_sentence(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(UserError, match=r"not known \(its names: a\): known are semiseg_jax, eff"):
         pretrained.inspect(tmp_path / "other.npz")
-    with pytest.raises(UserError, match=r"weights\.pth is neither \.npz nor \.safetensors"):
+    with pytest.raises(
+        UserError, match=r"weights\.h5 is neither \.npz, \.safetensors or \.pth nor"
+    ):
+        pretrained.inspect(tmp_path / "weights.h5")
+
+
+def test_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"only where torch is installed; .* weights\.safetensors"):
         pretrained.inspect(tmp_path / "weights.pth")
 
 
-def test_input_normalisation_follows_weights_then_backbone(tiny, tmp_path):
+class Torch(types.SimpleNamespace):
+    """Stands for PyTorch: its reader answers as it would for a state dict, or for a module."""
+
+    def load(self, file, map_location, weights_only):
+        assert weights_only
+        if file.read() == b"module":
+            raise pickle.UnpicklingError("Unsupported global\nand much more")
+        names = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
+        tensor = types.SimpleNamespace(numpy=lambda: np.zeros(3, np.float32))
+        return {"state_dict": dict.fromkeys(names, tensor), "epoch": 3}
+
+
+def test_pth_is_read_by_torch_with_weights_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", Torch())
+    (tmp_path / "weights.pth").write_bytes(b"state dict")
+    assert pretrained.inspect(tmp_path / "weights.pth").layout == "resnet"
+    (tmp_path / "weights.pth").write_bytes(b"module")
+    with pytest.raises(UserError, match=r"weights\.pth holds more than tensors, .* state_dict"):
+        pretrained.inspect(tmp_path / "weights.pth")
+
+
+SLIM_LEAVES = {
+    "scale": "BatchNorm/gamma",
+    "bias": "BatchNorm/beta",
+    "mean": "BatchNorm/moving_mean",
+    "var": "BatchNorm/moving_variance",
+}
+SLIM_LAYERS = {
+    "backbone/stem1": "xception_65/entry_flow/conv1_1",
+    "backbone/stem2": "xception_65/entry_flow/conv1_2",
+    "aspp/point": "aspp0",
+    "aspp/image_pooling": "image_pooling",
+    "aspp/project": "concat_projection",
+    "low": "decoder/feature_projection0",
+}
+
+
+def slim_name(variable):
+    """Name of a variable in a checkpoint of TensorFlow's DeepLab; None for the strong norm's."""
+    if "strong" in variable:
+        return None
+    _, *layer, kind, leaf = variable.replace("/weak", "").split("/")
+    layer = "/".join(layer)
+    if (layer, kind) == ("", "classifier"):
+        return f"logits/semantic/{'weights' if leaf == 'kernel' else 'biases'}"
+    leaf = SLIM_LEAVES.get(leaf, "depthwise_weights" if "depthwise" in layer else "weights")
+    if layer in SLIM_LAYERS:
+        return f"{SLIM_LAYERS[layer]}/{leaf}"
+    place = {"aspp": "aspp{}_{}", "decoder": "decoder/decoder_conv{}_{}"}
+    if match := re.fullmatch(r"(?:aspp/atrous(\d)|decoder(\d))/(\w+)", layer):
+        atrous, decoder, part = match.groups()
+        if atrous:
+            return f"{place['aspp'].format(atrous, part)}/{leaf}"
+        return f"{place['decoder'].format(int(decoder) - 1, part)}/{leaf}"
+    flow, block, part = re.fullmatch(r"backbone/(\w+?)_block(\d+)/(.+)", layer).groups()
+    unit = f"block1/unit_{block}" if flow == "middle" else f"block{block}/unit_1"
+    part = re.sub(r"separable(\d)/", r"separable_conv\1_", part)
+    return f"xception_65/{flow}_flow/{unit}/xception_module/{part}/{leaf}"
+
+
+def save_tensorflow(prefix, tensors):
+    names = sorted(tensors)
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=[tf.constant(tensors[name]) for name in names],
+    )
+
+
+@pytest.fixture(scope="module")
+def xception():
+    config = tiny_config(model__backbone="xception65", model__aspp_rates=(6, 12, 18))
+    return deeplab.build(config.model, 5)
+
+
+def test_a_checkpoint_of_tensorflows_deeplab_is_loaded_with_its_head(xception, tmp_path):
+    source = drawn(xception, 0)
+    tensors = {slim_name(k): v for k, v in leaves(source).items()}
+    del tensors[None]
+    for name in tensors:
+        if "depthwise_weights" in name:
+            tensors[name] = tensors[name].transpose(0, 1, 3, 2)
+    # There the pooled features come first; the head has 8 channels here.
+    tensors["concat_projection/weights"] = np.roll(tensors["concat_projection/weights"], 8, 2)
+    extra = {"global_step": np.int64(3), "aspp0/weights/Momentum": np.zeros(3, np.float32)}
+    save_tensorflow(tmp_path / "model.ckpt", tensors | extra)
+    loaded, report = pretrained.load(tmp_path / "model.ckpt", drawn(xception, 1))
+    assert report.left == report.unmatched == ()
+    expected = leaves(source)
+    for name, value in leaves(loaded).items():
+        np.testing.assert_array_equal(value, expected[name.replace("strong", "weak")], err_msg=name)
+    assert report.conventions == pretrained.inspect(tmp_path / "model.ckpt.index")
+    assert (report.conventions.align_corners, report.conventions.head) == (True, "v3plus")
+
+
+def test_names_of_tensorflows_deeplab():
+    """A sample of the public release's, by hand."""
+    names = {
+        "params/backbone/entry_block2/separable3/pointwise/norm/weak/scale": (
+            "xception_65/entry_flow/block2/unit_1/xception_module/"
+            "separable_conv3_pointwise/BatchNorm/gamma"
+        ),
+        "params/backbone/middle_block16/separable1/depthwise/conv/kernel": (
+            "xception_65/middle_flow/block1/unit_16/xception_module/"
+            "separable_conv1_depthwise/depthwise_weights"
+        ),
+        "params/backbone/exit_block1/shortcut/conv/kernel": (
+            "xception_65/exit_flow/block1/unit_1/xception_module/shortcut/weights"
+        ),
+        "batch_stats_weak/aspp/atrous2/depthwise/norm/var": (
+            "aspp2_depthwise/BatchNorm/moving_variance"
+        ),
+        "params/decoder2/pointwise/conv/kernel": "decoder/decoder_conv1_pointwise/weights",
+    }
+    assert {k: slim_name(k) for k in names} == names
+
+
+def test_tensorflow_weights_of_the_backbone_alone_leave_their_classifier(xception, tmp_path):
+    tensors = {slim_name(k): v for k, v in leaves(drawn(xception, 0)).items() if "/backbone/" in k}
+    del tensors[None]
+    tensors = {
+        k: v.transpose(0, 1, 3, 2) if "depthwise_weights" in k else v for k, v in tensors.items()
+    }
+    classifier = {"xception_65/logits/weights": np.zeros((1, 1, 2048, 3), np.float32)}
+    save_tensorflow(tmp_path / "model.ckpt", tensors | classifier)
+    _, report = pretrained.load(tmp_path / "model.ckpt", drawn(xception, 1))
+    assert report.left == tuple(classifier)
+    assert {name.split("/")[1] for name in report.loaded} == {"backbone"}
+    assert report.conventions.align_corners is None
+
+
+def test_a_damaged_tensorflow_checkpoint_is_one_sentence(tmp_path):
+    (tmp_path / "model.ckpt.index").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"model\.ckpt cannot be read"):
+        pretrained.inspect(tmp_path / "model.ckpt")
+
+
+def test_open_settings_follow_weights_then_backbone(tiny, tmp_path):
     path = save(tmp_path / "weights.safetensors", drawn(tiny, 0), input_normalization="half")
     unsaid = save(tmp_path / "unsaid.safetensors", drawn(tiny, 0))
     for expected, changes in [
         ("imagenet", {}),
         ("lite", {"model__backbone": "efficientnet_lite0"}),
+        ("half", {"model__backbone": "xception65"}),
         ("half", {"model__pretrained": str(path)}),
         ("imagenet", {"model__pretrained": str(unsaid)}),
         ("lite", {"model__pretrained": str(path), "model__input_normalization": "lite"}),
@@ -206,6 +359,40 @@ def test_input_normalisation_follows_weights_then_backbone(tiny, tmp_path):
         np.testing.assert_array_equal(deeplab.input_mean(config), np.round(mean))
 
 
+def test_a_network_for_smps_weights_has_smps_conventions_or_says_so(tmp_path):
+    names = ("encoder.layer4.0.conv1.weight", "decoder.aspp.0.convs.0.0.weight")
+    np.savez(tmp_path / "smp.npz", **dict.fromkeys(names, np.zeros(3)))
+    changes = {
+        "model__pretrained": str(tmp_path / "smp.npz"),
+        "model__backbone": "resnet18",
+        "model__head": "v3plus_smp",
+        "model__aspp_rates": (),
+    }
+    config = tiny_config(**changes).model
+    resolved = deeplab.resolve(config)
+    assert (resolved.align_corners, resolved.first_dilation) == (True, "stage")
+    assert resolved.norm_epsilon.to_dict() == {"backbone": 1e-5, "head": 1e-5}
+    assert resolved.aspp_rates == (12, 24, 36)
+    assert deeplab.departures(config) == []
+    config = tiny_config(**changes, model__align_corners=False, model__first_dilation="previous")
+    said = " ".join(deeplab.departures(config.model))
+    assert "model.align_corners is False, where the weights were trained with True" in said
+    assert "model.first_dilation is previous, where the weights were trained with stage" in said
+    # What is resolved does not need the file any more, as a run's model.json must not.
+    (tmp_path / "smp.npz").unlink()
+    assert deeplab.build(resolved, 5).align_corners
+
+
+def test_weights_of_another_backbone_or_head_are_refused_by_name(tiny, tmp_path):
+    shapes = {"conv1.0.weight": (64, 3, 3, 3), "conv1.6.weight": (128, 64, 3, 3)}
+    shapes |= {f"layer3.{i}.conv1.weight": (256, 1024, 1, 1) for i in range(23)}
+    shapes |= {"layer1.0.conv3.weight": (256, 64, 1, 1), "layer4.0.conv1.weight": (512, 1024, 1, 1)}
+    np.savez(tmp_path / "w.npz", **{k: np.zeros(v, np.float32) for k, v in shapes.items()})
+    sentence = r"layout resnet_deep_stem, of model\.backbone=resnet101s\) does not fit"
+    with pytest.raises(UserError, match=sentence):
+        pretrained.load(tmp_path / "w.npz", drawn(tiny, 1))
+
+
 def test_settings_refuse_weights_that_a_run_could_not_load(tmp_path):
     settings.check(tiny_config())
     with pytest.raises(UserError, match=r"none\.npz is missing"):
@@ -215,3 +402,17 @@ def test_settings_refuse_weights_that_a_run_could_not_load(tmp_path):
         settings.check(tiny_config(**student))
     with pytest.raises(UserError, match=r"none\.npz is missing"):
         settings.check(tiny_config(**student, rounds__student_model="resnet18"))
+
+
+def test_settings_refuse_weights_of_another_backbone_or_head(tmp_path):
+    names = ("encoder.layer4.0.conv1.weight", "decoder.aspp.0.convs.0.0.weight")
+    blocks = (f"encoder.layer3.{i}.conv1.weight" for i in range(2))
+    path = tmp_path / "smp.npz"
+    np.savez(path, **dict.fromkeys((*names, *blocks), np.zeros(3)))
+    changes = {"model__pretrained": str(path), "model__head": "v3plus_smp"}
+    settings.check(tiny_config(**changes, model__backbone="resnet18"))
+    with pytest.raises(UserError, match=r"of resnet18, and model\.backbone is resnet50: make"):
+        settings.check(tiny_config(**changes, model__backbone="resnet50"))
+    changes["model__head"] = "v2"
+    with pytest.raises(UserError, match=r"of v3plus_smp, and model\.head is v2: make it v3"):
+        settings.check(tiny_config(**changes, model__backbone="resnet18"))

@@ -1,0 +1,112 @@
+"""Makes fixtures/: what reference networks in PyTorch answer with weights of `reference_weights`.
+
+    python tests/models/make_fixtures.py
+
+It runs in an environment of its own, with Python 3.11 or newer, NumPy and: torch 2.12.1,
+torchvision 0.27.1, timm 1.0.31, segmentation_models_pytorch 0.6.0. A fixture has the versions it
+was made with, the reference's names and shapes, its number of parameters, and for each case
+(output stride, size) and output some values and the largest.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+
+import numpy as np
+import reference_weights
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torchvision
+
+FOLDER = pathlib.Path(__file__).parent / "fixtures"
+PACKAGES = ("torch", "torchvision", "timm", "segmentation_models_pytorch")
+
+# Odd ones, and none of the form 32 n + 1 both ways.
+SIZES = {8: (70, 93), 16: (93, 134), 32: (129, 150)}
+SMP_SIZES = {8: (128, 160), 16: (192, 224)}
+
+
+def torchvision_resnet(name, stride):
+    """At strides 8 and 16 by replace_stride_with_dilation."""
+    replaced = {} if stride == 32 else {"replace_stride_with_dilation": [False, stride == 8, True]}
+    model = getattr(torchvision.models, name)(weights=None, **replaced)
+
+    def run(x):
+        x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        low = model.layer1(x)
+        return {"low": low, "high": model.layer4(model.layer3(model.layer2(low)))}
+
+    return model, run
+
+
+def timm_resnet(name, stride):
+    """timm's, which can dilate basic blocks and has deep stems."""
+    model = timm.create_model(name, output_stride=stride)
+    return model, lambda x: {"high": model.forward_features(x)}
+
+
+def timm_xception(name, stride):
+    """Its features, and what enters the second strided convolution, before the ReLU."""
+    model = timm.create_model(name, output_stride=stride)
+    kept = {}
+    model.blocks[1].stack.conv2.register_forward_hook(
+        # A copy: the ReLU that follows works in place.
+        lambda module, inputs, output: kept.update(low=output.clone())
+    )
+    return model, lambda x: {"high": model.forward_features(x), **kept}
+
+
+def smp_network(name, stride):
+    """The whole network, 5 classes."""
+    model = smp.DeepLabV3Plus(name, encoder_weights=None, encoder_output_stride=stride, classes=5)
+    return model, lambda x: {"logits": model(x)}
+
+
+NETWORKS = {
+    "torchvision_resnet18": (torchvision_resnet, "resnet18", (32,)),
+    "torchvision_resnet50": (torchvision_resnet, "resnet50", (8, 16, 32)),
+    "torchvision_resnet101": (torchvision_resnet, "resnet101", (8, 16, 32)),
+    "timm_resnet18": (timm_resnet, "resnet18", (8,)),
+    "timm_resnet50c": (timm_resnet, "resnet50c", (16,)),
+    "timm_resnet50s": (timm_resnet, "resnet50s", (16,)),
+    "timm_xception65": (timm_xception, "xception65", (8, 16, 32)),
+    "smp_resnet18": (smp_network, "resnet18", (8, 16)),
+    "smp_resnet50": (smp_network, "resnet50", (8, 16)),
+}
+
+
+def make(name, make_network, backbone, strides):
+    """Writes one fixture."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    arrays = {}
+    for stride in strides:
+        model, run = make_network(backbone, stride)
+        state = model.state_dict()
+        weights = {k: reference_weights.drawn(k, tuple(v.shape)) for k, v in state.items()}
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+        size = (SMP_SIZES if make_network is smp_network else SIZES)[stride]
+        x = torch.from_numpy(reference_weights.image(*size)).permute(0, 3, 1, 2)
+        model.eval()
+        with torch.inference_mode():
+            outputs = run(x)
+        for output, value in outputs.items():
+            value = value.permute(0, 2, 3, 1).numpy()
+            key = f"{stride}/{size[0]}x{size[1]}/{output}"
+            arrays[key] = reference_weights.sampled(value)
+            arrays[f"{key}/max"] = np.abs(value).max()
+            arrays[f"{key}/shape"] = np.array(value.shape)
+            print(name, key, value.shape, f"max {np.abs(value).max():.3g} sd {value.std():.3g}")
+    about = {
+        "versions": versions,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "shapes": {k: list(v.shape) for k, v in state.items()},
+    }
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, parts in NETWORKS.items():
+        make(name, *parts)

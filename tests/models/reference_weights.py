@@ -1,0 +1,44 @@
+"""Weights and images for comparisons with reference networks: drawn by NumPy, the same anywhere.
+
+`make_fixtures.py` gives them to the references in PyTorch, the tests to ours. Only NumPy is
+imported: the two run in different environments.
+"""
+
+import zlib
+
+import numpy as np
+
+SAMPLES = 512
+
+
+def drawn(name, shape):
+    """The tensor of that name in a PyTorch state dict: float32, but for counters.
+
+    Activations stay near 1: kernels preserve the second moment through a ReLU, norms shrink a
+    little, so that a sum of residual blocks does not grow beyond bounds.
+    """
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.int64)
+    if len(shape) > 1:
+        fan_in = np.prod(shape[1:])
+        return (rng.standard_normal(shape, np.float32) * np.sqrt(2 / fan_in)).astype(np.float32)
+    low, high = {
+        "running_var": (0.5, 1.5),
+        "running_mean": (-0.2, 0.2),
+        "weight": (0.5, 1.0),
+        "bias": (-0.2, 0.2),
+    }[name.rpartition(".")[2]]
+    return rng.uniform(low, high, shape).astype(np.float32)
+
+
+def image(height, width):
+    """One normalised image, [1, height, width, 3] float32."""
+    return np.random.default_rng(height * width).standard_normal((1, height, width, 3), np.float32)
+
+
+def sampled(values):
+    """Some of an array [..., channels], the same places for the same shape."""
+    flat = np.asarray(values).ravel()
+    places = np.random.default_rng(flat.size).choice(flat.size, min(SAMPLES, flat.size), False)
+    return flat[places]

@@ -1,0 +1,167 @@
+"""Loaded networks against the references that their weights come from.
+
+The expected values are those of the networks in PyTorch (make_fixtures.py); weights, images and
+the bound on the error are the same for all: max |difference| / max |reference| at most 1e-4.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from semiseg_jax.models import deeplab, pretrained
+from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.state import copy_weak_to_strong, variable_shapes
+from tests.conftest import tiny_config
+from tests.models import reference_weights
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BOUND = 1e-4
+
+
+@functools.cache
+def fixture(name):
+    with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    return json.loads(arrays.pop("about").tobytes()) | {"arrays": arrays}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The reference's weights, as its users have them: {name} -> path."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def made(name):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            shapes = fixture(name)["shapes"]
+            tensors = {k: reference_weights.drawn(k, tuple(v)) for k, v in shapes.items()}
+            safetensors.numpy.save_file(tensors, path)
+        return path
+
+    return made
+
+
+def network(name, path, stride, **changes):
+    """Ours, as the config builds it for these weights, and loaded."""
+    config = tiny_config(
+        model__backbone=name.partition("_")[2],
+        model__pretrained=str(path),
+        model__output_stride=stride,
+        **changes,
+    ).model
+    if name.startswith("smp"):
+        config.head = "v3plus_smp"
+        config.head_features, config.low_level_features, config.aspp_rates = 256, 48, ()
+    model = deeplab.build(config, 5)
+    blank = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), variable_shapes(model))
+    variables, report = pretrained.load(path, blank)
+    return model, variables, report
+
+
+def outputs(model, variables, images, whole):
+    """Of the network, or of its backbone alone."""
+    if whole:
+        return {"logits": jax.jit(model.apply)(variables, images)}
+    stats = "batch_stats_weak"
+    alone = {
+        "params": variables["params"]["backbone"],
+        stats: variables[stats]["backbone"],
+    }
+    return jax.jit(lambda v, x: model.backbone.apply(v, x, Batch("weak", train=False)))(
+        alone, images
+    )
+
+
+def check(name, stride, weights):
+    expected = fixture(name)["arrays"]
+    keys = [key for key in expected if key.startswith(f"{stride}/") and key.endswith("/shape")]
+    assert keys
+    size = tuple(int(n) for n in keys[0].split("/")[1].split("x"))
+    model, variables, _ = network(name, weights(name), stride)
+    ours = outputs(model, variables, reference_weights.image(*size), name.startswith("smp"))
+    for key in (key.removesuffix("/shape") for key in keys):
+        got = np.asarray(ours[key.rpartition("/")[2]])
+        assert got.shape == tuple(expected[f"{key}/shape"]), key
+        error = np.abs(reference_weights.sampled(got) - expected[key]).max()
+        assert error <= BOUND * expected[f"{key}/max"], key
+
+
+FAST = [
+    ("torchvision_resnet18", 32),
+    ("timm_resnet18", 8),
+    ("torchvision_resnet50", 16),
+    ("timm_xception65", 16),
+    ("smp_resnet18", 8),
+]
+SLOW = [
+    *(("torchvision_resnet50", stride) for stride in (8, 32)),
+    *(("torchvision_resnet101", stride) for stride in (8, 16, 32)),
+    *(("timm_xception65", stride) for stride in (8, 32)),
+    ("timm_resnet50c", 16),
+    ("timm_resnet50s", 16),
+    ("smp_resnet18", 16),
+    ("smp_resnet50", 8),
+    ("smp_resnet50", 16),
+]
+
+
+@pytest.mark.parametrize(("name", "stride"), FAST)
+def test_outputs_are_those_of_the_reference(name, stride, weights):
+    check(name, stride, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stride"), SLOW)
+def test_outputs_are_those_of_the_reference_at_every_stride(name, stride, weights):
+    check(name, stride, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("torchvision_resnet18", 11_689_512),
+        ("torchvision_resnet50", 25_557_032),
+        ("torchvision_resnet101", 44_549_160),
+        ("timm_resnet50c", 25_576_264),
+        ("timm_resnet50s", 25_680_808),
+        ("timm_xception65", 39_916_312),
+        ("smp_resnet18", 12_330_325),
+    ],
+)
+def test_number_of_parameters(name, published):
+    """Backbones are published with a classifier of 1000 ImageNet classes, which ours lack."""
+    about = fixture(name)
+    assert about["parameters"] == published
+    config = tiny_config(model__backbone=name.partition("_")[2], model__norm="shared").model
+    whole = name.startswith("smp")
+    if whole:
+        config.head = "v3plus_smp"
+        config.head_features, config.low_level_features, config.aspp_rates = 256, 48, ()
+    made = variable_shapes(deeplab.build(config, 5))["params"]
+    ours = sum(leaf.size for leaf in jax.tree.leaves(made if whole else made["backbone"]))
+    features = next((v[1] for k, v in about["shapes"].items() if k.endswith("fc.weight")), None)
+    assert ours == published - (0 if whole else 1000 * features + 1000)
+
+
+def test_dsbn_and_a_first_student_predict_as_the_loaded_network(weights):
+    """With one norm, with DSBN, and from a student's copy of the weak norm, in both domains."""
+    name = "smp_resnet18"
+    images = reference_weights.image(64, 64)
+    one, one_variables, _ = network(name, weights(name), 16, model__norm="shared")
+    model, variables, report = network(name, weights(name), 16)
+    assert report.left == report.unmatched == ()
+    run = jax.jit(lambda v, domain: model.apply(v, images, domain=domain), static_argnums=1)
+    expected = jax.jit(one.apply)(one_variables, images)
+    np.testing.assert_allclose(run(variables, "weak"), expected, atol=1e-5)
+    np.testing.assert_array_equal(run(variables, "strong"), run(variables, "weak"))
+    trained = variables | {
+        "batch_stats_strong": jax.tree.map(lambda v: v + 1, variables["batch_stats_strong"])
+    }
+    assert not np.allclose(run(trained, "strong"), expected, atol=1e-2)
+    student = copy_weak_to_strong(trained)
+    np.testing.assert_array_equal(run(student, "strong"), run(variables, "weak"))
