@@ -87,7 +87,7 @@ def protocol(config: Any, dataset: Dataset) -> dict[str, Any]:
     """How a result was obtained; stands on its row."""
     return {
         "data": dataset.name,
-        "split": config.eval.split,
+        "split": dataset.evaluated_on,
         "scales": list(config.eval.scales),
         "flip": config.eval.flip,
         "window": "whole",

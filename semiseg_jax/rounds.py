@@ -115,7 +115,7 @@ class Job:
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         self._console = Console(highlight=False, soft_wrap=True)
-        self._dataset = sources.load(config)
+        self._dataset = sources.load(config, self._say)
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
         if self.takes_pseudo_labels and not self._dataset.unlabeled:
@@ -131,7 +131,7 @@ class Job:
         d = self._dataset
         self._say(
             f"{d.name}: {len(d.labeled)} labelled, {len(d.unlabeled)} unlabelled, "
-            f"{len(d.evaluation)} {config.eval.split} images, {len(d.classes)} classes; "
+            f"{len(d.evaluation)} {d.evaluated_on} images, {len(d.classes)} classes; "
             f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
         )
 
@@ -187,7 +187,7 @@ class Job:
             variables = self._train(stage, network, teacher, pseudo, say)
         score = network.evaluate(variables)
         self._report(stage, stage.steps, score)
-        say(f"mIoU {100 * score.miou:.2f} on {self._config.eval.split}")
+        say(f"mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
         write_bytes(stage.folder / DONE, b"")
         return Trained(stage, variables, network)
 
