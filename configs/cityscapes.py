@@ -5,8 +5,8 @@
 
 The argument is the share of labelled images: 1_30 (100), 1_8 (372), 1_4 (744), 1_2 (1,488), or
 full: all 2,975, and the images of train_extra as the unlabelled ones. Which images it is, is drawn
-by data.split_seed; a community's lists go into data.labeled_list and data.unlabeled_list. The folder
-is that of the extracted archives (docs/data.md); with the archives in TFDS's folder it is
+by data.split_seed; a community's lists go into data.labeled_list and data.unlabeled_list. The
+folder is that of the extracted archives (docs/data.md); with the archives in TFDS's folder it is
 --config.data.name=tfds:cityscapes/semantic_segmentation. Its scores have not been measured yet.
 """
 

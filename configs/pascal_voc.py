@@ -4,8 +4,8 @@
     python -m semiseg_jax.main --config=configs/pascal_voc.py:xception65,1_4 …
 
 The arguments, in any order: the backbone, resnet101 or xception65; and the share of labelled
-images, 1_106 (100), 1_50 (212), 1_20 (529), 1_8 (1,323), 1_4 (2,646), or voc: the 1,464 of VOC's own
-train list, those of SBD unlabelled. Which images the others are, is drawn by data.split_seed; a
+images, 1_106 (100), 1_50 (212), 1_20 (529), 1_8 (1,323), 1_4 (2,646), or voc: the 1,464 of VOC's
+own train list, those of SBD unlabelled. Which images the others are, is drawn by data.split_seed; a
 community's lists go into data.labeled_list and data.unlabeled_list. The folder holds VOCdevkit and
 SBD's masks (docs/data.md). Its scores have not been measured yet.
 """

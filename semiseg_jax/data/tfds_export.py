@@ -84,7 +84,7 @@ def _with_names(data_config: Any, builder: Any) -> Any:
     """`config.data`, with the mask feature's class names where the config has none."""
     import tensorflow_datasets as tfds
 
-    feature = builder.info.features.get(data_config.tfds_mask)
+    feature = dict(builder.info.features.items()).get(data_config.tfds_mask)
     if data_config.classes or not isinstance(feature, tfds.features.LabeledImage):
         return data_config
     named = data_config.copy_and_resolve_references()
@@ -201,8 +201,9 @@ class _Export:
             content = example[feature]
             if not isinstance(content, bytes):
                 content = _encoded(np.asarray(content), feature)
-            # Masks are read by the name they have, whatever they are.
-            suffix = _suffix(content, feature) if kind == "image" else ".png"
+            suffix = _suffix(content, feature)
+            # A mask is looked for by this name; it is read by what it is.
+            suffix = suffix if kind == "image" else ".png"
             labels.write_bytes(self.folder / f"{kind}s" / split / f"{id_}{suffix}", content)
         return id_
 
@@ -228,7 +229,7 @@ def _suffix(content: bytes, feature: str) -> str:
         kind = ""
     if kind not in SUFFIXES:
         raise UserError(
-            f"The feature {feature} holds files of kind {kind or 'unknown'}: name an image in "
-            "data.tfds_image."
+            f"The feature {feature} holds files of kind {kind or 'unknown'}: name images in "
+            "data.tfds_image and data.tfds_mask."
         )
     return SUFFIXES[kind]
