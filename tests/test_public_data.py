@@ -78,6 +78,7 @@ def test_cityscapes_from_lists_that_pair_every_image_with_its_truth(tmp_path, mo
         root,
         f"--config.data.labeled_list={labeled}",
         f"--config.data.unlabeled_list={unlabeled}",
+        "--config.data.train_extra=True",
     )
     check_cityscapes(*found)
     masks = {os.path.realpath(p) for p in root.glob("gt*/**/*.png")}

@@ -280,7 +280,7 @@ def test_unlabelled_images_from_anywhere_that_may_hold_the_labelled_ones(folder_
     assert [e.id for e in data.unlabeled[8:]] == ["camera/day 1/x"]
     # Smaller copies stay inside the cache, wherever their sources are.
     cache = tmp_path / "cache"
-    assert all(cache in Path(e.image).resolve().parents for e in data.unlabeled)
+    assert all(cache in Path(e.image).parents and ".." not in e.image for e in data.unlabeled)
     assert labels.image_size(data.unlabeled[8].image) == (15, 20)
 
 
