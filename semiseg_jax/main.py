@@ -1,55 +1,20 @@
 """The command line: python -m semiseg_jax.main --config=configs/streets.py"""
 
-import logging as python_logging
-import re
 import sys
-from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "What to run, such as configs/streets.py; --config.key=value changes a key of it. "
-    "configs/default.py documents every key.",
-    lock_config=True,
-)
+from semiseg_jax import command_line
+
+_CONFIG = command_line.define_config("What to run")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go, and where a run goes on; runs/NAME unless given."
 )
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """The arguments that are not flags; a wrong flag, key or config ends in one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        # Written two ways: 'stepz' by an override, Key "stepz" by a config file.
-        pattern = r"(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
-        found = re.search(pattern, str(error), re.DOTALL)
-        key, near = found.groups() if found else (str(error), None)
-        hint = f"did you mean {near}?" if near else "configs/default.py has every key."
-        sys.exit(f"Error: There is no config key {key}: {hint}")
-    except (flags.Error, TypeError, ValueError, SyntaxError, NameError, ImportError) as error:
-        # A config file that raises comes wrapped in its traceback, with the reason last.
-        reason = str(error).strip().splitlines()[-1].strip()
-        sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
-
-
 def main(argv: list[str]) -> None:
     """Runs Algorithm 1 with the config of the command line."""
-    # Ours are the lines to read; libraries speak up from warnings on, or with --verbosity=0.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-        python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-    if len(argv) > 1:
-        sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
-    if not flags.FLAGS["config"].present:
-        sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
-    config_path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not Path(config_path.partition(":")[0]).exists():
-        sys.exit(f"Error: The config {config_path} is missing: configs/ has those there are.")
+    config_path = command_line.config_path(argv)
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     # The data package first, because it silences TensorFlow's greeting.
     from semiseg_jax.data import sources  # isort: skip
@@ -65,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=command_line.parse)

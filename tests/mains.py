@@ -7,7 +7,7 @@ import jax
 import pytest
 from absl import flags
 
-from semiseg_jax import main, mesh
+from semiseg_jax import command_line, main, mesh
 
 # The smallest network and run, as overrides of any config.
 TINY = (
@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
             with warnings.catch_warnings():
                 # ml_collections loads config files by a method that Python is about to drop.
                 warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
-                rest = main._parse(argv)
+                rest = command_line.parse(argv)
             main.main(rest)
         finally:
             # Overrides are flags too, of this command alone.

@@ -71,6 +71,7 @@ def test_cityscapes_from_lists_that_pair_every_image_with_its_truth(tmp_path, mo
     labeled, unlabeled = tmp_path / "labeled.txt", tmp_path / "unlabeled.txt"
     labeled.write_text("\n".join(fine.format(i) for i in ids[:2]))
     unlabeled.write_text("\n".join([*map(fine.format, ids[2:]), *map(coarse.format, extra)]))
+    opened.clear()
     found = run(
         tmp_path,
         monkeypatch,

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
@@ -21,11 +20,11 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 from jaxtyping import Int
-from ml_collections import config_flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from semiseg_jax import command_line
 from semiseg_jax.data import labels, splits
 from semiseg_jax.data.examples import IMAGE_SUFFIXES, Example, files_below
 from semiseg_jax.data.splits import Entry
@@ -377,9 +376,7 @@ _LISTS = {
     for name, what in zip(NAMES, ("labelled", "unlabelled", "evaluation"), strict=True)
 }
 _ROOT = flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to.")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Look at the data of this config instead of at lists.", lock_config=True
-)
+_CONFIG = command_line.define_config("Whose data to look at, instead of at lists")
 
 
 def main(argv: list[str]) -> None:
@@ -400,12 +397,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command, with one sentence for a wrong flag."""
-    app.run(main, flags_parser=_parse)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()
-        sys.exit(f"Error: {reason}; --help has the flags, configs/default.py the keys.")
+    app.run(main, flags_parser=command_line.parse)

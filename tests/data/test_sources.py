@@ -241,17 +241,18 @@ def test_nothing_is_held_out_where_there_is_an_evaluation_set(folder_config):
     assert sources.load(folder_config).split_hash == before.split_hash
 
 
-def test_images_and_masks_in_one_folder_by_their_endings(tmp_path):
+@pytest.mark.parametrize(("ending", "suffix"), [("_photo.JPG", "_photo.JPG"), (".jpg", "")])
+def test_images_and_masks_in_one_folder_by_their_endings(tmp_path, ending, suffix):
     root = tmp_path / "one"
     root.mkdir()
     for name in ("a b", "c", "d"):
-        Image.new("RGB", (6, 4)).save(root / f"{name}_photo.JPG", format="JPEG")
+        Image.new("RGB", (6, 4)).save(root / f"{name}{ending}", format="JPEG")
         if name != "d":
             mask = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
             Image.fromarray(mask).save(root / f"{name}_mask.png")
     changes = {
         "root": str(tmp_path), "image_dir": "one", "mask_dir": "one", "classes": ("a", "b"),
-        "mask_suffix": "_mask.png", "image_suffix": "_photo.JPG", "holdout": 0.5,
+        "mask_suffix": "_mask.png", "image_suffix": suffix, "holdout": 0.5,
     }  # fmt: skip
     data = sources.load(tiny_config(**{f"data__{k}": v for k, v in changes.items()}))
     assert {e.id for e in (*data.labeled, *data.evaluation)} == {"a b", "c"}
