@@ -1,5 +1,6 @@
 """The command itself, called inside the tests' process: the same flags, no second start of JAX."""
 
+import contextlib
 import sys
 import warnings
 
@@ -7,7 +8,7 @@ import jax
 import pytest
 from absl import flags
 
-from semiseg_jax import command_line, main, mesh
+from semiseg_jax import command_line, mesh
 
 # The smallest network and run, as overrides of any config.
 TINY = (
@@ -32,6 +33,43 @@ TINY = (
 )
 
 
+def _take(*names: str) -> dict[str, flags.Flag]:
+    """Takes flags out of those of the process."""
+    taken = {name: flags.FLAGS[name] for name in names if name in flags.FLAGS}
+    for name in taken:
+        delattr(flags.FLAGS, name)
+    return taken
+
+
+def _put(taken: dict[str, flags.Flag]) -> None:
+    for name, flag in taken.items():
+        flags.FLAGS[name] = flag
+
+
+# Each command has a --config; those of several can only take turns in one process.
+_others = _take("config")
+from semiseg_jax import main  # noqa: E402
+
+_flags_of_main = _take("config", "workdir")
+_put(_others)
+
+
+@contextlib.contextmanager
+def _as_main():
+    """The process has main's flags, and afterwards those it had."""
+    others = _take("config", "workdir")
+    _put(_flags_of_main)
+    known = set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        # Overrides such as --config.data.root are flags too.
+        _take(*(set(flags.FLAGS) - known))
+        flags.FLAGS.unparse_flags()
+        _take(*_flags_of_main)
+        _put(others)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """python -m semiseg_jax.main ARGUMENTS, on one device.
 
@@ -40,23 +78,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """
     make = mesh.make_mesh
     argv = ["main", *arguments]
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, _as_main():
         patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
         # The tests keep compiled programs in a place of their own.
         patch.setattr(mesh, "keep_compiled_programs", lambda folder: None)
         patch.setattr(sys, "argv", argv)
-        known = set(flags.FLAGS)
-        try:
-            with warnings.catch_warnings():
-                # ml_collections loads config files by a method that Python is about to drop.
-                warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
-                rest = command_line.parse(argv)
-            main.main(rest)
-        finally:
-            # Overrides are flags too, of this command alone.
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
+        with warnings.catch_warnings():
+            # ml_collections loads config files by a method that Python is about to drop.
+            warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
+            rest = command_line.parse(argv)
+        main.main(rest)
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

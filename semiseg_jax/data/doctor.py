@@ -371,30 +371,35 @@ def _print_classes(report: Report, console: Console) -> None:
     console.print(table)
 
 
-_LISTS = {
-    name: flags.DEFINE_string(name, "", f"The list of {what} images.")
-    for name, what in zip(NAMES, ("labelled", "unlabelled", "evaluation"), strict=True)
-}
-_ROOT = flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to.")
-_CONFIG = command_line.define_config("Whose data to look at, instead of at lists")
+def run() -> None:
+    """The command."""
+    # Defined here: the module may be imported beside another command, with a --config of its own.
+    what = ("labelled", "unlabelled", "evaluation")
+    holders = [
+        *(
+            flags.DEFINE_string(name, "", f"The list of {kind} images.")
+            for name, kind in zip(NAMES, what, strict=True)
+        ),
+        flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
+        command_line.define_config("Whose data to look at, instead of at lists"),
+    ]
+    for holder in holders:  # --help has the flags of the module that was started
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
+    app.run(main, flags_parser=command_line.parse)
 
 
 def main(argv: list[str]) -> None:
     """Prints what was found; exit status 1 where an error was."""
+    given = flags.FLAGS
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
-    paths = {name: flag.value for name, flag in _LISTS.items()}
-    if _CONFIG.value is not None:
-        report = examine_config(_CONFIG.value)
+    paths = {name: given[name].value or "" for name in NAMES}
+    if given.config is not None:
+        report = examine_config(given.config)
     elif any(paths.values()):
-        report = examine_lists(paths, _ROOT.value)
+        report = examine_lists(paths, given.root)
     else:
         sys.exit("Error: Say what to look at: --labeled=F --unlabeled=F --val=F, or --config=….")
     print_report(report, Console(highlight=False, soft_wrap=True))
     if report.errors:
         sys.exit(1)
-
-
-def run() -> None:
-    """The command, with one sentence for a wrong flag."""
-    app.run(main, flags_parser=command_line.parse)
