@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     # 2. What the mask values 0, 1, 2, … are called. 255 is no class; for masks of 0 and 255 see
     #    docs/data.md.
     config.data.classes = ("background", "object")
-    # 3. How many of the images with masks to train on as labelled; 0 for all. With a few at first,
-    #    and the rest again without their masks, the control tells what more masks would bring.
+    # 3. How many of the images with masks to use as labelled ones; 0 for all. The others count as
+    #    unlabelled then.
     config.data.labels = 0.0
 
     config.data.holdout = 0.2

@@ -276,6 +276,10 @@ def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
             ["folder.py", "--config.data.name=tfds:cityscapes/semantic_segmentation"],
             "TFDS cannot prepare cityscapes/semantic_segmentation (",
         ),
+        (
+            ["folder.py", "--config.data.name=tfds:cityscapes/semantic_segmentation_extra"],
+            "are coarse: set data.name=tfds:cityscapes/semantic_segmentation, and data.train_extra",
+        ),
     ],
 )
 def test_names(tmp_path, monkeypatch, arguments, sentence):

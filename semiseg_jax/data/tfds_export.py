@@ -22,6 +22,9 @@ from semiseg_jax.errors import UserError
 
 PREFIX = "tfds:"
 CITYSCAPES = "cityscapes/semantic_segmentation"
+CITYSCAPES_EXTRA = f"{CITYSCAPES}_extra"
+# What we call a split, and what TFDS does where it has none of that name.
+SPLITS = {"val": "validation"}
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}
 
 
@@ -33,15 +36,20 @@ def layout(config: Any, say: Say) -> Layout:
     """
     data = config.data
     name = data.name.removeprefix(PREFIX)
-    if name == CITYSCAPES:
+    if name in ("cityscapes", CITYSCAPES):
         return _cityscapes(config, say)
+    if name == CITYSCAPES_EXTRA:
+        raise UserError(
+            f"The masks of {data.name} are coarse: set data.name={PREFIX}{CITYSCAPES}, and "
+            "data.train_extra for its further images."
+        )
     builder = _builder(name, data.root, say)
     features = {"image": data.tfds_image, "mask": data.tfds_mask}
     classes, palette, table = described_classes(_with_names(data, builder))
     exported = _Export(builder, features, data.tfds_id, data, say)
     evaluation: tuple[Example, ...] = ()
     # A data set without the split may still be evaluated on a list or on what is held out.
-    if config.eval.split in builder.info.splits or not (data.evaluation_list or data.holdout):
+    if exported.has(config.eval.split) or not (data.evaluation_list or data.holdout):
         evaluation = exported.split(config.eval.split)
     return Layout(
         name=f"tfds-{name.replace('/', '-')}",
@@ -60,11 +68,10 @@ def _cityscapes(config: Any, say: Say) -> Layout:
     cityscapes.refuse_test_split(config)
     features = {"image": "image_left", "mask": "segmentation_label"}
     exported = _Export(_builder(CITYSCAPES, data.root, say), features, "image_id", data, say)
-    split = {"val": "validation"}.get(config.eval.split, config.eval.split)
     further: tuple[Example, ...] = ()
     if data.train_extra:
         # Its masks are coarse, also those of train and val: only these images are taken.
-        extra = _builder(f"{CITYSCAPES}_extra", data.root, say)
+        extra = _builder(CITYSCAPES_EXTRA, data.root, say)
         found = _Export(extra, {"image": "image_left"}, "image_id", data, say).split("train_extra")
         further = tuple(e for e in found if e.id not in cityscapes.DAMAGED)
     return Layout(
@@ -74,7 +81,7 @@ def _cityscapes(config: Any, say: Say) -> Layout:
         palette=cityscapes.PALETTE,
         table=cityscapes.label_ids_table(),
         train=exported.split("train"),
-        evaluation=exported.split(split),
+        evaluation=exported.split(config.eval.split),
         further=further,
         masks_of_lists=False,
     )
@@ -152,17 +159,22 @@ class _Export:
         key = hashlib.sha256(repr((made_from, str(builder.data_path))).encode()).hexdigest()[:12]
         self.folder = cache_dir(data_config) / f"tfds-{builder.name}-{key}"
 
+    def has(self, name: str) -> bool:
+        """Whether there is a split of this name; validation answers to val."""
+        return not {name, SPLITS.get(name)}.isdisjoint(self._builder.info.splits)
+
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of a split, exported on first use.
 
         Raises:
             UserError: there is no such split, or an image is of a kind that cannot be kept.
         """
-        if name not in self._builder.info.splits:
+        if not self.has(name):
             raise UserError(
                 f"{PREFIX}{self._builder.name} has no split {name}: set data.tfds_train and "
                 f"eval.split to one of {', '.join(self._builder.info.splits)}."
             )
+        name = name if name in self._builder.info.splits else SPLITS[name]
         done = self.folder / f"{name}.json"
         if not done.exists():
             total = self._builder.info.splits[name].num_examples

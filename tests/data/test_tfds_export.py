@@ -144,7 +144,10 @@ def test_masks_that_tfds_does_not_keep_as_files_and_names_of_its_own(config, fea
             {"data__tfds_mask": "file_name"},
             "feature file_name holds files of kind unknown: name images",
         ),
-        ({"eval__split": "val"}, "has no split val: set data.tfds_train and eval.split to one of"),
+        (
+            {"eval__split": "val"},
+            "has no split val: set data.tfds_train and eval.split to one of",
+        ),
         ({"data__classes": ()}, "data.classes has 0 names"),
         ({"data__id_map": ()}, r"Pet_\d.png holds the values 3, which are neither a class nor ign"),
     ],
