@@ -274,7 +274,12 @@ def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
         ),
         (
             ["folder.py", "--config.data.name=tfds:cityscapes/semantic_segmentation"],
-            "TFDS cannot prepare cityscapes/semantic_segmentation (",
+            "you must download 'leftImg8bit_trainvaltest.zip' and 'gtFine_trainvaltest.zip'",
+        ),
+        # Said before anything would be downloaded.
+        (
+            ["folder.py", "--config.data.name=tfds:voc/2012"],
+            "tfds:voc has no feature segmentation_mask: set data.tfds_mask to one of image, ",
         ),
         (
             ["folder.py", "--config.data.name=tfds:cityscapes/semantic_segmentation_extra"],

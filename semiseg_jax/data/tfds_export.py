@@ -43,10 +43,10 @@ def layout(config: Any, say: Say) -> Layout:
             f"The masks of {data.name} are coarse: set data.name={PREFIX}{CITYSCAPES}, and "
             "data.train_extra for its further images."
         )
-    builder = _builder(name, data.root, say)
+    builder = _builder(name, data.root)
     features = {"image": data.tfds_image, "mask": data.tfds_mask}
-    classes, palette, table = described_classes(_with_names(data, builder))
     exported = _Export(builder, features, data.tfds_id, data, say)
+    classes, palette, table = described_classes(_with_names(data, builder))
     evaluation: tuple[Example, ...] = ()
     # A data set without the split may still be evaluated on a list or on what is held out.
     if exported.has(config.eval.split) or not (data.evaluation_list or data.holdout):
@@ -67,11 +67,11 @@ def _cityscapes(config: Any, say: Say) -> Layout:
     data = config.data
     cityscapes.refuse_test_split(config)
     features = {"image": "image_left", "mask": "segmentation_label"}
-    exported = _Export(_builder(CITYSCAPES, data.root, say), features, "image_id", data, say)
+    exported = _Export(_builder(CITYSCAPES, data.root), features, "image_id", data, say)
     further: tuple[Example, ...] = ()
     if data.train_extra:
         # Its masks are coarse, also those of train and val: only these images are taken.
-        extra = _builder(CITYSCAPES_EXTRA, data.root, say)
+        extra = _builder(CITYSCAPES_EXTRA, data.root)
         found = _Export(extra, {"image": "image_left"}, "image_id", data, say).split("train_extra")
         further = tuple(e for e in found if e.id not in cityscapes.DAMAGED)
     return Layout(
@@ -99,44 +99,56 @@ def _with_names(data_config: Any, builder: Any) -> Any:
     return named
 
 
-def _builder(name: str, data_dir: str, say: Say) -> Any:
-    """The prepared builder of a data set; what needs no network is prepared now.
+def _builder(name: str, data_dir: str) -> Any:
+    """TFDS's builder of a data set, prepared or not.
 
     Raises:
-        UserError: TFDS does not know the name, or has to download, or misses archives.
+        UserError: TFDS does not know the name.
     """
     import tensorflow_datasets as tfds
 
-    where = os.path.expanduser(data_dir) or None
     try:
-        builder = tfds.builder(name, data_dir=where)
+        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"data.name={PREFIX}{name} is not known to TFDS ({str(error).splitlines()[0]}): give "
             "the name of one of its data sets, with /CONFIG where it has several, or in data.root "
             "the folder of one that is prepared."
         ) from error
+
+
+def _prepare(builder: Any, say: Say) -> None:
+    """Has TFDS prepare what needs no download.
+
+    Raises:
+        UserError: TFDS would have to download, or misses archives.
+    """
     if builder.info.splits:
-        return builder
+        return
+    name = "/".join(filter(None, (builder.name, getattr(builder.builder_config, "name", ""))))
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         raise UserError(
             f"{PREFIX}{name} is not prepared in {builder.data_path.parent}, and TFDS would download"
             f" it: run `tfds build {name} --data_dir={builder.data_dir_root}` once, or name the "
             "folder that has it in data.root."
         )
-    say(f"TFDS prepares {name} from its archives in {builder.data_dir_root}/downloads/manual.")
+    archives = f"{builder.data_dir_root}/downloads/manual"
+    say(f"TFDS prepares {name} from its archives in {archives}.")
     try:
         builder.download_and_prepare()
     except (AssertionError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0].rstrip(".: ")
+        instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         raise UserError(
-            f"TFDS cannot prepare {name} ({str(error).splitlines()[0]}): put the archives that it "
-            f"names into {builder.data_dir_root}/downloads/manual, as they were downloaded."
+            f"TFDS cannot prepare {name} ({reason}): put its archives into {archives}, as they "
+            f"were downloaded (TFDS: {instructions})"
         ) from error
-    return builder
 
 
 class _Export:
     """Splits of a TFDS data set as folders below `folder`, each made once.
+
+    Raises a UserError where the data set lacks a feature, or is not prepared and cannot be.
 
     Attributes:
         folder: images/SPLIT, masks/SPLIT, and SPLIT.json, which is written last.
@@ -155,6 +167,7 @@ class _Export:
                     f"{PREFIX}{builder.name} has no feature {feature}: set data.tfds_{key} to one "
                     f"of {', '.join(sorted(builder.info.features))}."
                 )
+        _prepare(builder, say)
         made_from = (str(builder.info.full_name), sorted(features.items()), id_feature)
         key = hashlib.sha256(repr((made_from, str(builder.data_path))).encode()).hexdigest()[:12]
         self.folder = cache_dir(data_config) / f"tfds-{builder.name}-{key}"
