@@ -29,9 +29,11 @@ def get_config() -> ConfigDict:
 def data() -> ConfigDict:
     """What is read, and how it is cut."""
     data = ConfigDict()
-    # Source: streets (built in), camvid, folder.
+    # Source: streets (built in), camvid, cityscapes, pascal_voc, folder, or tfds:NAME for any data
+    # set of TensorFlow Datasets with an image and a mask. docs/data.md says how each must lie.
     data.name = "folder"
-    # Folder of the data; "" for $SEMISEG_DATA/NAME, else data/NAME.
+    # Folder of the data; "" for $SEMISEG_DATA/NAME, else data/NAME; for tfds:NAME the folder of
+    # TFDS, "" for its own default.
     data.root = ""
     # Where derived data and compiled programs are kept; "" for $SEMISEG_CACHE, else
     # ~/.cache/semiseg_jax.
@@ -39,22 +41,37 @@ def data() -> ConfigDict:
     # Halve (2), third (3), … images once into the cache, antialiased; masks nearest. 1: as is.
     data.downscale = 1
 
-    # Source `folder`: where images and masks lie, below the root. A mask has its image's name
-    # with the ending .png.
+    # Source `folder`: where images and masks lie, below the root or anywhere. A mask has its
+    # image's name, with `mask_suffix` for the ending.
     data.image_dir = "images"
     data.mask_dir = "masks"
-    # A folder of further unlabelled images, below the root, nested or not; "" for none.
-    data.unlabeled_dir = ""
-    # Source `folder`: class names in id order; at least 2.
+    # How the names of images end, such as "_photo.jpg"; "" for any image file, whatever its ending.
+    data.image_suffix = ""
+    data.mask_suffix = ".png"
+    # Sources `folder` and `tfds:NAME`: class names in id order; at least 2. () for those that the
+    # TFDS feature has.
     data.classes = ()
-    # Source `folder`: (R, G, B) 0..255 of each class; () for a generated palette.
+    # (R, G, B) 0..255 of each class; () for a generated palette.
     data.palette = ()
-    # Source `folder`: mask values that mean "no label"; they become 255.
+    # Mask values that mean "no label"; they become 255.
     data.ignore_ids = (255,)
-    # Source `folder`: ((mask value, class id), …) where the values are not the class ids; () for
-    # none.
+    # ((mask value, class id), …) where the values are not the class ids; () for none.
     data.id_map = ()
 
+    # Source `tfds:NAME`: features of the image, of its mask, and of a name for it ("": TFDS's own
+    # id of an example); and the split to train on. eval.split is the one to evaluate on.
+    data.tfds_image = "image"
+    data.tfds_mask = "segmentation_mask"
+    data.tfds_id = ""
+    data.tfds_train = "train"
+
+    # Source `cityscapes`: also take the 19,997 images of train_extra, as unlabelled ones.
+    data.train_extra = False
+    # Source `pascal_voc`: train on the 10,582 images of VOC and SBD; else on VOC's own 1,464.
+    data.voc_augmented = True
+
+    # A folder of further unlabelled images, below the root or anywhere, nested or not; "" for none.
+    data.unlabeled_dir = ""
     # Split lists, one or two columns (image, mask or None) or bare ids; relative to the root,
     # else to the working folder. "" for labeled: drawn by `labels`; for unlabeled: every training
     # image that is not labelled; for evaluation: the source's own list of `eval.split`.
@@ -64,8 +81,11 @@ def data() -> ConfigDict:
     # Labelled images to draw where `labeled_list` is "": a count (> 1) or a share (0..1] of the
     # training images; 0 for all of them.
     data.labels = 0.0
-    # Seed of that draw; draws of one seed are nested.
+    # Seed of that draw; draws of one seed are nested, and have every class where they can.
     data.split_seed = 0
+    # Where there is no evaluation set: images with masks to hold out for it, a count (> 1) or a
+    # share (0..1); 0 for none, which is an error then.
+    data.holdout = 0.0
 
     # Source `streets`: seed, images drawn for training and for evaluation, size in pixels.
     data.streets_seed = 0

@@ -118,7 +118,7 @@ def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
     window = {"size": list(config.eval.window), "stride": list(config.eval.window_stride)}
     return {
         "data": dataset.name,
-        "split": config.eval.split,
+        "split": dataset.evaluated_on,
         "scales": list(config.eval.scales),
         "flip": config.eval.flip,
         "window": window if config.eval.window else "whole",

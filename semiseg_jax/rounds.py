@@ -146,7 +146,7 @@ class Job:
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         self._console = Console(highlight=False, soft_wrap=True)
-        self.dataset = sources.load(config)
+        self.dataset = sources.load(config, self._say)
         refuse_other_data(workdir, self.dataset)
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
@@ -163,7 +163,7 @@ class Job:
         d = self.dataset
         self._say(
             f"{d.name}: {len(d.labeled)} labelled, {len(d.unlabeled)} unlabelled, "
-            f"{len(d.evaluation)} {config.eval.split} images, {len(d.classes)} classes; "
+            f"{len(d.evaluation)} {d.evaluated_on} images, {len(d.classes)} classes; "
             f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
         )
         if untrained := deeplab.untrained_rates(config.model, tuple(config.data.crop)):
@@ -377,7 +377,7 @@ class Job:
         row = make_row(stage.kind, stage.round, step, self._config.seed, score, protocol)
         self.results.add(row, final)
         place = "" if final else f"step {step}: "
-        say(f"{place}mIoU {100 * score.miou:.2f} on {self._config.eval.split}")
+        say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
         with_names = zip(self.dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
         writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)

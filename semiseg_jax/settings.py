@@ -10,6 +10,7 @@ from flax import traverse_util
 from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources import LAYOUTS
 from semiseg_jax.data.streams import KINDS
+from semiseg_jax.data.tfds_export import PREFIX
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
@@ -60,11 +61,20 @@ _SCALES: Rule = (
     "a tuple of numbers above 0, at least one",
 )
 
+_SOURCE: Rule = (
+    lambda v: (
+        v in LAYOUTS or (isinstance(v, str) and len(v) > len(PREFIX) and v.startswith(PREFIX))
+    ),
+    f"one of {', '.join(LAYOUTS)}, or {PREFIX}NAME",
+)
+
 RULES: dict[str, Rule] = {
-    "data.name": _one_of(*LAYOUTS),
+    "data.name": _SOURCE,
     "data.downscale": _at_least(1),
     "data.labels": _at_least(0),
     "data.split_seed": _at_least(0),
+    "data.holdout": _at_least(0),
+    "data.mask_suffix": (lambda v: len(v) > 0, "an ending, such as _mask.png"),
     "data.streets_seed": _at_least(0),
     "data.streets_train": _at_least(1),
     "data.streets_val": _at_least(1),

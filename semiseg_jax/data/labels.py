@@ -7,13 +7,14 @@ see the same pixels.
 
 import io
 import os
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int16, UInt8
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from jaxtyping import Int, Int16, UInt8
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from semiseg_jax.errors import UserError
 
@@ -63,12 +64,59 @@ def id_table(
     return table
 
 
-def _open(path: epath.PathLike) -> Image.Image:
-    """The decoded image; a damaged or missing file is one sentence."""
+class _File:
+    """An image file, its header read; stands upright as its EXIF orientation says.
+
+    Attributes:
+        image: Pillow's, not decoded before `decode`.
+        raw_mode: how the file keeps its pixels, such as "RGB;16B".
+    """
+
+    def __init__(self, file: Any):
+        self.image = Image.open(file)
+        tiles = self.image.tile
+        self.raw_mode = str(tiles[0].args) if tiles else self.image.mode
+        self._orientation = _orientation(self.image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, upright."""
+        width, height = self.image.size
+        return (width, height) if self._orientation >= 5 else (height, width)
+
+    @property
+    def has_more_than_8_bits(self) -> bool:
+        """A channel has more than 256 levels; Pillow would cut some of these to 8 bits silently."""
+        return self.image.mode.startswith(("I", "F")) or "16" in self.raw_mode
+
+    def decode(self) -> Image.Image:
+        """The upright image."""
+        self.image.load()
+        if self._orientation == 1:
+            return self.image
+        return ImageOps.exif_transpose(self.image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of an image that is not decoded yet; from 5 on its sides are swapped.
+
+    Not for TIFF, which Pillow turns by itself. Of a PNG only what stands before the pixels is
+    looked at: Pillow would decode it all to look behind them.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
     try:
-        image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
-        image.load()
-        return image
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error):
+        return 1  # damaged EXIF beside sound pixels
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _open(path: epath.PathLike) -> tuple[_File, Image.Image]:
+    """The file and its decoded image; a damaged or missing file is one sentence."""
+    try:
+        file = _File(io.BytesIO(epath.Path(path).read_bytes()))
+        return file, file.decode()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -79,34 +127,60 @@ def _open(path: epath.PathLike) -> Image.Image:
 
 
 def image_size(path: epath.PathLike) -> tuple[int, int]:
-    """(height, width) in pixels, from the file's header alone.
+    """(height, width) in pixels of the upright image, from the file's header alone.
 
     Raises:
-        UserError: the file is missing or not an image.
+        UserError: the file is missing, not an image, or has more than 8 bits a channel.
     """
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            return image.height, image.width
+        with epath.Path(path).open("rb") as stream:
+            file = _File(stream)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(
             f"{path} is not an image ({error}): replace it or take it out of its list."
         ) from error
+    _refuse_deep(path, file)
+    return file.size
+
+
+def _refuse_deep(path: epath.PathLike, file: _File) -> None:
+    if file.has_more_than_8_bits:
+        raise UserError(
+            f"{path} has more than 8 bits a channel (mode {file.raw_mode}): convert it to 8 bits, "
+            "with the range that suits your images."
+        )
 
 
 def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB image, whatever the file's mode.
+    """RGB image, upright, whatever the file's mode: grey is repeated, transparency dropped.
 
     Raises:
         UserError: the file is missing, damaged, or of a mode with more than 8 bits a channel.
     """
-    image = _open(path)
-    if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits."
-        )
+    file, image = _open(path)
+    _refuse_deep(path, file)
     return np.asarray(image.convert("RGB"))
+
+
+# What Pillow multiplies the values of grey images of less than 8 bits by.
+_STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}
+
+
+def _read_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
+    """A mask's values as they stand in the file: palette indices or grey levels."""
+    file, image = _open(path)
+    values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if image.mode.startswith("I") and values.max(initial=0) < 256:
+        values = values.astype(np.uint8)
+    elif image.mode not in ("1", "L", "P"):
+        raise UserError(
+            f"{path} holds colours or values above 255 (mode {image.mode}) where class ids are "
+            "expected: save masks as palette or grey PNGs whose values are the class ids."
+        )
+    factor = _STRETCHED.get(file.raw_mode)
+    return values // factor if factor else values
 
 
 def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
@@ -120,27 +194,48 @@ def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np
         UserError: the file is missing or damaged, holds colours instead of indices, or a value
             that is neither a class nor ignored.
     """
-    image = _open(path)
-    if image.mode == "1":
-        image = image.convert("L")
-    if image.mode not in ("P", "L"):
-        raise UserError(
-            f"{path} holds colours (mode {image.mode}) where class ids are expected: save masks as "
-            "palette or grey PNGs whose values are the class ids."
-        )
-    values = np.asarray(image)
-    mask = table[values]
-    if (mask == UNKNOWN).any():
-        unknown = np.unique(values[mask == UNKNOWN])
-        named = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
-        hint = ""
-        if IGNORE in unknown and len(np.unique(values)) <= 2:
-            hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
-        raise UserError(
-            f"{path} holds the values {named}, which are neither a class nor ignored: give them "
-            f"in data.id_map or data.ignore_ids{hint}."
-        )
-    return mask.astype(np.uint8)
+    values = _read_values(path)
+    if (table == UNKNOWN).any():
+        _refuse_unknown(path, _counts(values), table)
+    return table.astype(np.uint8)[values]
+
+
+def count_classes(
+    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+) -> tuple[Int[np.ndarray, "256"], tuple[int, int]]:
+    """Pixels of each class id and of IGNORE in a label map, and its (height, width).
+
+    Raises:
+        UserError: as `read_mask`.
+    """
+    values = _read_values(path)
+    by_value = _counts(values)
+    _refuse_unknown(path, by_value, table)
+    by_class = np.zeros(256, np.int64)
+    np.add.at(by_class, table.astype(np.uint8), by_value)
+    return by_class, values.shape
+
+
+def _counts(values: UInt8[np.ndarray, "h w"]) -> Int[np.ndarray, "256"]:
+    # Pillow counts bytes several times faster than NumPy.
+    return np.array(Image.fromarray(values).histogram())
+
+
+def _refuse_unknown(
+    path: epath.PathLike, counts: Int[np.ndarray, "256"], table: Int16[np.ndarray, "256"]
+) -> None:
+    present = np.flatnonzero(counts)
+    unknown = present[table[present] == UNKNOWN]
+    if not len(unknown):
+        return
+    named = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+    hint = ""
+    if IGNORE in unknown and len(present) <= 2:
+        hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
+    raise UserError(
+        f"{path} holds the values {named}, which are neither a class nor ignored: give them "
+        f"in data.id_map or data.ignore_ids{hint}."
+    )
 
 
 def encode_mask(
@@ -166,7 +261,7 @@ def read_text(path: epath.PathLike) -> dict[str, str]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    image = _open(path)
+    _, image = _open(path)
     return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
 
 

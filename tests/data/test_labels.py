@@ -1,3 +1,7 @@
+import struct
+import zlib
+
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,3 +118,91 @@ def test_generated_palette_is_that_of_pascal_voc():
     assert labels.generated_palette(5) == (
         (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_the_same_for_sizes_and_pixels(tmp_path, suffix, orientation):
+    """Orientation n says where the first row and column are shown; n = 1: where they are."""
+    stored = np.zeros((16, 24, 3), np.uint8)
+    stored[:8, :8] = 255  # the corner of first row and column
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"i.{suffix}")
+    Image.fromarray(stored).save(
+        path, exif=exif, **({"lossless": True} if suffix == "webp" else {})
+    )
+    shown = labels.read_image(path)
+    assert labels.image_size(path) == shown.shape[:2]
+    assert shown.shape[:2] == ((24, 16) if orientation >= 5 else (16, 24))
+    # row, column of the bright corner, from the table of the EXIF standard
+    expected = {
+        1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1),
+        8: (-1, 0),
+    }[orientation]  # fmt: skip
+    for row in (0, -1):
+        for column in (0, -1):
+            bright = shown[row, column].mean() > 128
+            assert bright == ((row, column) == expected)
+
+
+def test_damaged_exif_beside_sound_pixels_is_left_alone(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "i.jpg", exif=b"Exif\0\0nonsense")
+    assert labels.image_size(str(tmp_path / "i.jpg")) == (4, 8)
+    assert labels.read_image(str(tmp_path / "i.jpg")).shape == (4, 8, 3)
+
+
+def test_grey_palette_and_transparent_images(tmp_path):
+    grey = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    palette = Image.fromarray(grey)
+    palette.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
+    palette.save(tmp_path / "palette.png")
+    colours = np.stack([grey, grey + 1, grey + 2, np.zeros_like(grey)], -1)
+    Image.fromarray(colours, "RGBA").save(tmp_path / "rgba.png")
+    read = {n: labels.read_image(str(tmp_path / f"{n}.png")) for n in ("grey", "palette", "rgba")}
+    np.testing.assert_array_equal(read["grey"], np.stack([grey] * 3, -1))
+    expected = np.stack([255 - grey, grey, np.full_like(grey, 7)], -1)
+    np.testing.assert_array_equal(read["palette"], expected)
+    # Wholly transparent, and seen all the same.
+    np.testing.assert_array_equal(read["rgba"], colours[..., :3])
+
+
+def test_sixteen_bits_of_each_colour_are_refused_rather_than_cut(tmp_path):
+    """OpenCV as the writer: Pillow has no such images."""
+    path = str(tmp_path / "i.png")
+    cv2.imwrite(path, np.full((2, 2, 3), 4000, np.uint16))
+    for read in (labels.read_image, labels.image_size):
+        with pytest.raises(UserError, match=r"more than 8 bits a channel \(mode RGB;16B\)"):
+            read(path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_grey_masks_of_every_depth_hold_the_values_written(tmp_path, bits):
+    """A PNG put together by hand, because few writers make grey ones of less than 8 bits."""
+    values = np.arange(8, dtype=np.uint8) % min(2**bits, 8)
+    if bits == 16:
+        row = b"".join(bytes((0, v)) for v in values)
+    else:
+        row = np.packbits(np.unpackbits(values[:, None], axis=1)[:, 8 - bits :]).tobytes()
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    path = tmp_path / "m.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    read = labels.read_mask(str(path), labels.id_table(8))
+    np.testing.assert_array_equal(read, values[None])
+
+
+def test_counts_are_those_of_the_pixels(tmp_path):
+    mask = np.random.default_rng(0).choice([0, 7, 26, 255], (30, 40)).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    table = labels.id_table(2, ignore_ids=(0, 255), id_map=((7, 1), (26, 0)))
+    counts, size = labels.count_classes(str(tmp_path / "m.png"), table)
+    assert size == (30, 40) and counts.sum() == mask.size
+    assert (counts[1], counts[0]) == ((mask == 7).sum(), (mask == 26).sum())
+    assert counts[255] == ((mask == 0) | (mask == 255)).sum()

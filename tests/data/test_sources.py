@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from semiseg_jax.data import labels, sources
+from semiseg_jax.data import labels, pipeline, sources
 from semiseg_jax.errors import UserError
 from tests.conftest import tiny_config
 
@@ -173,3 +175,130 @@ def test_bad_data_is_one_sentence(folder_config, folder_data, change, sentence):
     change(folder_config, folder_data)
     with pytest.raises(UserError, match=sentence):
         sources.load(folder_config)
+
+
+def turned_photo(path, orientation, seed=0):
+    """A photo as a phone stores it, 24x16 pixels, and how it is shown."""
+    stored = np.random.default_rng(seed).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(path, quality=95, exif=exif)
+    return np.asarray(ImageOps.exif_transpose(Image.open(path)))
+
+
+def test_photos_stand_upright_wherever_they_are_read(tmp_path):
+    """A turned photo with a mask of the shown size, in checks, labelling and evaluation."""
+    root = tmp_path / "photos"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    shown = {}
+    for number in range(4):
+        name = f"{number}"
+        shown[name] = turned_photo(root / "images" / f"{name}.jpg", 6, number)
+        assert shown[name].shape == (24, 16, 3)
+        if number < 2:
+            mask = np.zeros((24, 16), np.uint8)
+            mask[:5] = 1
+            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    config = tiny_config(data__root=str(root), data__classes=("a", "b"), data__holdout=0.5)
+    data = sources.load(config)
+    assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [1, 2, 1]
+    for part in (data.unlabeled, data.evaluation):
+        for batch in pipeline.image_batches(part, data, 2):
+            for i, id_ in enumerate(batch.ids):
+                np.testing.assert_array_equal(batch.image[i], shown[id_])
+                assert batch.label[i].shape == (24, 16)
+
+
+def test_without_an_evaluation_set_some_images_with_masks_are_held_out(folder_config, folder_data):
+    (folder_data / "images" / "val").rename(folder_data / "elsewhere")
+    folder_config.data.labels = 0.0
+    folder_config.data.holdout = 0.25
+    lines = []
+    data = sources.load(folder_config, lines.append)
+    assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [9, 0, 3]
+    assert not {e.id for e in data.labeled} & {e.id for e in data.evaluation}
+    assert data.evaluated_on == "holdout"
+    assert lines[0].startswith("No evaluation set: 3 of 12 images with masks are held out")
+    # Fewer labels leave the evaluation set as it is; nothing of it is unlabelled.
+    folder_config.data.labels = 2.0
+    fewer = sources.load(folder_config)
+    assert fewer.evaluation == data.evaluation
+    assert {e.id for e in fewer.labeled} < {e.id for e in data.labeled}
+    assert len(fewer.unlabeled) == 7
+    assert not {e.id for e in fewer.unlabeled} & {e.id for e in data.evaluation}
+    # A list of labelled images is held out from as well.
+    lines = "".join(f"images/train/{i:03d}.png masks/train/{i:03d}.png\n" for i in range(8))
+    (folder_data / "l.txt").write_text(lines)
+    folder_config.data.labeled_list = "l.txt"
+    listed = sources.load(folder_config)
+    assert [len(p) for p in (listed.labeled, listed.unlabeled, listed.evaluation)] == [6, 4, 2]
+
+
+def test_nothing_is_held_out_where_there_is_an_evaluation_set(folder_config):
+    before = sources.load(folder_config)
+    folder_config.data.holdout = 0.25
+    assert sources.load(folder_config).split_hash == before.split_hash
+
+
+@pytest.mark.parametrize(("ending", "suffix"), [("_photo.JPG", "_photo.JPG"), (".jpg", "")])
+def test_images_and_masks_in_one_folder_by_their_endings(tmp_path, ending, suffix):
+    root = tmp_path / "one"
+    root.mkdir()
+    for name in ("a b", "c", "d"):
+        Image.new("RGB", (6, 4)).save(root / f"{name}{ending}", format="JPEG")
+        if name != "d":
+            mask = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
+            Image.fromarray(mask).save(root / f"{name}_mask.png")
+    changes = {
+        "root": str(tmp_path), "image_dir": "one", "mask_dir": "one", "classes": ("a", "b"),
+        "mask_suffix": "_mask.png", "image_suffix": suffix, "holdout": 0.5,
+    }  # fmt: skip
+    data = sources.load(tiny_config(**{f"data__{k}": v for k, v in changes.items()}))
+    assert {e.id for e in (*data.labeled, *data.evaluation)} == {"a b", "c"}
+    assert [e.id for e in data.unlabeled] == ["d"]
+    assert all(e.mask.endswith(f"{e.id}_mask.png") for e in data.labeled)
+
+
+def test_a_list_names_files_with_blanks(folder_config, folder_data):
+    for kind in ("images", "masks"):
+        (folder_data / kind / "train" / "000.png").rename(folder_data / kind / "train" / "a b.png")
+    content = "images/train/a b.png\tmasks/train/a b.png\nimages/train/001.png\tmasks/train/001.png"
+    (folder_data / "l.txt").write_text(content)
+    folder_config.data.labeled_list = "l.txt"
+    assert [e.id for e in sources.load(folder_config).labeled] == ["a b", "001"]
+
+
+def test_unlabelled_images_from_anywhere_that_may_hold_the_labelled_ones(folder_config, tmp_path):
+    extra = tmp_path / "camera"
+    (extra / "day 1").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(extra / "day 1" / "x.jpg")
+    labelled = sources.load(folder_config).labeled[0]
+    (extra / "y.png").symlink_to(labelled.image)
+    folder_config.data.unlabeled_dir = str(extra)
+    folder_config.data.downscale = 2
+    data = sources.load(folder_config)
+    assert [e.id for e in data.unlabeled[8:]] == ["camera/day 1/x"]
+    # Smaller copies stay inside the cache, wherever their sources are.
+    cache = tmp_path / "cache"
+    assert all(cache in Path(e.image).parents and ".." not in e.image for e in data.unlabeled)
+    assert labels.image_size(data.unlabeled[8].image) == (15, 20)
+
+
+def test_masks_without_an_image_and_classes_without_a_pixel_are_said(folder_config, folder_data):
+    (folder_data / "images/train/000.png").rename(folder_data / "images/train/zero.png")
+    folder_config.data.classes = ("ground", "thing", "corner", "unicorn")
+    lines = []
+    sources.load(folder_config, lines.append)
+    assert any("1 masks below" in line and "000.png" in line for line in lines)
+    assert any(line.startswith("No labelled pixel of unicorn:") for line in lines)
+
+
+def test_drawn_labels_have_every_class_that_there_is(folder_config, folder_data):
+    """Class 2 is taken out of all masks but one: whatever the seed, that one is drawn."""
+    for path in sorted((folder_data / "masks" / "train").iterdir())[:-1]:
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
+    for seed in range(4):
+        folder_config.data.split_seed = seed
+        assert "011" in {e.id for e in sources.load(folder_config).labeled}

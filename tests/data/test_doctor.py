@@ -1,0 +1,228 @@
+"""What the doctor finds in lists, in files, and in a config's data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from semiseg_jax.data import doctor, splits
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "splits").glob("*/*.txt"))
+
+
+def lists(folder, **contents):
+    """Paths of lists with the given lines."""
+    paths = {}
+    for name, lines in contents.items():
+        paths[name] = str(folder / f"{name}.txt")
+        content = lines if isinstance(lines, bytes) else "\n".join(lines).encode()
+        (folder / f"{name}.txt").write_bytes(content)
+    return paths
+
+
+PAIR = "images/{0}/{1:03d}.png masks/{0}/{1:03d}.png"
+
+
+@pytest.fixture
+def good(folder_data):
+    """Lists of `folder_data` that nothing is wrong with."""
+    return lists(
+        folder_data,
+        labeled=[PAIR.format("train", i) for i in range(4)],
+        unlabeled=[f"images/train/{i:03d}.png None" for i in range(4, 12)],
+        val=[PAIR.format("val", i) for i in range(5)],
+    )
+
+
+def test_good_lists_with_and_without_their_files(good, folder_data):
+    for root in ("", str(folder_data)):
+        report = doctor.examine_lists(good, root)
+        assert report.errors == report.warnings == []
+        assert report.sizes == {"labeled": 4, "unlabeled": 8, "val": 5}
+        assert report.masks == {"labeled": 4, "unlabeled": 0, "val": 5}
+    masks = [np.asarray(Image.open(folder_data / f"masks/train/{i:03d}.png")) for i in range(4)]
+    counts = np.bincount(np.concatenate([m.ravel() for m in masks]), minlength=256)
+    np.testing.assert_array_equal(report.classes["labeled"], counts)
+    assert "unlabeled" not in report.classes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"labeled": ["a.jpg a.png", "b.jpg b.png", "a.jpg a.png"]}, "labeled list has a.jpg more"),
+        ({"labeled": ["a", "b"], "unlabeled": ["b", "c"]}, "b in the labeled and in the unlabeled"),
+        (
+            {"labeled": ["a"], "val": ["JPEGImages/a.jpg m/a.png"]},
+            "a in the labeled and in the val",
+        ),
+        (
+            {"labeled": ["x"], "unlabeled": ["train/a.png"], "val": ["images/train/a.jpg"]},
+            "train/a.png in the unlabeled and in the val list: the score would be",
+        ),
+        (
+            {
+                "labeled": ["leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png g.png"],
+                "unlabeled": ["ulm_000000_000019"],
+            },
+            "ulm_000000_000019_leftImg8bit.png in the labeled and in the unlabeled list",
+        ),
+        ({"labeled": [""]}, "labeled.txt is empty"),
+        ({"labeled": ["a b c"]}, "labeled.txt, line 1, has 3 columns"),
+        ({"labeled": ["a.jpg None"]}, "a.jpg labelled without a mask: name its mask."),
+    ],
+)
+def test_what_corrupts_an_experiment_is_an_error(tmp_path, changes, sentence):
+    errors = doctor.examine_lists(lists(tmp_path, **changes)).errors
+    assert len(errors) == 1 and sentence in errors[0], errors
+
+
+def test_images_of_one_name_in_other_folders_are_others(tmp_path):
+    paths = lists(tmp_path, labeled=["train/a.png m/a.png"], val=["val/a.png n/a.png"])
+    assert doctor.examine_lists(paths).errors == []
+
+
+def test_missing_lists_are_errors_and_lists_not_given_are_not(tmp_path):
+    report = doctor.examine_lists({"labeled": str(tmp_path / "l.txt"), "unlabeled": "", "val": ""})
+    assert [e.split(": ")[0] for e in report.errors] == [
+        f"The split list {tmp_path}/l.txt is missing"
+    ]
+    assert len([n for n in report.notes if "list of" in n]) == 2
+
+
+def test_line_ends_and_byte_order_marks_are_warnings(tmp_path):
+    report = doctor.examine_lists(lists(tmp_path, labeled=b"\xef\xbb\xbfa.jpg m.png\r\n"))
+    assert report.errors == []
+    assert "CR line ends" in report.warnings[0] and "byte order mark" in report.warnings[1]
+
+
+def test_files_that_are_missing_or_do_not_fit(good, folder_data):
+    (folder_data / "images/train/000.png").unlink()
+    (folder_data / "masks/train/001.png").unlink()
+    Image.new("L", (5, 5)).save(folder_data / "masks/train/002.png")
+    Image.new("RGB", (48, 36)).save(folder_data / "masks/val/001.png")
+    (folder_data / "images/train/007.png").unlink()
+    errors = doctor.examine_lists(good, str(folder_data)).errors
+    for part in (
+        "labeled list has images/train/000.png, not there below",
+        "masks/train/001.png, a mask that is not there",
+        "masks/train/002.png differ in size",
+        "masks/val/001.png holds colours",
+        "unlabeled list has images/train/007.png, not there below",
+    ):
+        assert sum(part in error for error in errors) == 1, (part, errors)
+    assert len(errors) == 5
+
+
+def test_masks_of_unlabelled_images_are_not_looked_at(good, folder_data):
+    lines = [PAIR.format("train", i) for i in range(4, 12)]
+    good |= lists(folder_data, unlabeled=lines)
+    (folder_data / "masks/train/005.png").write_bytes(b"nothing")
+    assert doctor.examine_lists(good, str(folder_data)).errors == []
+
+
+def test_bare_ids_are_found_below_the_root(folder_data):
+    (folder_data / "images/val").rename(folder_data / "elsewhere")
+    (folder_data / "masks").rename(folder_data.parent / "masks")
+    paths = lists(folder_data, labeled=["000", "011"], unlabeled=["002", "077"])
+    (error,) = doctor.examine_lists(paths, str(folder_data)).errors
+    assert "unlabeled list has 077, not there" in error
+
+
+def test_classes_that_the_teacher_never_sees_are_a_warning(good, folder_data):
+    for path in (folder_data / "masks/train").iterdir():
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(path)
+    report = doctor.examine_lists(good, str(folder_data))
+    assert report.errors == [] and report.warnings == ["No labelled pixel of value 2."]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name} {p.stem}")
+def test_shipped_lists_are_known(path):
+    entries = splits.read_list(path)
+    report = doctor.examine_lists({"labeled": str(path), "unlabeled": "", "val": ""})
+    assert any(f"configs/splits/{path.parent.name}/{path.name}" in n for n in report.notes)
+    # In another format and another order they are the same.
+    other = [f"images/train/{e.image}.jpg" for e in reversed(entries)]
+    assert doctor.fingerprint(other) in doctor.FAMILIES
+    assert doctor.fingerprint(other[1:]) not in doctor.FAMILIES
+
+
+def test_every_known_list_is_shipped():
+    assert len(doctor.FAMILIES) == len(SHIPPED) == 5
+
+
+def test_well_known_sizes_are_named(tmp_path):
+    paths = lists(
+        tmp_path, labeled=[f"a{i}" for i in range(372)], unlabeled=[f"b{i}" for i in range(2603)]
+    )
+    (note,) = [n for n in doctor.examine_lists(paths).notes if "sizes" in n]
+    assert note.startswith("Cityscapes 1/8 has these sizes; the images may be others")
+
+
+def test_the_data_of_a_config(folder_config, folder_data):
+    report = doctor.examine_config(folder_config)
+    assert report.errors == [] and report.names == ("ground", "thing", "corner")
+    assert report.sizes == {"labeled": 4, "unlabeled": 8, "val": 5}
+    assert any("The split's hash is" in note for note in report.notes)
+    (folder_data / "evaluation.txt").write_text(PAIR.format("train", 0))
+    folder_config.data.evaluation_list = "evaluation.txt"
+    folder_config.data.labels = 0.0
+    (error,) = [e for e in doctor.examine_config(folder_config).errors if "in the val list" in e]
+    assert "images/train/000.png in the labeled" in error
+    folder_config.data.root = "/nowhere"
+    (error,) = doctor.examine_config(folder_config).errors
+    assert error.startswith("The data folder /nowhere is missing")
+
+
+def test_the_table_says_what_the_sentences_say(good, folder_data, capsys):
+    report = doctor.examine_lists(good, str(folder_data))
+    report.names = ("ground", "thing", "corner")
+    doctor.print_report(report, Console(soft_wrap=True, width=100))
+    printed = capsys.readouterr().out
+    counts = report.classes["labeled"][:3]
+    assert f"{100 * counts[1] / counts.sum():.2f}" in printed
+    assert "thing" in printed and "Nothing was found that would corrupt" in printed
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "semiseg_jax.data.splits", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_ends_with_a_status(good, folder_data):
+    done = command(*(f"--{k}={v}" for k, v in good.items()), f"--root={folder_data}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Nothing was found" in done.stdout
+    done = command(f"--labeled={good['labeled']}", f"--unlabeled={good['labeled']}")
+    assert done.returncode == 1
+    assert "Error: images/train/000.png, images/train/001.png, images/train/002.png and 1 more" in (
+        done.stdout
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ((), 1, "Error: Say what to look at"),
+        (("--labelled=x",), 1, "Unknown command line flag 'labelled'"),
+        (("--config=configs/streets.py", "--config.data.lables=3"), 1, "lables"),
+        (("--config=configs/streets.py", "--config.data.streets_train=20"), 0, "pavement"),
+    ],
+)
+def test_the_command_and_its_flags(tmp_path, arguments, status, text):
+    if arguments and "streets" in arguments[0]:
+        arguments = (*arguments, f"--config.data.cache_dir={tmp_path}")
+    done = command(*arguments)
+    assert done.returncode == status and text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
