@@ -283,10 +283,18 @@ class DeepLabV3Plus(nn.Module):
 
     def forward(self, images):
         """uint8 [n, 3, h, w] -> logits [n, classes, h, w]."""
-        low, high = self.backbone((images.float() - self.mean_buffer) / self.std_buffer)
+        return self.logits(self.normalize(images))
+
+    def normalize(self, images):
+        """uint8 [n, 3, h, w] -> float32 of the same shape."""
+        return (images.float() - self.mean_buffer) / self.std_buffer
+
+    def logits(self, x):
+        """Normalised images [n, 3, h, w] -> logits [n, classes, h, w]."""
+        low, high = self.backbone(x)
         low = self.low(low)
         y = torch.cat([resize(self.aspp(high), low.shape[2:]), low], 1)
-        return resize(self.classifier(self.decoder2(self.decoder1(y))), images.shape[2:])
+        return resize(self.classifier(self.decoder2(self.decoder1(y))), x.shape[2:])
 
 
 def load(model, weights):
