@@ -204,7 +204,7 @@ def test_photos_stand_upright_wherever_they_are_read(tmp_path):
     data = sources.load(config)
     assert [len(p) for p in (data.labeled, data.unlabeled, data.evaluation)] == [1, 2, 1]
     for part in (data.unlabeled, data.evaluation):
-        for batch in pipeline.image_batches(part, data, 2):
+        for batch in pipeline.image_batches(part, data, 2, 1, np.zeros(3, np.uint8)):
             for i, id_ in enumerate(batch.ids):
                 np.testing.assert_array_equal(batch.image[i], shown[id_])
                 assert batch.label[i].shape == (24, 16)
