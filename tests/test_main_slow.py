@@ -57,14 +57,13 @@ def contents(workdir):
     }
 
 
-def kill_after(process, line):
-    """Ends the process, as kill -9 does, a moment after it printed a line with this text."""
+def end_after(process, line, number):
+    """Sends the process a signal a moment after it printed a line with this text; its status."""
     for printed in process.stdout:
         if line in printed:
             time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return
+            process.send_signal(number)
+            return process.wait(timeout=300), process.stdout.read()
     raise AssertionError(f"the run ended without printing {line!r}")
 
 
@@ -80,12 +79,24 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert "gain over the teacher" in output
     # Inside the teacher, as it goes on, as its labels are being written, and inside the student.
     for line in ("teacher: step 5/8", "teacher: step 7/8", "16/44 images", "student 1: step 7/8"):
-        kill_after(start(tmp_path / "killed", *arguments), line)
+        end_after(start(tmp_path / "killed", *arguments), line, signal.SIGKILL)
     output = finish(start(tmp_path / "killed", *arguments))
     assert "teacher: done before" in output
-    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
+    # As pre-emptible machines end, and as a person does.
+    for line, number in (
+        ("teacher: step 4/8", signal.SIGTERM),
+        ("16/44 images", signal.SIGINT),
+        ("student 1: step 2/8", signal.SIGTERM),
+    ):
+        status, output = end_after(start(tmp_path / "stopped", *arguments), line, number)
+        assert status == 75, output
+        assert "Interrupted: start the same command again to go on." in output
+    assert "going on at step" in finish(start(tmp_path / "stopped", *arguments))
+    one = contents(tmp_path / "whole")
+    for name in ("killed", "stopped"):
+        other = contents(tmp_path / name)
+        assert one.keys() == other.keys()
+        assert [k for k in one if one[k] != other[k]] == [], name
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not in ../shared/data/camvid")
