@@ -1,6 +1,7 @@
 """Checkpoints of a stage (orbax), and the final weights (safetensors)."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            # What ended the stage is what to tell, if anything did.
+            if kind is None:
+                raise self._unwritten(error) from error
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -62,9 +68,26 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves the state of a step; once the arrays are copied, the rest goes on behind."""
+        """Saves the state of a step; once the arrays are copied, the rest goes on behind.
+
+        Raises:
+            UserError: this checkpoint, or the one before, cannot be written.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)))
-        self._manager.save(step, args=args)
+        try:
+            self._manager.save(step, args=args)
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> UserError:
+        """One sentence for what orbax and tensorstore say in many."""
+        known = "No space left on device|Permission denied|Read-only file system|quota exceeded"
+        found = re.search(known, str(error), re.IGNORECASE)
+        reason = found.group() if found else str(error).strip().splitlines()[0][:200]
+        return UserError(
+            f"A checkpoint cannot be written to {self._folder} ({reason}): make room there or give "
+            "another --workdir, and start again; the complete checkpoints are kept."
+        )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step.

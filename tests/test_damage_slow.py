@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import jax
 import pytest
@@ -121,3 +122,34 @@ def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
     (run / LABELS / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the image was changed; restore it"):
         rounds.run(config, run)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
+    config, tmp_path, small_disk
+):
+    whole = tmp_path / "whole"
+    rounds.run(config, whole)
+    ballast = small_disk / "ballast"
+    for free in (0, 40_000, 200_000, 400_000):
+        ballast.unlink(missing_ok=True)
+        used = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
+        ballast.write_bytes(bytes(max(3 * 2**20 - free - used, 0) // 4096 * 4096 - 16384))
+        with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
+            rounds.run(config, small_disk / "run")
+    ballast.unlink()
+    rounds.run(config, small_disk / "run")
+    same(whole, small_disk / "run")
