@@ -47,6 +47,8 @@ def config_path(argv: list[str]) -> str:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+        # What fails in orbax's threads is said in one sentence where it is met.
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
     if not flags.FLAGS["config"].present:
