@@ -8,7 +8,7 @@ import jax
 import pytest
 from absl import flags
 
-from semiseg_jax import command_line, mesh
+from semiseg_jax import command_line, memory, mesh
 
 # The smallest network and run, as overrides of any config.
 TINY = (
@@ -82,6 +82,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
         # The tests keep compiled programs in a place of their own.
         patch.setattr(mesh, "keep_compiled_programs", lambda folder: None)
+        # For the rest of the process, which has other tests to run.
+        patch.setattr(memory, "keep_freed", lambda: False)
         patch.setattr(sys, "argv", argv)
         with warnings.catch_warnings():
             # ml_collections loads config files by a method that Python is about to drop.

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 COUNTS = {"train": 5, "val": 2, "test": 1, "train_extra": 2}
 
 
-def run(tmp_path, monkeypatch, config, root, *overrides):
+def run(tmp_path, monkeypatch, config, root, *overrides, tiny=mains.TINY):
     """All of Algorithm 1 on a miniature; the result rows, and the ids of the pseudo-labels."""
     mains.run(
         monkeypatch,
@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch, config, root, *overrides):
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.root={root}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
-        *mains.TINY,
+        *tiny,
         *overrides,
     )
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
@@ -117,3 +117,18 @@ def test_pascal_voc_with_sbd(tmp_path, monkeypatch):
     everything = {*miniatures.VOC_LISTS["train"], *miniatures.SBD}
     val = set(miniatures.VOC_LISTS["val"])
     assert labelled_by_teacher == everything - val - set(labelled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "write"),
+    [
+        ("cityscapes.py", lambda root: miniatures.write_cityscapes(root, COUNTS)),
+        ("pascal_voc.py", lambda root: miniatures.write_voc(root, "mat")),
+    ],
+)
+def test_the_papers_networks_go_through_all_of_algorithm_1(tmp_path, monkeypatch, config, write):
+    """Xception-65 and ResNet-101 as the configs have them, at tiny crops."""
+    small = tuple(change for change in mains.TINY if not change.startswith("--config.model."))
+    root = write(tmp_path / "data")
+    run(tmp_path, monkeypatch, config, root, "--config.data.labels=2.0", tiny=small)
