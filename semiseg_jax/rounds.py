@@ -112,10 +112,7 @@ class Network:
         mesh: Mesh,
         asked: interruption.Asked,
     ):
-        model_config = config.model.copy_and_resolve_references()
-        if backbone != model_config.backbone:
-            model_config.backbone = backbone
-            model_config.pretrained = config.rounds.student_pretrained
+        model_config = deeplab.config_for(config, backbone)
         # Resolved here, so that model/model.json does not need the file of the weights.
         self.departures = deeplab.departures(model_config)
         self.model_config = model_config = deeplab.resolve(model_config)

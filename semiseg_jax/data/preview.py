@@ -394,10 +394,8 @@ def _padding_colour(config: Any, stage: str) -> UInt8[np.ndarray, "3"]:
     """The padding of a stage's images: what its network normalises to 0."""
     from semiseg_jax.models import deeplab
 
-    model_config = config.model.copy_and_resolve_references()
     other = config.rounds.student_model if stage == "student" else ""
-    if other and other != model_config.backbone:
-        model_config.backbone, model_config.pretrained = other, config.rounds.student_pretrained
+    model_config = deeplab.config_for(config, other or config.model.backbone)
     return deeplab.input_mean(model_config)
 
 

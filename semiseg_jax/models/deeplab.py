@@ -357,6 +357,20 @@ def resolve(model_config: Any) -> Any:
     return resolved
 
 
+def config_for(config: Any, backbone: str) -> Any:
+    """`config.model` for the teacher's backbone, or another one that students have.
+
+    Args:
+        config: the whole config; `model` and `rounds.student_pretrained` are read.
+        backbone: of the stage's network.
+    """
+    model_config = config.model.copy_and_resolve_references()
+    if backbone != model_config.backbone:
+        model_config.backbone = backbone
+        model_config.pretrained = config.rounds.student_pretrained
+    return model_config
+
+
 def departures(model_config: Any) -> list[str]:
     """Sentences on what `config.model` sets otherwise than the weights in `pretrained` expect.
 
