@@ -37,7 +37,7 @@ test: setup ## the fast tests
 	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 test-slow: setup ## the tests that take minutes
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=loadfile $(ARGS)
 
 check: setup ## lint, types, layers
 	$(RUN) -m ruff check .
