@@ -58,7 +58,7 @@ class Labeler:
         self._mesh = mesh
         self._colour = colour
         self._asked = asked
-        self._pad_to = padding_for(dataset.unlabeled, config.eval.pad_to)
+        self._pad_if_many_sizes_to = config.eval.pad_to
         self._predictor = Predictor(
             model,
             mesh,
@@ -129,6 +129,11 @@ class Labeler:
         }
         labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
+
+    @functools.cached_property
+    def _pad_to(self) -> int:
+        """Found when first labelling: a run without students has no use for the images' sizes."""
+        return padding_for(self._dataset.unlabeled, self._pad_if_many_sizes_to)
 
     def _made_by(self, variables: Variables, teacher: str) -> dict[str, Any]:
         """All that the labels follow from, besides the images."""
