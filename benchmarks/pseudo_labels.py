@@ -17,14 +17,13 @@ import argparse
 import json
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
 
 import numpy as np
 from train_step import BACKBONES, REST_SECONDS
-from workers import ROOT, Worker
+from workers import ROOT, Worker, compared
 
 CLASSES = 11
 SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
@@ -94,15 +93,7 @@ def compare(backbone: str, peer: Worker, folder: pathlib.Path, images: np.ndarra
             continue
         speeds["ours"].append(len(images) / mine[clock])
         speeds["peer"].append(len(images) / theirs[clock])
-    one, other = (statistics.median(speeds[who]) for who in ("ours", "peer"))
-    spread = ", ".join(f"{n} {min(v):.2f} to {max(v):.2f}" for n, v in speeds.items())
-    print(f"{case:36} {one:9.2f} {other:9.2f} {one / other:8.2f}   ({spread})", flush=True)
-    return {
-        "case": f"DeepLabV3+ {case}",
-        "ours": round(one, 3),
-        "peer": round(other, 3),
-        "ratio": round(one / other, 3),
-    }
+    return compared(f"DeepLabV3+ {case}", speeds)
 
 
 def main() -> None:

@@ -18,14 +18,13 @@ import argparse
 import json
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
 from typing import Any
 
 import numpy as np
-from workers import ROOT, Worker
+from workers import ROOT, Worker, compared
 
 CLASSES = 21
 BACKBONES = {
@@ -120,15 +119,7 @@ def compare(
             continue
         for who, answer in answers.items():
             speeds[who].append(len(batch["images"]) * flags.steps / answer[clock])
-    mine, theirs = (statistics.median(speeds[who]) for who in ("ours", "peer"))
-    spread = ", ".join(f"{n} {min(v):.2f} to {max(v):.2f}" for n, v in speeds.items())
-    print(f"{case:32} {mine:9.2f} {theirs:9.2f} {mine / theirs:8.2f}   ({spread})", flush=True)
-    return {
-        "case": f"DeepLabV3+ {case}",
-        "ours": round(mine, 3),
-        "peer": round(theirs, 3),
-        "ratio": round(mine / theirs, 3),
-    }
+    return compared(f"DeepLabV3+ {case}", speeds)
 
 
 def main() -> None:
@@ -159,7 +150,7 @@ def main() -> None:
             np.savez(pathlib.Path(folder) / f"{name}.npz", **arrays)  # type: ignore[arg-type]
         peer = Worker("torchvision", "train_step_peer.py", folder, str(flags.threads))
         print(f"PyTorch {peer.ready['torch']}, {flags.threads} threads, {flags.clock} clock")
-        print(f"{'images/s':32} {'ours':>9} {'peer':>9} {'ratio':>8}")
+        print(f"{'images/s':36} {'ours':>9} {'peer':>9} {'ratio':>8}")
         for backbone in backbones:
             ours = Ours(backbone, flags.batch)
             weights = pathlib.Path(folder) / f"{backbone}.npz"
