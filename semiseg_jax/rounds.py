@@ -86,7 +86,8 @@ def run(
     if config.rounds.control and config.rounds.count:
         # As long as all students together, from the same teacher.
         rounds = config.rounds.count
-        job.finished("control", rounds) or job.train("control", rounds, first)
+        if job.finished("control", rounds) is None:
+            job.train("control", rounds, first)
     job.keep_model(teacher)
     job.print_table()
     return job.results
@@ -153,9 +154,6 @@ class Job:
                 "or train the teacher alone with rounds.count=0."
             )
         self._check_batches()
-        self._num_stages = 1 + (1 + self.takes_pseudo_labels) * config.rounds.count
-        self._num_stages += bool(config.rounds.control and config.rounds.count)
-        self._stage_number = 0
         self.results = Results(workdir / "results.json")
         d = self.dataset
         self._say(
@@ -211,13 +209,12 @@ class Job:
         stage = self._stage(kind, round_)
         if not (stage.folder / DONE).exists():
             return None
-        say = self._begin(stage.name, skipped=int(kind == "student" and self.takes_pseudo_labels))
+        say = self._sayer(kind, round_)
         network = self._network(self._backbone(kind))
         program = network.program(kind, stage.steps)
         variables = training.restore(stage, program, self._mesh, say)
         if variables is None:
             say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
-            self._stage_number -= 1 + int(kind == "student" and self.takes_pseudo_labels)
             return None
         say("done before")
         if self._row(stage) is None:
@@ -234,7 +231,8 @@ class Job:
         """Trains and evaluates one stage, from wherever it stands."""
         stage = self._stage(kind, round_)
         network = self._network(self._backbone(kind))
-        say = self._begin(stage.name, f"{stage.steps} steps")
+        say = self._sayer(kind, round_)
+        say(f"{stage.steps} steps")
         variables = self._train(stage, network, teacher, pseudo, say)
         self._score(stage, network, say, stage.steps, variables)
         write_bytes(stage.folder / DONE, b"")
@@ -300,7 +298,7 @@ class Job:
     def label(self, teacher: Trained) -> epath.Path:
         """The teacher's pseudo-labels, checked; their folder."""
         folder = teacher.stage.folder / PSEUDO_LABELS
-        say = self._begin(f"pseudo-labels of {teacher.stage.name}")
+        say = self._sayer("pseudo-labels for student", teacher.stage.round + 1)
 
         def progress(done: int, total: int) -> None:
             # About ten lines.
@@ -381,13 +379,23 @@ class Job:
         writer.write_scalars(step, scalars)
         writer.close()
 
-    def _begin(self, title: str, details: str = "", skipped: int = 0) -> Callable[[str], None]:
-        """Announces a stage, some skipped before it; returns what prints its lines."""
-        self._stage_number += 1 + skipped
-        place = f"[{self._stage_number}/{self._num_stages}]"
-        if details:
-            self._say(f"{place} {title}, {details}")
-        return lambda line: self._say(f"{place} {title}: {line}")
+    def _sayer(self, kind: str, round_: int) -> Callable[[str], None]:
+        """What prints the lines of a stage, or of the labelling before a student.
+
+        Each line says which it is, and its number in the whole run.
+        """
+        rounds = self._config.rounds
+        a_round = 1 + self.takes_pseudo_labels
+        student = 1 + round_ * a_round
+        last = 1 + rounds.count * a_round + bool(rounds.control and rounds.count)
+        number = {
+            "teacher": 1,
+            "pseudo-labels for student": student - 1,
+            "student": student,
+            "control": last,
+        }
+        name = kind if kind == "teacher" else f"{kind} {round_}"
+        return lambda line: self._say(f"[{number[kind]}/{last}] {name}: {line}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)

@@ -107,7 +107,10 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
 
     # what a person sees
     printed = capsys.readouterr().out
-    assert "[3/6] student 1, 4 steps" in printed
+    for line in ("[1/6] teacher: 4 steps", "[4/6] pseudo-labels for student 2: 8/8 images"):
+        assert line in printed
+    assert "[5/6] student 2: 4 steps" in printed
+    assert "[6/6] control 2: 8 steps" in printed
     assert "gain over the teacher" in printed
     assert "tiny, output stride 16" in printed and "input imagenet, half-pixel" in printed
 
