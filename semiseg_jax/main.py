@@ -15,7 +15,8 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Runs Algorithm 1 with the config of the command line."""
     config_path = command_line.config_path(argv)
-    memory.keep_freed()
+    if memory.cpu_computes():
+        memory.keep_freed()
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     # The data package first, because it silences TensorFlow's greeting.
     from semiseg_jax.data import sources  # isort: skip

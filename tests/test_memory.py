@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from semiseg_jax import memory
+
 COUNT_FAULTS = """
 import ctypes, resource, sys, threading
 if sys.argv[1] == "kept":
@@ -36,3 +38,20 @@ def test_large_blocks_are_used_again_without_touching_new_pages():
     given_back, kept = faults("given back"), faults("kept")
     # Of 20 blocks, at most one a thread is new.
     assert given_back > kept + 18 * 16384
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "libtpu", "expected"),
+    [
+        ("", [], None, True),
+        ("", ["xla_cuda12"], None, False),
+        ("", [], "libtpu", False),
+        ("cpu", ["xla_cuda12"], "libtpu", True),
+        ("tpu,cpu", [], "libtpu", False),
+    ],
+)
+def test_where_the_cpu_computes(monkeypatch, platforms, plugins, libtpu, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: libtpu)
+    assert memory.cpu_computes() == expected
