@@ -352,9 +352,14 @@ def resolve(model_config: Any) -> Any:
         said = pretrained.inspect(model_config.pretrained).settings()
     usual = {**_USUAL, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
     resolved.update_from_flattened_dict({key: said.get(key, usual[key]) for key in missing})
-    if not resolved.aspp_rates:
-        resolved.aspp_rates = usual_rates(resolved.head, resolved.output_stride)
+    resolved.aspp_rates = _rates(resolved)
     return resolved
+
+
+def _rates(model_config: Any) -> tuple[int, ...]:
+    """The head's dilation rates; no weights say them."""
+    usual = usual_rates(model_config.head, model_config.output_stride)
+    return tuple(model_config.aspp_rates) or usual
 
 
 def config_for(config: Any, backbone: str) -> Any:
@@ -407,7 +412,7 @@ def untrained_rates(model_config: Any, crop: tuple[int, int]) -> tuple[int, ...]
         crop: (height, width) in pixels.
     """
     smallest = min(-(-side // model_config.output_stride) for side in crop)
-    return tuple(rate for rate in resolve(model_config).aspp_rates if rate >= smallest)
+    return tuple(rate for rate in _rates(model_config) if rate >= smallest)
 
 
 def parts(model_config: Any, variables: Mapping[str, Any]) -> list[tuple[str, int, str]]:
