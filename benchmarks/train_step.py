@@ -51,16 +51,17 @@ class Ours:
     def __init__(self, backbone: str, batch: int):
         # Imported once affinity is set: XLA takes its number of threads from it.
         sys.path.insert(0, str(ROOT))
-        import jax
-
-        from configs import default
         from semiseg_jax import memory
 
         memory.keep_freed()  # As main does.
+        import jax
+
+        from configs import default
         from semiseg_jax import mesh, optim, state, steps
         from semiseg_jax.data.streams import Streams
         from semiseg_jax.models import deeplab
 
+        mesh.one_step_at_a_time()
         config = default.get_config()
         config.model.backbone = backbone
         config.model.dropout = 0.0

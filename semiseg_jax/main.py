@@ -15,7 +15,8 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Runs Algorithm 1 with the config of the command line."""
     config_path = command_line.config_path(argv)
-    if memory.cpu_computes():
+    on_cpu = memory.cpu_computes()
+    if on_cpu:
         memory.keep_freed()
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     # The data package first, because it silences TensorFlow's greeting.
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> None:
 
     try:
         settings.check(_CONFIG.value)
+        if on_cpu:
+            mesh.one_step_at_a_time()
         mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
         workdir = _WORKDIR.value or f"runs/{settings.run_name(config_path)}"
         with interruption.by_signals() as asked:
