@@ -153,3 +153,24 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     ballast.unlink()
     rounds.run(config, small_disk / "run")
     same(whole, small_disk / "run")
+
+
+def remount(folder, mode):
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("undone", [(), (STUDENT,), (STUDENT, TEACHER)])
+def test_a_read_only_workdir_is_one_sentence_and_loses_nothing(config, small_disk, undone):
+    run = small_disk / "run"
+    rounds.run(config, run)
+    undo(*undone)(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    remount(small_disk, "ro")
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .*Read-only file system"):
+            rounds.run(config, run)
+        with pytest.raises(UserError, match=r"cannot be written .*Read-only file system"):
+            rounds.run(config, small_disk / "new")
+    finally:
+        remount(small_disk, "rw")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
