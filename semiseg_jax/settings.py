@@ -71,6 +71,7 @@ _SOURCE: Rule = (
 RULES: dict[str, Rule] = {
     "data.name": _SOURCE,
     "data.downscale": _at_least(1),
+    "data.unlabeled_ratio": _at_least(0),
     "data.labels": _at_least(0),
     "data.split_seed": _at_least(0),
     "data.holdout": _at_least(0),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.models.dsbn import DOMAINS, stats_collection
+from semiseg_jax.models.dsbn import stats_collection
 
 # {"params": …, "batch_stats_weak": …, "batch_stats_strong": …}
 Variables = dict[str, Any]
@@ -84,15 +84,27 @@ def copy_weak_to_strong(variables: Variables) -> Variables:
     Networks whose domains share a norm or its affine parameters come back as they are in that
     part.
     """
-    params = traverse_util.flatten_dict(variables["params"])
-    for path in params:
-        if "strong" in path:
-            params[path] = params[tuple("weak" if p == "strong" else p for p in path)]
-    weak, strong = (stats_collection(domain) for domain in DOMAINS)
-    copied = {**variables, "params": traverse_util.unflatten_dict(params)}
-    if strong in variables:
-        copied[strong] = variables[weak]
-    return copied
+    return with_norms_of(for_inference(variables), variables)
+
+
+def with_norms_of(variables: Variables, shapes: Variables) -> Variables:
+    """Weights for a network that differs in its kind of norm alone.
+
+    A norm that the weights lack becomes a copy of their weak one, one that the network lacks is
+    left out.
+
+    Args:
+        variables: with a weak norm.
+        shapes: the network's variables, as `variable_shapes` gives them.
+    """
+    have = traverse_util.flatten_dict(variables)
+    weak = {"strong": "weak", stats_collection("strong"): stats_collection("weak")}
+
+    def take(path: tuple[str, ...]) -> Any:
+        return have[path] if path in have else have[tuple(weak.get(p, p) for p in path)]
+
+    wanted = traverse_util.flatten_dict(shapes)
+    return traverse_util.unflatten_dict({path: take(path) for path in wanted})
 
 
 def for_inference(variables: Variables) -> Variables:

@@ -96,6 +96,7 @@ def test_drawing_more_distinct_operations_than_there_are_is_refused():
     [
         ("configs/streets.py", "streets"),
         ("configs/camvid.py:half", "camvid_half"),
+        ("configs/camvid.py:half,1_8", "camvid_half_1_8"),
         ("/x/configs/cityscapes.py:1_4,full", "cityscapes_1_4_full"),
     ],
 )
@@ -136,7 +137,10 @@ def run_main(*arguments):
         ),
         (["--config=configs/streets.py", "--config.train.steps=many"], "many"),
         (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=configs/camvid.py:third"], "make it full or half"),
+        (
+            ["--config=configs/camvid.py:third"],
+            "is 'third': make it one of full, half, one of 1_30",
+        ),
         (["--confg=configs/streets.py"], "confg"),
         ([], "--config=configs/streets.py"),
         (["--config=configs/streets.py", "--config.model.norm=none"], "model.norm is 'none'"),

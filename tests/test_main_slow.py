@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from semiseg_jax.paper import TABLES
+
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 
@@ -97,6 +99,24 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
         other = contents(tmp_path / name)
         assert one.keys() == other.keys()
         assert [k for k in one if one[k] != other[k]] == [], name
+
+
+def test_every_row_of_table_1_on_the_built_in_data(tmp_path):
+    command = [sys.executable, "-m", "semiseg_jax.ablations", "--config=configs/streets.py"]
+    command += [*SMALL, "--table=1", "--seeds=0,1", f"--workdir={tmp_path}"]
+    command += ["--config.data.streets_train=24", "--config.data.streets_val=6"]
+    command += ["--config.data.labels=4", "--config.eval.batch=2", "--config.rounds.count=2"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "table_1.md").read_text()
+    assert text in done.stdout
+    rows = [line.split("|")[1:5] for line in text.splitlines() if "±" in line and "|" in line]
+    assert [label.strip() for label, *_ in rows] == [row.label for row in TABLES["1"].rows]
+    assert all(seeds.strip() == "0, 1" for *_, seeds in rows)
+    assert (tmp_path / "table_1.png").stat().st_size > 10_000
+    # Four runs of a seed have the same labels; their teacher was trained once.
+    assert done.stdout.count("taken from") == 2 * 3
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not in ../shared/data/camvid")

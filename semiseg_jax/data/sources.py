@@ -109,6 +109,9 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
     labeled = candidates
     if not data.labeled_list:
         labeled = _drawn(candidates, data.labels, layout, data)
+    unlabeled = _unlabeled(data, layout, {_real(e) for e in (*labeled, *held_out)})
+    if data.unlabeled_ratio:
+        unlabeled = _at_ratio(unlabeled, data, len(labeled))
     return Dataset(
         name=layout.name,
         classes=layout.classes,
@@ -116,10 +119,7 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
         table=layout.table,
         labeled=labeled,
         # The truth of an unlabelled image, where a data set has it, stops here.
-        unlabeled=tuple(
-            dataclasses.replace(e, mask=None)
-            for e in _unlabeled(data, layout, {_real(e) for e in (*labeled, *held_out)})
-        ),
+        unlabeled=tuple(dataclasses.replace(e, mask=None) for e in unlabeled),
         evaluation=evaluation,
         evaluated_on=evaluated_on,
     )
@@ -163,6 +163,22 @@ def _unlabeled(data: Any, layout: Layout, taken: set[str]) -> tuple[Example, ...
         fresh = (e for e in found if _real(e) not in known)
         unlabeled += tuple(dataclasses.replace(e, id=f"{prefix}/{e.id}") for e in fresh)
     return unlabeled
+
+
+def _at_ratio(unlabeled: Sequence[Example], data: Any, labels: int) -> tuple[Example, ...]:
+    """`data.unlabeled_ratio` times as many images as there are labels, in their old order.
+
+    Those of a smaller ratio are among those of a larger one.
+    """
+    count = round(data.unlabeled_ratio * labels)
+    if not 0 < count <= len(unlabeled):
+        raise UserError(
+            f"data.unlabeled_ratio={data.unlabeled_ratio:g} asks for {count} unlabelled images for "
+            f"{labels} labelled ones, and there are {len(unlabeled)}: choose another ratio, or 0 "
+            "for all of them."
+        )
+    order = np.random.default_rng(data.split_seed).permutation(len(unlabeled))
+    return tuple(unlabeled[i] for i in sorted(order[:count]))
 
 
 def _classes_of(

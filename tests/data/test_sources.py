@@ -302,3 +302,24 @@ def test_drawn_labels_have_every_class_that_there_is(folder_config, folder_data)
     for seed in range(4):
         folder_config.data.split_seed = seed
         assert "011" in {e.id for e in sources.load(folder_config).labeled}
+
+
+def test_a_ratio_takes_some_of_the_unlabelled_images_and_a_larger_one_more(folder_config):
+    everything = [e.id for e in sources.load(folder_config).unlabeled]
+    taken = {}
+    for ratio in (0.5, 1.0, 2.0):
+        folder_config.data.unlabeled_ratio = ratio
+        taken[ratio] = [e.id for e in sources.load(folder_config).unlabeled]
+    assert [len(ids) for ids in taken.values()] == [2, 4, 8]
+    assert set(taken[0.5]) < set(taken[1.0]) < set(taken[2.0]) == set(everything)
+    assert taken[1.0] == [name for name in everything if name in taken[1.0]]
+    folder_config.data.split_seed = 1
+    folder_config.data.unlabeled_ratio = 1.0
+    assert {e.id for e in sources.load(folder_config).unlabeled} != set(taken[1.0])
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(3.0, 12), (0.1, 0)])
+def test_a_ratio_that_cannot_be_had_is_one_sentence(folder_config, ratio, count):
+    folder_config.data.unlabeled_ratio = ratio
+    with pytest.raises(UserError, match=f"asks for {count} unlabelled images for 4 .* are 8"):
+        sources.load(folder_config)

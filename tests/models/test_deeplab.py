@@ -7,7 +7,7 @@ import scipy.signal
 
 from configs import default
 from semiseg_jax.models import deeplab, layers
-from semiseg_jax.state import copy_weak_to_strong, for_inference, variable_shapes
+from semiseg_jax.state import copy_weak_to_strong, for_inference, variable_shapes, with_norms_of
 from tests.conftest import tiny_config
 
 
@@ -66,6 +66,21 @@ def test_a_first_student_answers_alike_in_both_domains(tiny):
     assert not np.allclose(run(variables, "weak"), run(variables, "strong"))
     student = copy_weak_to_strong(variables)
     np.testing.assert_array_equal(run(student, "strong"), run(variables, "weak"))
+
+
+@pytest.mark.parametrize("kind", ["shared", "frozen", "dsbn_shared_affine", "dsbn"])
+def test_a_teachers_weights_go_over_to_a_network_with_another_kind_of_norm(tiny, kind):
+    model, variables = tiny
+    config = tiny_config(model__norm=kind).model
+    other = deeplab.build(config, model.num_classes)
+    taken = with_norms_of(variables, variable_shapes(other))
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), variable_shapes(other))
+    assert jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), taken) == shapes
+    x = random_images(1)
+    answers = [
+        jax.jit(m.apply)(v, x) for m, v in ((model, for_inference(variables)), (other, taken))
+    ]
+    np.testing.assert_array_equal(*answers)
 
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 41), (17, 50)])

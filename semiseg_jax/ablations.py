@@ -1,0 +1,61 @@
+"""The paper's tables and figures on any data: python -m semiseg_jax.ablations --table=1 --config=…
+
+Every row is a run of Algorithm 1 (see `paper`), for every seed, in a workdir of its own below
+--workdir. Teachers and pseudo-labels that runs have in common are made once. The same command goes
+on where it stopped, and what is done stands in the table from the first row on.
+"""
+
+import sys
+
+from absl import app, flags
+
+from semiseg_jax import command_line, interruption, memory, paper
+
+_CONFIG = command_line.define_config("Data, network and recipe of every row")
+_TABLE = flags.DEFINE_enum("table", None, list(paper.TABLES), "Which of the paper's.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where runs and tables go; runs/ablations_NAME unless given."
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
+_RUNS = flags.DEFINE_list(
+    "runs", [], "Only these runs of the table (their names are those of --dry-run)."
+)
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Say what would run, what it costs, what is done.")
+
+
+def main(argv: list[str]) -> None:
+    """Makes a table, or says what that takes."""
+    config_path = command_line.config_path(argv)
+    if _TABLE.value is None:
+        sys.exit(f"Error: Say which table, as --table=1; there are {', '.join(paper.TABLES)}.")
+    on_cpu = memory.cpu_computes()
+    if on_cpu:
+        memory.keep_freed()
+    # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
+    from semiseg_jax.data import sources  # isort: skip
+    from semiseg_jax import mesh, settings, study
+    from semiseg_jax.errors import UserError
+
+    try:
+        settings.check(_CONFIG.value)
+        if on_cpu:
+            mesh.one_step_at_a_time()
+        mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
+        workdir = _WORKDIR.value or f"runs/ablations_{settings.run_name(config_path)}"
+        plan = study.Study(
+            _CONFIG.value, _TABLE.value, study.seeds(_SEEDS.value), workdir, _RUNS.value
+        )
+        if _DRY_RUN.value:
+            plan.print_plan()
+            return
+        with interruption.by_signals() as asked:
+            plan.run(asked)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except interruption.Interrupted:
+        print("Interrupted: start the same command again to go on.", file=sys.stderr)
+        sys.exit(interruption.EXIT_STATUS)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse)
