@@ -233,6 +233,9 @@ def optim() -> ConfigDict:
     # control has the student's.
     optim.teacher = ConfigDict({"learning_rate": 0.01, "head_multiplier": 1.0})
     optim.student = ConfigDict({"learning_rate": 0.002, "head_multiplier": 10.0})
+    # train.batch_labeled that the learning rates are for: with another one they are multiplied by
+    # its share of this. 0: they are what they say, whatever the batch.
+    optim.reference_batch = 0
     # Share of the last update kept, [0, 1).
     optim.momentum = 0.9
     optim.poly_power = 0.9
@@ -251,6 +254,11 @@ def train() -> ConfigDict:
     # multiples of the number of devices.
     train.batch_labeled = 16
     train.batch_unlabeled = 16
+    # Micro-batches that a step goes through one after the other, for batches that the memory does
+    # not hold; batches are multiples of this times the number of devices. Loss and gradients are
+    # those of the whole batch, but each micro-batch is normalised by its own moments, and the
+    # running ones move with each in turn.
+    train.accumulate = 1
     # Steps between two lines of metrics, and between two checkpoints.
     train.log_every = 50
     train.checkpoint_every = 1000

@@ -58,8 +58,17 @@ def table(params: Any) -> str:
     )
 
 
+def rate_factor(config: Any) -> float:
+    """What learning rates are multiplied by for another batch than `optim.reference_batch`.
+
+    Source: the linear rule, Goyal et al., 2017, section 2.1.
+    """
+    reference = config.optim.reference_batch
+    return config.train.batch_labeled / reference if reference else 1.0
+
+
 def make_optimizer(
-    optim_config: Any, stage: str, steps: int
+    optim_config: Any, stage: str, steps: int, factor: float = 1.0
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
     """The optimiser of a stage, and the schedule of its backbone's learning rate.
 
@@ -70,9 +79,10 @@ def make_optimizer(
         optim_config: `config.optim`.
         stage: "teacher", "student" or "control" (which has the student's rates).
         steps: of the stage.
+        factor: on the learning rates, from `rate_factor`.
     """
     rates = optim_config.teacher if stage == "teacher" else optim_config.student
-    schedule = poly(rates.learning_rate, steps, optim_config.poly_power)
+    schedule = poly(factor * rates.learning_rate, steps, optim_config.poly_power)
 
     def multiply_head(updates: optax.Updates) -> optax.Updates:
         factors = _by_rule(

@@ -131,7 +131,8 @@ class Network:
     def program(self, kind: str, num_steps: int) -> training.Program:
         """The compiled step of a kind of stage."""
         config = self._config
-        tx, schedule = optim.make_optimizer(config.optim, kind, num_steps)
+        factor = optim.rate_factor(config)
+        tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, factor)
         taken = streams.of_stage(config, kind)
         step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
         return training.Program(step, tx, schedule, taken, self.shapes)

@@ -1,5 +1,6 @@
 """The pure, jitted training step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from semiseg_jax import losses
 from semiseg_jax import mesh as mesh_lib
@@ -17,6 +18,7 @@ from semiseg_jax.data.streams import Streams
 from semiseg_jax.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+Batch = dict[str, Array]
 
 
 def pseudo_loss_map(terms: losses.PixelTerms, loss_config: Any) -> Float[Array, "*pixels"]:
@@ -41,16 +43,15 @@ def pseudo_loss_map(terms: losses.PixelTerms, loss_config: Any) -> Float[Array, 
             )
 
 
-def batch_loss(
+def loss_sums(
     logits: Float[Array, "n h w classes"],
     labels: Integer[Array, "n h w"],
     is_pseudo: Bool[Array, " n"],
     loss_config: Any,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy of the labelled images plus the unlabelled loss of the pseudo-labelled.
+) -> Float[Array, "7"]:
+    """Sums over the valid pixels, for `from_sums`; those of parts of a batch add up.
 
-    Each is the mean over its own valid pixels of the global batch (ICCV 2021, eq. 3). An image's
-    loss follows from `is_pseudo` alone, whatever its stream.
+    An image's loss follows from `is_pseudo` alone, whatever its stream.
     """
     terms = losses.pixel_terms(logits, labels, IGNORE)
     pseudo = is_pseudo[:, None, None] & terms.valid
@@ -67,8 +68,23 @@ def batch_loss(
     columns = [jnp.where(mask, value, 0) for value, mask in per_pixel] + [
         mask.astype(terms.miss.dtype) for mask in (labeled, pseudo)
     ]
-    sums = jnp.sum(jnp.stack([c.sum(axis=(1, 2)) for c in columns], axis=1), axis=0)
-    num_labeled, num_pseudo = jnp.maximum(sums[5], 1), jnp.maximum(sums[6], 1)
+    return jnp.sum(jnp.stack([c.sum(axis=(1, 2)) for c in columns], axis=1), axis=0)
+
+
+def from_sums(
+    sums: Float[Array, "7"], loss_config: Any, counts: Float[Array, "2"] | None = None
+) -> tuple[Float[Array, ""], Metrics]:
+    """Cross-entropy of the labelled images plus the unlabelled loss of the pseudo-labelled.
+
+    Each is the mean over its own valid pixels of the global batch (ICCV 2021, eq. 3).
+
+    Args:
+        sums: from `loss_sums`.
+        loss_config: `config.loss`.
+        counts: valid pixels with true and with pseudo-labels to divide by, where `sums` are those
+            of a part of the batch.
+    """
+    num_labeled, num_pseudo = jnp.maximum(sums[5:] if counts is None else counts, 1)
     supervised = sums[0] / num_labeled
     unsupervised = sums[1] / num_pseudo
     total = supervised + loss_config.unlabeled_weight * unsupervised
@@ -82,19 +98,40 @@ def batch_loss(
     }
 
 
+def batch_loss(
+    logits: Float[Array, "n h w classes"],
+    labels: Integer[Array, "n h w"],
+    is_pseudo: Bool[Array, " n"],
+    loss_config: Any,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a batch, and what is told of it: `loss_sums` and `from_sums`."""
+    return from_sums(loss_sums(logits, labels, is_pseudo, loss_config), loss_config)
+
+
+def valid_pixels(batch: Batch, dtype: Any) -> Float[Array, "2"]:
+    """How many pixels of a batch have true labels, and how many pseudo-labels."""
+    valid = jnp.sum(batch["label"] != IGNORE, axis=(1, 2), dtype=dtype)
+    return jnp.stack([jnp.sum(valid * of) for of in (~batch["is_pseudo"], batch["is_pseudo"])])
+
+
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     loss_config: Any,
     streams: Streams,
     mesh: Mesh,
-) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """The step of a stage: one pass of the network over both streams, loss, update.
 
     The batch is {"image": uint8 [n, h, w, 3], "label": uint8 [n, h, w], "is_pseudo": bool [n]},
     split by image over the mesh, in blocks as `pipeline.slots` joins them. The state is donated.
     Statistics and normalisers are those of the global batch, because the program is written for
     it.
+
+    With `streams.parts` the network sees a micro-batch at a time, which needs memory for that one
+    alone, and the gradients add up to one update. The loss is that of the whole batch, normalisers
+    included; batch norm normalises each micro-batch by its own moments, and the running ones move
+    with each in turn.
 
     Args:
         model: from `deeplab.build`.
@@ -107,32 +144,97 @@ def make_train_step(
         step(state, batch, key) -> (state, metrics); `key` is the stage's dropout key, and the
         step folds its number into it.
     """
-    groups = mesh.size
-    num_weak = streams.size("weak") // groups if streams.domain == "both" else None
+    passes = _Passes(model, loss_config, streams, mesh.size)
 
-    def step(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[TrainState, Metrics]:
-        def loss(params: Any) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Any]]]:
-            logits, updated = model.apply(
-                {"params": params, **state.norms},
-                batch["image"],
-                domain=streams.domain,
-                groups=groups,
-                num_weak=num_weak,
-                train=True,
-                mutable=list(state.norms),
-                rngs={"dropout": jax.random.fold_in(key, state.step)},
-            )
-            value, metrics = batch_loss(logits, batch["label"], batch["is_pseudo"], loss_config)
-            return value, (metrics, updated)
-
-        gradients, (metrics, norms) = jax.grad(loss, has_aux=True)(state.params)
+    def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        whole_or_parts = passes.one if streams.parts == 1 else passes.parts
+        gradients, sums, norms = whole_or_parts(state.params, state.norms, batch, key)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A domain that took no part comes back as it went in.
-        state = TrainState(state.step + 1, params, {**state.norms, **norms}, opt_state)
-        return state, metrics | {"gradient_norm": optax.tree.norm(gradients)}
+        state = TrainState(state.step + 1, params, norms, opt_state)
+        metrics = from_sums(sums, loss_config)[1] | {"gradient_norm": optax.tree.norm(gradients)}
+        return state, metrics
 
     whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
     return jax.jit(
         step, in_shardings=(whole, split, whole), out_shardings=(whole, whole), donate_argnums=0
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """Forward and backward through the network: of a batch at once, or part by part.
+
+    Attributes:
+        model: from `deeplab.build`.
+        loss_config: `config.loss`.
+        streams: what a batch holds.
+        groups: blocks of the joined batch, one a device.
+    """
+
+    model: nn.Module
+    loss_config: Any
+    streams: Streams
+    groups: int
+
+    def one(
+        self,
+        params: Any,
+        norms: dict[str, Any],
+        batch: Batch,
+        key: Array,
+        counts: Float[Array, "2"] | None = None,
+    ) -> tuple[Any, Float[Array, "7"], dict[str, Any]]:
+        """Gradients, `loss_sums`, and the norms' new statistics.
+
+        Args:
+            params: of the network.
+            norms: its statistics collections.
+            batch: a whole one or a part.
+            key: of dropout.
+            counts: see `from_sums`; given for a part.
+        """
+        blocks = self.groups * self.streams.parts
+        both = self.streams.domain == "both"
+
+        def loss(params: Any) -> tuple[Float[Array, ""], tuple[Array, dict[str, Any]]]:
+            logits, updated = self.model.apply(
+                {"params": params, **norms},
+                batch["image"],
+                domain=self.streams.domain,
+                groups=self.groups,
+                num_weak=self.streams.size("weak") // blocks if both else None,
+                train=True,
+                mutable=list(norms),
+                rngs={"dropout": key},
+            )
+            sums = loss_sums(logits, batch["label"], batch["is_pseudo"], self.loss_config)
+            return from_sums(sums, self.loss_config, counts)[0], (sums, updated)
+
+        gradients, (sums, updated) = jax.grad(loss, has_aux=True)(params)
+        # A domain that took no part comes back as it went in.
+        return gradients, sums, {**norms, **updated}
+
+    def parts(
+        self, params: Any, norms: dict[str, Any], batch: Batch, key: Array
+    ) -> tuple[Any, Float[Array, "7"], dict[str, Any]]:
+        """As `one`, a micro-batch after the other; the loss is divided by the whole batch's pixels,
+        so that the gradients add up to those of the whole."""
+        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+        counts = valid_pixels(batch, dtype)
+
+        def add(carry: Any, turn: Any) -> tuple[Any, None]:
+            (norms, *before), (number, part) = carry, turn
+            *added, norms = self.one(params, norms, part, jax.random.fold_in(key, number), counts)
+            return (norms, *jax.tree.map(jnp.add, before, added)), None
+
+        nothing = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(7, dtype))
+        turns = (jnp.arange(self.streams.parts), jax.tree.map(self._turns, batch))
+        (norms, gradients, sums), _ = jax.lax.scan(add, (norms, *nothing), turns)
+        return gradients, sums, norms
+
+    def _turns(self, leaf: Shaped[Array, "n *rest"]) -> Shaped[Array, "parts m *rest"]:
+        """A batch as its micro-batches; what a device holds of each is in its own block already."""
+        blocks = leaf.reshape(self.groups, self.streams.parts, -1, *leaf.shape[1:]).swapaxes(0, 1)
+        return blocks.reshape(self.streams.parts, -1, *leaf.shape[1:])

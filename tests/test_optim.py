@@ -65,3 +65,12 @@ def test_teacher_and_student_have_their_own_rates():
     np.testing.assert_allclose(
         [rates["teacher"], rates["student"], rates["control"]], [0.01, 0.002, 0.002]
     )
+
+
+def test_rates_follow_the_batch_only_when_asked():
+    config = tiny_config(train__batch_labeled=32)
+    assert optim.rate_factor(config) == 1
+    config.optim.reference_batch = 16
+    assert optim.rate_factor(config) == 2
+    schedule = optim.make_optimizer(config.optim, "teacher", 10, 2.0)[1]
+    np.testing.assert_allclose(float(schedule(0)), 0.02, rtol=1e-6)

@@ -1,5 +1,6 @@
 """The training step: its collectives, its independence of the devices, its losses."""
 
+import dataclasses
 import re
 
 import jax
@@ -19,7 +20,7 @@ STUDENT = Streams(("labeled",), ("pseudo",), 8, 8)
 
 
 def make_batch(streams, groups, seed=0):
-    """The same images whatever the groups; arranged in that many blocks."""
+    """The same images whatever the groups; arranged as `streams.slots` joins them."""
     rng = np.random.default_rng(seed)
     parts = {}
     for name in ("weak", "strong"):
@@ -32,8 +33,9 @@ def make_batch(streams, groups, seed=0):
         # Valid pixels are unevenly spread over the devices.
         parts[name]["label"][: count // 4] = 255
     blocks = [
-        {k: np.split(v, groups)[g] for k, v in parts[name].items()}
+        {k: np.split(v, groups * streams.parts)[part * groups + g] for k, v in parts[name].items()}
         for g in range(groups)
+        for part in range(streams.parts)
         for name in ("weak", "strong")
     ]
     return {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
@@ -69,12 +71,12 @@ def test_student_has_all_reduces_alone_and_no_more_than_the_teacher():
     assert 0 < counts["student"]["all-reduce"] <= counts["teacher"]["all-reduce"]
 
 
-def run_steps(devices, count, dtype, batches=None, **changes):
+def run_steps(devices, count, dtype, batches=None, streams=STUDENT, **changes):
     """Losses and the last state; `batches` different batches, one each step unless given."""
-    step, made, mesh = make_step(STUDENT, devices, dtype, **changes)
+    step, made, mesh = make_step(streams, devices, dtype, **changes)
     losses = []
     for i in range(count):
-        batch = mesh_lib.to_devices(make_batch(STUDENT, devices, seed=i % (batches or count)), mesh)
+        batch = mesh_lib.to_devices(make_batch(streams, devices, seed=i % (batches or count)), mesh)
         made, metrics = step(made, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return np.array(losses), jax.device_get(made)
@@ -86,6 +88,47 @@ def test_one_device_is_eight_devices_in_float64():
         eight, _ = run_steps(8, 20, jnp.float64, model__dropout=0.3)
     assert np.ptp(one) > 0.01  # it trains
     np.testing.assert_allclose(eight, one, rtol=1e-9)
+
+
+IN_FOUR = dataclasses.replace(STUDENT, parts=4)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """With statistics that stand still nothing else differs, uneven valid pixels included."""
+    with jax.enable_x64(True):
+        whole, one = run_steps(1, 3, jnp.float64, model__norm="frozen")
+        parts, four = run_steps(1, 3, jnp.float64, streams=IN_FOUR, model__norm="frozen")
+    np.testing.assert_allclose(parts, whole, rtol=1e-9)
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in (one, four)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_accumulation_on_eight_devices_is_that_on_one():
+    two = dataclasses.replace(STUDENT, batch_labeled=16, batch_pseudo=16, parts=2)
+    with jax.enable_x64(True):
+        one, _ = run_steps(1, 5, jnp.float64, streams=two, model__dropout=0.3)
+        eight, _ = run_steps(8, 5, jnp.float64, streams=two, model__dropout=0.3)
+    np.testing.assert_allclose(eight, one, rtol=1e-9)
+
+
+def test_running_moments_move_with_each_micro_batch_in_turn():
+    """As if the network had gone forward through one after the other."""
+    model = deeplab.build(tiny_config().model, CLASSES)
+    step, made, mesh = make_step(IN_FOUR, 1)
+    start = jax.device_get(made)
+    batch = make_batch(IN_FOUR, 1)
+    after, _ = step(made, mesh_lib.to_devices(batch, mesh), jax.random.key(0))
+    forward = jax.jit(
+        lambda variables, x: model.apply(
+            variables, x, domain="both", train=True, mutable=list(start.norms)
+        )[1]
+    )
+    norms = start.norms
+    for part in np.split(batch["image"], 4):
+        norms = forward({"params": start.params, **norms}, part)
+    for a, b in zip(*map(jax.tree.leaves, (norms, after.norms)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The weak and the strong stream: what a step takes from each, and in which order."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ class Streams:
     Attributes:
         weak, strong: subsets of KINDS; an empty stream takes no part.
         batch_labeled, batch_pseudo: images of the kind in each stream that holds it.
+        parts: micro-batches that a step goes through one after the other, with one update.
     """
 
     weak: tuple[str, ...]
     strong: tuple[str, ...]
     batch_labeled: int
     batch_pseudo: int
+    parts: int = 1
 
     def size(self, stream: str) -> int:
         """Images of one stream, "weak" or "strong", in the global batch."""
@@ -51,6 +54,7 @@ def of_stage(config: Any, stage: str) -> Streams:
         strong=tuple(config.data.strong_stream) if student else (),
         batch_labeled=config.train.batch_labeled,
         batch_pseudo=config.train.batch_unlabeled,
+        parts=config.train.accumulate,
     )
 
 
@@ -76,6 +80,9 @@ class Slots:
 def slots(streams: Streams, groups: int, process_index: int = 0, process_count: int = 1) -> Slots:
     """The joined batch: `groups` equal blocks, each with its weak images, then its strong ones.
 
+    With micro-batches every block is made of as many such blocks. A micro-batch takes its turn of
+    every block, and holds the same images whatever the number of blocks.
+
     Raises:
         UserError: a stream does not divide into the blocks, or the blocks over the processes.
     """
@@ -86,10 +93,12 @@ def slots(streams: Streams, groups: int, process_index: int = 0, process_count: 
             for rank in range(counts[kind]):
                 strong, pseudo = stream == "strong", kind == "pseudo"
                 rows.append((strong, pseudo, len(rows), rank, counts[kind]))
-        if len(rows) % groups:
+        if len(rows) % (groups * streams.parts):
+            turns = f", {streams.parts} times each" if streams.parts > 1 else ""
             raise UserError(
-                f"The {stream} stream's {len(rows)} images do not divide over {groups} devices: "
-                f"make train.batch_labeled and train.batch_unlabeled multiples of {groups}."
+                f"The {stream} stream's {len(rows)} images do not divide over {groups} "
+                f"devices{turns}: make train.batch_labeled and train.batch_unlabeled multiples of "
+                f"{groups * streams.parts}."
             )
     if groups % process_count:
         raise UserError(f"{groups} devices do not divide over {process_count} processes.")
@@ -97,10 +106,11 @@ def slots(streams: Streams, groups: int, process_index: int = 0, process_count: 
     mine = range(
         process_index * groups // process_count, (process_index + 1) * groups // process_count
     )
-    for group in mine:
+    for group, part in itertools.product(mine, range(streams.parts)):
+        block = part * groups + group
         for rows in by_stream.values():
-            size = len(rows) // groups
-            joined += rows[group * size : (group + 1) * size]
+            size = len(rows) // (groups * streams.parts)
+            joined += rows[block * size : (block + 1) * size]
     return Slots(*(np.array(column) for column in zip(*joined, strict=True)))
 
 

@@ -22,6 +22,20 @@ def test_processes_hold_consecutive_blocks():
     np.testing.assert_array_equal(np.concatenate([p.position for p in parts]), whole.position)
 
 
+def test_micro_batches_hold_the_same_images_on_any_number_of_devices():
+    """By hand: 8 strong images in two micro-batches are 0…3 and 4…7, however many devices."""
+    parts = streams.Streams(("labeled",), ("pseudo",), 4, 8, parts=2)
+    for groups in (1, 2):
+        joined = streams.slots(parts, groups)
+        blocks = joined.position.reshape(groups, 2, -1)
+        strong = joined.strong.reshape(blocks.shape)
+        assert (np.diff(strong.astype(int), axis=-1) >= 0).all()  # weak first in each block
+        for part in range(2):
+            turn, is_strong = blocks[:, part].ravel(), strong[:, part].ravel()
+            assert sorted(turn[is_strong]) == list(range(4 * part, 4 * part + 4))
+            assert sorted(turn[~is_strong]) == list(range(2 * part, 2 * part + 2))
+
+
 def test_a_stream_of_both_kinds_holds_a_batch_of_each():
     """The released code's streams: labelled and pseudo-labelled images in both."""
     both = ("labeled", "pseudo")
@@ -47,6 +61,9 @@ def test_domain(weak, strong, domain):
 def test_a_batch_that_does_not_divide_is_one_sentence():
     with pytest.raises(UserError, match="weak stream's 4 images do not divide over 3 devices"):
         streams.slots(PAPER, groups=3)
+    parts = streams.Streams(("labeled",), ("pseudo",), 4, 8, parts=4)
+    with pytest.raises(UserError, match=r"over 2 devices, 4 times each: make .* multiples of 8"):
+        streams.slots(parts, groups=2)
 
 
 def test_stage_seeds_differ():
