@@ -1,0 +1,153 @@
+"""What is written holds: links, paths, keys and commands in the docs, and keys that are read."""
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flax import traverse_util
+
+from configs import default
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = sorted((ROOT / "semiseg_jax").rglob("*.py"))
+KEYS = traverse_util.flatten_dict(default.get_config().to_dict(), sep=".")
+SECTIONS = sorted({key.partition(".")[0] for key in KEYS if "." in key})
+# What configs and parts of them are called where they are read.
+OWNERS = {"config", "_config", "knobs", "rates"}
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def code_blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(page):
+    """The lines of code blocks that call our programs or make; continuations joined."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ {4,}\$? *((?:python -m semiseg_jax|make ).*)$", text, re.M):
+        yield line.partition("   #")[0].strip()
+    for block in code_blocks(page, "(?:sh|bash)"):
+        yield from re.findall(r"^(?:python -m semiseg_jax|make ).*$", block, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        if not other.exists() or (anchor and anchor not in anchors(other)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_keys_that_are_named_are_there(page):
+    quoted = re.findall(r"`([^`\n]+)`", page.read_text())
+    files = [q for q in quoted if re.fullmatch(r"(semiseg_jax|configs|launch|tests)/[\w/.]+", q)]
+    assert [f for f in files if not (ROOT / f).exists()] == []
+    keys = [q for q in quoted if re.fullmatch(rf"({'|'.join(SECTIONS)})\.[a-z_.]*[a-z_]", q)]
+    known = {prefix for key in KEYS for prefix in (key, key.rpartition(".")[0])}
+    assert [k for k in keys if k not in known] == []
+
+
+@functools.cache
+def flags_of(module):
+    """The flags that a program's --help lists."""
+    command = [sys.executable, "-m", module, "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    assert said, f"{module} has no --help"
+    return set(re.findall(r"^ +--(?:\[no\])?([\w-]+)", said, re.M)) | {"help", "verbosity"}
+
+
+def check_command(line):
+    program, *arguments = shlex.split(re.sub(r"\[([^\]]*)\]|…", r"\1", line))
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert arguments[0] in targets, line
+        return
+    module, *arguments = arguments[1:]
+    flags = flags_of(module)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        flag, _, value = argument[2:].partition("=")
+        if flag == "config" and value:
+            path, _, chosen = value.partition(":")
+            if path == "configs/mine.py":  # the reader's own
+                continue
+            assert (ROOT / path).exists(), line
+            config = importlib.import_module(path[:-3].replace("/", "."))
+            config.get_config(*([chosen] if chosen else []))
+        elif flag.startswith("config."):
+            assert any(k == flag[7:] or k.startswith(flag[7:]) for k in KEYS), line
+        else:
+            assert flag in flags or flag.replace("no", "", 1) in flags, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_programs_flags_and_configs_that_there_are(page):
+    for line in commands(page):
+        check_command(line)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python")], ids=name)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page, one after the other, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "__snippet__"}
+    for block in code_blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), scope)
+
+
+def test_every_key_is_read():
+    read = set()
+    for path in SOURCES:
+        if path.name == "settings.py":  # it checks values; that alone would be no use of them
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                read.add((getattr(owner, "attr", getattr(owner, "id", "")), node.attr))
+    unread = []
+    for key in KEYS:
+        *above, leaf = key.split(".")
+        section = above[-1] if above else "config"
+        owners = OWNERS | {section, f"{section}_config"}
+        if not any((owner, leaf) in read for owner in owners):
+            unread.append(key)
+    assert unread == []
+
+
+def test_every_key_is_documented_where_it_is_declared():
+    """A comment above it, or above others that are declared right before it."""
+    lines = (ROOT / "configs/default.py").read_text().splitlines()
+    bare = []
+    for number, line in enumerate(lines):
+        if not re.match(r" +\w+(\.\w+)+ = (?!ConfigDict\(\)$)", line):
+            continue
+        above = number - 1
+        while re.match(r" +\w+(\.\w+)+ = ", lines[above]):
+            above -= 1
+        if not re.match(r" +(#|\))", lines[above]):
+            bare.append(line.strip())
+    # The sections themselves, whose functions have docstrings.
+    assert [b for b in bare if not re.fullmatch(r"config\.\w+ = \w+\(\)", b)] == []
