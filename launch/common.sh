@@ -4,10 +4,12 @@
 # shellcheck disable=SC2034 # the scripts use it
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=no
+# Where a dry run prints: also the commands whose output the script reads.
+exec 3>&1
 
 # Prints the comment at the top of the script that runs: its usage.
 usage() {
-  sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+  sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
 }
 
 # Ends with a sentence.
@@ -41,9 +43,9 @@ say() {
 # Runs a command, or prints it in a dry run.
 act() {
   if [[ $DRY_RUN == yes ]]; then
-    printf '%s\n' "$(quoted "$@")"
+    printf '%s\n' "$(quoted "$@")" >&3
   else
-    "$@"
+    "$@" 3>&-
   fi
 }
 

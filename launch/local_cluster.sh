@@ -62,11 +62,14 @@ command_of() {
   command+=("$python" -m semiseg_jax.main "${arguments[@]}")
 }
 
-# Signals each process that still runs, and what it has started.
-signal_running() {
-  local pid
-  for pid in $(jobs -rp); do
-    kill -s "$1" -- "-$pid" 2>/dev/null || true
+# Of the processes that have not ended, and of those that print their output.
+pids=() printers=()
+
+# Signals each process that has not ended, and what it has started.
+signal_all() {
+  local i
+  for i in "${!pids[@]}"; do
+    kill -s "$1" -- "-${pids[i]}" 2>/dev/null || true
   done
 }
 
@@ -74,10 +77,8 @@ forwarded=no
 # shellcheck disable=SC2329 # the traps call it
 forward() {
   forwarded=yes
-  signal_running "$1"
+  signal_all "$1"
 }
-
-pids=() printers=()
 
 start() {
   local i out command
@@ -86,7 +87,7 @@ start() {
     # The printer stays until its process has closed its output: Ctrl-C must not end it first.
     exec {out}> >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /")
     printers+=($!)
-    "${command[@]}" </dev/null >&"$out" 2>&1 {out}>&- &
+    "${command[@]}" </dev/null >&"$out" 2>&1 3>&- {out}>&- &
     pids+=($!)
     exec {out}>&-
   done
@@ -95,26 +96,28 @@ start() {
 # Waits for all; sets `first` to the first status that is not 0.
 first=0
 watch() {
-  local never running i status deadline=''
+  local never i status deadline=''
   # Waiting by a builtin on a pipe that never has anything: signals are met at once.
   exec {never}<> <(:)
   while ((${#pids[@]})); do
-    running=" $(jobs -rp | tr '\n' ' ')"
     for i in "${!pids[@]}"; do
-      [[ $running != *" ${pids[i]} "* ]] || continue
+      # No subshell here, as for `jobs`: a signal that comes while it starts may be lost.
+      if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
       status=0
       wait "${pids[i]}" || status=$?
+      # What it has started and not ended goes with it.
+      kill -s KILL -- "-${pids[i]}" 2>/dev/null || true
       unset "pids[i]"
       if ((status && !first)); then
         first=$status deadline=$((SECONDS + grace))
         printf 'Process %s ended with status %s.\n' "$i" "$status" >&2
         # Interrupted ones are all saving: a second signal would end them before they have.
-        if ((status != 75)) && [[ $forwarded == no ]]; then signal_running TERM; fi
+        if ((status != 75)) && [[ $forwarded == no ]]; then signal_all TERM; fi
       fi
     done
     if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
       printf 'Still running %s s later, so killed: process %s.\n' "$grace" "${!pids[*]}" >&2
-      signal_running KILL
+      signal_all KILL
       deadline=$((SECONDS + grace))
     fi
     read -rt 0.1 -u "$never" || true
@@ -139,7 +142,7 @@ command -v "$python" >/dev/null || fail "$python is missing: run make setup, or 
 
 # Each process has a group of its own: Ctrl-C reaches this script alone, which passes it on once.
 set -m
-trap 'signal_running KILL' EXIT
+trap 'signal_all KILL' EXIT
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 start

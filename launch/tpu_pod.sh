@@ -157,9 +157,6 @@ state_of() {
   [[ $1 == tpu-vm ]] || field=state.state
   tpus "$1" list
   listed=$(act "${command[@]}" "--format=value(name.basename(),$field)") || return
-  if [[ $DRY_RUN == yes ]]; then
-    printf '%s\n' "$listed" >&3
-  fi
   while read -r line_name line_state; do
     if [[ $line_name == "$name" ]]; then printf '%s' "$line_state"; fi
   done <<<"$listed"
@@ -168,8 +165,8 @@ state_of() {
 # The steps of copying are joined by && because train calls them where set -e does not hold.
 copy() {
   local command archive=${TMPDIR:-/tmp}/semiseg_jax-$name.tar.gz
-  act tar -czf "$archive" -C "$PROJECT" --anchored --exclude=./.git '--exclude=./.venv*' \
-    '--exclude=./.*_cache' --exclude=./data --exclude=./runs --no-anchored --exclude=__pycache__ \
+  act tar -czf "$archive" -C "$PROJECT" --exclude=./.git '--exclude=./.venv*' \
+    '--exclude=./.*_cache' --exclude=./data --exclude=./runs --exclude=__pycache__ \
     . || return
   tpus tpu-vm scp "$archive" "$name:semiseg_jax.tar.gz"
   act "${command[@]}" --worker=all --quiet ${ssh_flags[@]+"${ssh_flags[@]}"} || return
@@ -334,8 +331,6 @@ dry_train() {
 
 read_command "$@"
 check_command
-# Where a dry run prints the commands whose output is read.
-exec 3>&1
 case $task in
   data) copy_data ;;
   train) if [[ $DRY_RUN == yes ]]; then dry_train; else train; fi ;;

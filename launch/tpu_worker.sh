@@ -91,5 +91,5 @@ case ${1-} in
   setup | status | stop | supervise) "$@" ;;
   data) copy_data "$2" ;;
   run) shift && start "$@" ;;
-  *) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$script" >&2 && exit 2 ;;
+  *) sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$script" >&2 && exit 2 ;;
 esac
