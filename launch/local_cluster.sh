@@ -148,4 +148,7 @@ trap 'forward INT' INT
 start
 watch
 wait "${printers[@]}" 2>/dev/null || true
+# One that was told to end before it could save, or a second time, ends by the signal: it was
+# interrupted all the same.
+if ((first > 128)) && [[ $forwarded == yes ]]; then first=75; fi
 exit "$first"

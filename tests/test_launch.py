@@ -667,6 +667,15 @@ exit 75
     assert not left_behind(stand_ins.folder)
 
 
+def test_processes_that_a_signal_ended_were_interrupted(tmp_path):
+    stand_ins, python = cluster(tmp_path, 'touch "$STAND_INS/ready"; forever')
+    process = stand_ins.start("local_cluster.sh", "1", python, "--", "--config=x")
+    until((stand_ins.folder / "ready").exists)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+
+
 def test_cluster_without_an_environment(tmp_path):
     stand_ins = StandIns(tmp_path)
     _, errors = stand_ins.run("local_cluster.sh", "2", "--", "--config=x", status=1)
