@@ -39,11 +39,12 @@ test: setup ## the fast tests
 test-slow: setup ## the tests that take minutes
 	$(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=loadfile $(ARGS)
 
-check: setup ## lint, types, layers
+check: setup ## lint, types, layers, shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	.venv/bin/lint-imports
+	.venv/bin/shellcheck launch/*.sh
 
 bench: setup ## make bench NAME=train_step: measure against others
 	$(RUN) benchmarks/$(NAME).py $(ARGS)

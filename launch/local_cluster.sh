@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# launch/local_cluster.sh N [options] -- ARGUMENTS OF semiseg_jax.main
+#
+# Runs N processes of one run on this machine, as they would run on N hosts.
+#
+#   --devices=K   CPU devices of each process, instead of the devices the machine has
+#   --port=PORT   where they meet; a free one from 20000 to 29999 unless given
+#   --grace=S     seconds that the others have to end after one has failed, then they are killed;
+#                 60 unless given
+#   --python=P    the interpreter; .venv/bin/python of this project unless given
+#   --dry-run     prints the commands and runs nothing
+#   --help        prints this
+#
+# Paths are relative to the project's folder. Each line of output starts with the number of its
+# process. SIGTERM, SIGINT and SIGHUP go to all processes. The status is that of the first process
+# that ended with another than 0; 75 means interrupted: the same command goes on.
+#
+#   launch/local_cluster.sh 2 --devices=2 -- --config=configs/streets.py
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+count='' devices='' port='' grace=60 python=$PROJECT/.venv/bin/python arguments=()
+
+read_command() {
+  while (($#)); do
+    case $1 in
+      --devices=*) devices=${1#*=} && need_count --devices "$devices" ;;
+      --port=*) port=${1#*=} && need_count --port "$port" ;;
+      --grace=*) grace=${1#*=} && need_count --grace "$grace" ;;
+      --python=*) python=${1#*=} ;;
+      --dry-run) DRY_RUN=yes ;;
+      --help | -h) usage && exit 0 ;;
+      --) shift && arguments=("$@") && break ;;
+      -*) misused "$1 is not an option here: what is for semiseg_jax.main comes after --." ;;
+      *) [[ -z $count ]] || misused "$1 is one argument too many." && count=$1 ;;
+    esac
+    shift
+  done
+  need_count N "$count"
+  ((${#arguments[@]})) || misused "Say what to run, such as -- --config=configs/streets.py."
+}
+
+# A port that nothing listens on, below those that systems give to outgoing connections.
+free_port() {
+  local candidate
+  for _ in {1..100}; do
+    candidate=$((20000 + RANDOM % 10000))
+    if ! (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done
+  fail "No free port was found from 20000 to 29999: give one with --port=."
+}
+
+# Sets `command` to what process $1 runs.
+command_of() {
+  command=(env "SEMISEG_COORDINATOR=127.0.0.1:$port" "SEMISEG_NUM_PROCESSES=$count"
+    "SEMISEG_PROCESS_ID=$1")
+  [[ -z $devices ]] || command+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices")
+  command+=("$python" -m semiseg_jax.main "${arguments[@]}")
+}
+
+# Of the processes that have not ended, and of those that print their output.
+pids=() printers=()
+
+# Signals each process that has not ended, and what it has started.
+signal_all() {
+  local i
+  for i in "${!pids[@]}"; do
+    kill -s "$1" -- "-${pids[i]}" 2>/dev/null || true
+  done
+}
+
+forwarded=no
+# shellcheck disable=SC2329 # the traps call it
+forward() {
+  forwarded=yes
+  signal_all "$1"
+}
+
+start() {
+  local i out command
+  for ((i = 0; i < count; i++)); do
+    command_of "$i"
+    # The printer stays until its process has closed its output: Ctrl-C must not end it first.
+    exec {out}> >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /")
+    printers+=($!)
+    "${command[@]}" </dev/null >&"$out" 2>&1 3>&- {out}>&- &
+    pids+=($!)
+    exec {out}>&-
+  done
+}
+
+# Waits for all; sets `first` to the first status that is not 0.
+first=0
+watch() {
+  local never i status deadline=''
+  # Waiting by a builtin on a pipe that never has anything: signals are met at once.
+  exec {never}<> <(:)
+  while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+      # No subshell here, as for `jobs`: a signal that comes while it starts may be lost.
+      if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+      status=0
+      wait "${pids[i]}" || status=$?
+      # What it has started and not ended goes with it.
+      kill -s KILL -- "-${pids[i]}" 2>/dev/null || true
+      unset "pids[i]"
+      if ((status && !first)); then
+        first=$status deadline=$((SECONDS + grace))
+        printf 'Process %s ended with status %s.\n' "$i" "$status" >&2
+        # Interrupted ones are all saving: a second signal would end them before they have.
+        if ((status != 75)) && [[ $forwarded == no ]]; then signal_all TERM; fi
+      fi
+    done
+    if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
+      printf 'Still running %s s later, so killed: process %s.\n' "$grace" "${!pids[*]}" >&2
+      signal_all KILL
+      deadline=$((SECONDS + grace))
+    fi
+    read -rt 0.1 -u "$never" || true
+  done
+}
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "This is bash $BASH_VERSION: this script needs 4.4 or newer."
+read_command "$@"
+[[ -n $port ]] || port=$(free_port)
+if [[ $DRY_RUN == yes ]]; then
+  act cd "$PROJECT"
+  for ((i = 0; i < count; i++)); do
+    command_of "$i"
+    printf '%s &\n' "$(quoted "${command[@]}")"
+  done
+  printf 'wait\n'
+  exit
+fi
+cd "$PROJECT"
+command -v "$python" >/dev/null || fail "$python is missing: run make setup, or give --python=."
+
+# Each process has a group of its own: Ctrl-C reaches this script alone, which passes it on once.
+set -m
+trap 'signal_all KILL' EXIT
+trap 'forward TERM' TERM HUP
+trap 'forward INT' INT
+start
+watch
+wait "${printers[@]}" 2>/dev/null || true
+# One that was told to end before it could save, or a second time, ends by the signal: it was
+# interrupted all the same.
+if ((first > 128)) && [[ $forwarded == yes ]]; then first=75; fi
+exit "$first"
