@@ -14,6 +14,10 @@ INK, PALE, PAPER = (28, 30, 34), (112, 117, 125), (255, 255, 255)
 TEXT = 17
 # Share of a class's colour in what is laid over an image.
 _OPACITY = 0.55
+# A picture's longest side at most, and its shortest width if enlarging by so much gives it.
+_LARGEST, _SMALLEST, _MOST_ENLARGED = 2048, 480, 8
+# Around a legend, in pixels.
+_GAP = 6
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
@@ -67,3 +71,45 @@ def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int) -> Image.Im
         draw.rectangle((x, y + 1, x + swatch, y + 1 + swatch), tuple(colour), PALE)
         draw.text((x + swatch + 6, y), name, INK, letters)
     return image
+
+
+def with_legend(
+    image: Picture,
+    classes: UInt8[np.ndarray, "h w"],
+    names: Sequence[str],
+    palette: Sequence[Sequence[int]],
+) -> Image.Image:
+    """A picture to look at: the classes' colours over the image, above their names and shares.
+
+    Images of more than 2,048 pixels a side are shown smaller, and small ones enlarged by whole
+    pixels, so that the legend has room.
+    """
+    counts = np.bincount(classes.ravel(), minlength=len(names))
+    factor = -(-max(classes.shape) // _LARGEST)
+    if factor > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
+        # The middle of each block of pixels that became one.
+        rows, columns = (
+            np.minimum(np.arange(n) * factor + factor // 2, full - 1)
+            for n, full in zip(image.shape, classes.shape, strict=False)
+        )
+        classes = classes[rows[:, None], columns]
+    picture = Image.fromarray(overlay(image, classes, palette))
+    enlarged = min(-(-_SMALLEST // picture.width), _MOST_ENLARGED)
+    size = (picture.width * enlarged, picture.height * enlarged)
+    picture = picture.resize(size, Image.Resampling.NEAREST)
+    entries = [
+        (f"{names[i]} {_percent(count / counts.sum())}", palette[i])
+        for i, count in enumerate(counts)
+        if count
+    ]
+    below = legend(entries, max(picture.width, _SMALLEST) - 2 * _GAP)
+    size = (below.width + 2 * _GAP, picture.height + below.height + 2 * _GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    sheet.paste(picture, (0, 0))
+    sheet.paste(below, (_GAP, picture.height + _GAP))
+    return sheet
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"

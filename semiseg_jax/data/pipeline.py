@@ -321,9 +321,13 @@ def padding_for(examples: Sequence[Example], pad_to: int) -> int:
     """
     if pad_to == 1:
         return 1
+    return 1 if len(image_sizes(examples)) <= MAX_EXACT_SIZES else pad_to
+
+
+def image_sizes(examples: Sequence[Example]) -> set[Size]:
+    """The sizes that these images have, from their headers."""
     with futures.ThreadPoolExecutor() as pool:
-        sizes = set(pool.map(lambda e: labels.image_size(e.image), examples))
-    return 1 if len(sizes) <= MAX_EXACT_SIZES else pad_to
+        return set(pool.map(lambda e: labels.image_size(e.image), examples))
 
 
 def image_batches(
