@@ -37,8 +37,16 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
 
 
-def config_path(argv: list[str]) -> str:
-    """What --config names, as it was given; a command that cannot be meant ends in one sentence.
+def parse_plain(argv: list[str]) -> list[str]:
+    """As `parse`, for a command without a config."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"Error: {str(error).strip()}; --help has the flags.")
+
+
+def options_only(argv: list[str]) -> None:
+    """Quietens the libraries; what is no option ends the command in one sentence.
 
     Args:
         argv: what `parse` left over.
@@ -51,6 +59,15 @@ def config_path(argv: list[str]) -> str:
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+
+
+def config_path(argv: list[str]) -> str:
+    """What --config names, as it was given; a command that cannot be meant ends in one sentence.
+
+    Args:
+        argv: what `parse` left over.
+    """
+    options_only(argv)
     if not flags.FLAGS["config"].present:
         sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from semiseg_jax import checkpoints, evaluate, health, interruption, optim, steps
+from semiseg_jax import checkpoints, deployed, evaluate, health, interruption, optim, steps
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax import train as training
@@ -345,22 +345,24 @@ class Job:
         """Writes model/: the weights with the weak norm alone, and all that using them needs."""
         row = self._row(final.stage)
         assert row is not None  # every stage that ends has written one
-        description = {
-            "classes": list(self.dataset.classes),
-            "palette": [list(colour) for colour in self.dataset.palette],
-            "model": final.network.model_config.to_dict(),
-            "trained_on": {
+        description = deployed.describe(
+            final.network.model_config,
+            self._config.eval,
+            self.dataset.classes,
+            self.dataset.palette,
+            {
                 "data": self.dataset.name,
                 "labeled": len(self.dataset.labeled),
                 "unlabeled": len(self.dataset.unlabeled),
             },
-            "miou": row["miou"],
-            "protocol": row["protocol"],
-        }
-        folder = self._workdir / "model"
+            row,
+            pipeline.image_sizes(self.dataset.evaluation),
+        )
+        folder = self._workdir / deployed.FOLDER
         weights = state_lib.for_inference(final.variables)
-        checkpoints.save_weights(folder / "weights.safetensors", weights, description)
-        write_bytes(folder / "model.json", (json.dumps(description, indent=1) + "\n").encode())
+        checkpoints.save_weights(folder / deployed.WEIGHTS, weights, description)
+        content = json.dumps(description, indent=1) + "\n"
+        write_bytes(folder / deployed.DESCRIPTION, content.encode())
 
     def print_table(self) -> None:
         """The rows of this run, for a person."""
