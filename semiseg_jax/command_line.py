@@ -37,8 +37,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
 
 
-def config_path(argv: list[str]) -> str:
-    """What --config names, as it was given; a command that cannot be meant ends in one sentence.
+def begin(argv: list[str]) -> None:
+    """Libraries are quiet from here on; an argument that is no flag ends in one sentence.
 
     Args:
         argv: what `parse` left over.
@@ -51,6 +51,15 @@ def config_path(argv: list[str]) -> str:
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+
+
+def config_path(argv: list[str]) -> str:
+    """What --config names, as it was given; a command that cannot be meant ends in one sentence.
+
+    Args:
+        argv: what `parse` left over.
+    """
+    begin(argv)
     if not flags.FLAGS["config"].present:
         sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"])
