@@ -17,14 +17,17 @@ would differentiate every branch and make each branch return all branches' resid
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
+# In pixels: an int, or an expression of jax.export's where the images' size is symbolic.
+Dim = Any
+Pads = tuple[tuple[Dim, Dim], tuple[Dim, Dim]]
 Padding = str | Pads  # "same", "torch" or explicit
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -74,8 +77,11 @@ def conv2d(
             f"{kernel.shape[2] * groups} input channels, the images have {x.shape[-1]}"
         )
     pads = _explicit_pads(x.shape[1:3], kernel.shape[:2], stride, dilation, padding)
+    if any(is_symbolic_dim(n) for n in (*pads[0], *pads[1])):
+        # "same" with a stride pads by the size's remainder; lax.conv takes numbers alone.
+        x, pads = _pad(x, pads), ((0, 0), (0, 0))
     geometry = _Geometry(stride, dilation, pads, groups)
-    if min(_out_size(x.shape, kernel.shape, geometry)) < 1:
+    if any(n < 1 for n in _out_size(x.shape, kernel.shape, geometry)):
         raise ValueError(
             f"a kernel of {kernel.shape[:2]} with dilation {dilation} does not fit into images of "
             f"{x.shape[1:3]} padded by {pads}"
@@ -87,14 +93,15 @@ def conv2d(
 
 
 def _explicit_pads(
-    size: Sequence[int], kernel_size: Sequence[int], stride: int, dilation: int, padding: Padding
+    size: Sequence[Dim], kernel_size: Sequence[int], stride: int, dilation: int, padding: Padding
 ) -> Pads:
     reach = [dilation * (k - 1) for k in kernel_size]
     if padding == "same":
         totals = [
-            max((-(-n // stride) - 1) * stride + r + 1 - n, 0)
-            for n, r in zip(size, reach, strict=True)
+            (-(-n // stride) - 1) * stride + r + 1 - n for n, r in zip(size, reach, strict=True)
         ]
+        if any(r + 1 < stride for r in reach):  # Else none is negative, also where n is symbolic.
+            totals = [max(total, 0) for total in totals]
         top, left = (total // 2 for total in totals)
         return (top, totals[0] - top), (left, totals[1] - left)
     if padding == "torch":
@@ -108,8 +115,8 @@ def _explicit_pads(
 
 
 def _out_size(
-    x_shape: Sequence[int], kernel_shape: Sequence[int], geometry: _Geometry
-) -> tuple[int, int]:
+    x_shape: Sequence[Dim], kernel_shape: Sequence[int], geometry: _Geometry
+) -> tuple[Dim, Dim]:
     height, width = (
         (n + low + high - geometry.dilation * (k - 1) - 1) // geometry.stride + 1
         for n, k, (low, high) in zip(x_shape[1:3], kernel_shape[:2], geometry.pads, strict=True)
@@ -118,14 +125,16 @@ def _out_size(
 
 
 def _without_idle_taps(
-    x_shape: Sequence[int], kernel: Float[Array, "kh kw ci co"], geometry: _Geometry
+    x_shape: Sequence[Dim], kernel: Float[Array, "kh kw ci co"], geometry: _Geometry
 ) -> tuple[Float[Array, "kh2 kw2 ci co"], _Geometry]:
     """Drops the outer kernel rows and columns that only ever meet padding.
 
     Rates 12 and 18 of atrous pyramid pooling meet a 9x11 map in the kernel's centre alone:
     what is left is 1x1, a ninth of the work. The dropped taps' gradient is zero, as it
-    should be.
+    should be. Where the images' size is symbolic, which taps these are is not known: all stay.
     """
+    if any(is_symbolic_dim(n) for n in x_shape[1:3]):
+        return kernel, geometry
     ranges, pads = [], []
     outs = _out_size(x_shape, kernel.shape, geometry)
     stride, dilation = geometry.stride, geometry.dilation
@@ -230,7 +239,7 @@ def _pad(x: Float[Array, "b h w c"], pads: Pads, interior: int = 0) -> Float[Arr
 
 
 def _tap(
-    padded: Float[Array, "b h w c"], top: int, left: int, size: Sequence[int], stride: int
+    padded: Float[Array, "b h w c"], top: int, left: int, size: Sequence[Dim], stride: int
 ) -> Float[Array, "b ho wo c"]:
     """The pixels one kernel element meets: `size` of them, `stride` apart, from (top, left)."""
     b, _, _, c = padded.shape
@@ -285,7 +294,7 @@ def _depthwise(x: Array, kernel: Array, geometry: _Geometry) -> Array:
 def _shifted_sum(
     padded: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw 1 c"],
-    size: Sequence[int],
+    size: Sequence[Dim],
     *,
     stride: int,
     dilation: int,

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -249,8 +250,27 @@ def interpolation_matrix(
     return matrix
 
 
+def _traced_interpolation_matrix(
+    size_in: convolutions.Dim, size_out: convolutions.Dim, align_corners: bool
+) -> Float[Array, "out in"]:
+    """The same where a size is symbolic: made by the program itself, once it knows the sizes.
+
+    Integers up to the one division, so that float32 does not displace centres far from the origin;
+    int32 holds them up to sizes whose product is 2^30.
+    """
+    rows, columns = jnp.arange(size_out)[:, None], jnp.arange(size_in)
+    if align_corners:
+        unit = jnp.maximum(size_out - 1, 1)
+        centres = rows * (size_in - 1)
+    else:
+        unit = jnp.asarray(2 * size_out)
+        centres = (2 * rows + 1) * size_in - size_out
+    centres = jnp.clip(centres, 0, (size_in - 1) * unit)
+    return jnp.maximum(unit - jnp.abs(centres - columns * unit), 0) / unit
+
+
 def resize(
-    x: Float[Array, "b h w c"], size: Sequence[int], align_corners: bool = False
+    x: Float[Array, "b h w c"], size: Sequence[convolutions.Dim], align_corners: bool = False
 ) -> Float[Array, "b oh ow c"]:
     """Bilinear resize of images, features or logits; the one place where that is done.
 
@@ -265,7 +285,9 @@ def resize(
     for axis, (size_in, size_out) in enumerate(zip(x.shape[1:3], size, strict=True)):
         if size_in == size_out:
             continue
-        matrix = jnp.asarray(interpolation_matrix(size_in, size_out, align_corners), x.dtype)
+        symbolic = is_symbolic_dim(size_in) or is_symbolic_dim(size_out)
+        make = _traced_interpolation_matrix if symbolic else interpolation_matrix
+        matrix = jnp.asarray(make(size_in, size_out, align_corners), x.dtype)
         spec = "oh,bhwc->bowc" if axis == 0 else "ow,bhwc->bhoc"
         x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
     return x

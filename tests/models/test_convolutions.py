@@ -281,6 +281,29 @@ def test_one_program_for_cpu_and_tpu():
     assert operations(text, "conditional", "convolution") == {"conditional": 0, "convolution": 0}
 
 
+def test_a_program_for_every_size_computes_what_the_sized_ones_do():
+    cases = [  # kernel size, groups, options
+        (3, 1, {"stride": 2, "padding": "same"}),
+        (5, 6, {"stride": 2, "padding": "same"}),
+        (3, 6, {"dilation": 4, "padding": "torch"}),
+        (1, 1, {"stride": 2, "padding": "torch"}),
+    ]
+    rng = np.random.default_rng(0)
+    kernels = [jnp.asarray(rng.normal(size=(k, k, 6 // g, 6)), jnp.float32) for k, g, _ in cases]
+
+    def all_cases(x):
+        return [conv2d(x, k, groups=g, **o) for k, (_, g, o) in zip(kernels, cases, strict=True)]
+
+    shape = export.symbolic_shape("n, h, w, 6")
+    every = export.export(jax.jit(all_cases), platforms=["cpu", "tpu"])(
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    for size in ((2, 8, 13), (1, 1, 2)):
+        x = rng.normal(size=(*size, 6)).astype(np.float32)
+        for a, b in zip(every.call(x), all_cases(jnp.asarray(x)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- on eight devices
 
 

@@ -3,8 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
+from jax import export
 
 from semiseg_jax.models import layers
+
+# Shapes of an image of any size and of an array whose size is the one wanted.
+SYMBOLIC = ("n, h, w, 1", "oh, ow")
+
+
+def like(height, width):
+    return np.zeros((height, width), np.uint8)
 
 
 @pytest.mark.parametrize("size", [(9, 14), (4, 3), (5, 7), (1, 1), (20, 2)])
@@ -27,6 +35,21 @@ def test_resize_from_one_pixel_is_constant():
 def test_resize_to_the_same_size_is_the_identity():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 2)))
     assert layers.resize(x, (3, 4)) is x
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_resize_of_every_size_is_that_of_each(align_corners):
+    every = export.export(
+        jax.jit(lambda x, like: layers.resize(x, like.shape, align_corners)), platforms=["cpu"]
+    )(*export.symbolic_args_specs((np.ones((1, 1, 1, 1), np.float32), like(1, 1)), SYMBOLIC))
+    # In float32, centres at 5,000 would be off by .0002 pixels.
+    for size, wanted in (((5, 7), (9, 3)), ((1, 1300), (4, 5200)), ((1, 1), (1, 1))):
+        x = np.random.default_rng(0).normal(size=(2, *size, 1)).astype(np.float32)
+        np.testing.assert_allclose(
+            every.call(x, like(*wanted)),
+            layers.resize(jnp.asarray(x), wanted, align_corners),
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize(("depthwise", "fan"), [(False, 3 * 3 * 64), (True, 3 * 3)])
