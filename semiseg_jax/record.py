@@ -49,6 +49,8 @@ KEPT, EXAMPLES = 120, 4
 LONGER_SIDE = 480
 # Layers whose norms are kept, and channels of each.
 LAYERS, CHANNELS = 4, 512
+# Parts of a backbone whose names say their place; all others come in the order of their names.
+_IN_ORDER = ("stem", "entry", "middle")
 # Pseudo-labels to show, of either kind.
 SHOWN_PSEUDO = 4
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow")
@@ -57,7 +59,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-c
 def keep_run(workdir: epath.Path, dataset: Dataset, mesh: Mesh) -> None:
     """Writes run.json; it has the time at which the command was last started."""
     device = mesh.devices.flat[0]
-    installed = {d.name: d.version for d in metadata.distributions()}
+    installed = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
     found = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "classes": list(dataset.classes),
@@ -67,6 +69,7 @@ def keep_run(workdir: epath.Path, dataset: Dataset, mesh: Mesh) -> None:
             "unlabelled": len(dataset.unlabeled),
             dataset.evaluated_on: len(dataset.evaluation),
         },
+        "split_hash": dataset.split_hash,
         "devices": f"{mesh.size} × {device.device_kind} ({device.platform})",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processes": jax.process_count(),
@@ -181,12 +184,12 @@ def norms(variables: Variables, domains: Sequence[str] = DOMAINS) -> Norms:
 def _chosen(layers: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """LAYERS layers of the backbone, evenly spaced from its first to its last."""
 
-    def depth(layer: tuple[str, ...]) -> list[tuple[bool, bool, int, str]]:
-        # The stem before the stages, and stage 2 before stage 10.
-        parts = re.findall(r"\d+|\D+", "/".join(layer))
-        return [
-            ("stem" not in layer[1], p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts
-        ]
+    def depth(layer: tuple[str, ...]) -> tuple[int, list[list[tuple[int, str]]]]:
+        # The entry before the middle, and stage 2 before stage 10.
+        parts = [re.findall(r"\d+|\D+", name) for name in layer]
+        numbers = [[(int(p) if p.isdigit() else 0, p) for p in part] for part in parts]
+        ranks = (i for i, prefix in enumerate(_IN_ORDER) if layer[1].startswith(prefix))
+        return next(ranks, len(_IN_ORDER)), numbers
 
     ordered = sorted({layer for layer in layers if layer[0] == "backbone"}, key=depth)
     places = np.linspace(0, len(ordered) - 1, min(LAYERS, len(ordered))).round().astype(int)
@@ -199,7 +202,8 @@ def keep_norms(stage: epath.Path, kept: Norms) -> None:
     def plain(values: Float[np.ndarray, " channels"]) -> list[float]:
         return [float(f"{v:.5g}") for v in values[:: -(-len(values) // CHANNELS)]]
 
-    _write_json(stage / NORMS, jax.tree.map(plain, kept))
+    # Layer by layer, because trees come back sorted by name.
+    _write_json(stage / NORMS, {layer: jax.tree.map(plain, kept[layer]) for layer in kept})
 
 
 def summarise(

@@ -185,7 +185,6 @@ def write(workdir: epath.PathLike) -> list[str]:
         waiting=[stage.name for stage in run.stages if not stage.done],
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         legend=_legend(run),
-        differences={k: _hex(v) for k, v in figures.DIFFERENCES.items()},
         **sections,
     )
     labels.write_bytes(run.workdir / FILE, page.encode())
@@ -210,7 +209,11 @@ def _what_ran(run: Run) -> Section:
     missing = ""
     if run.about is None:
         missing = f"{record.RUN} is missing: start the run again to have data and devices here."
+    model = run.config["model"]
+    images = run.about["images"] if run.about else {}
     return {
+        "images": ", ".join(f"{count} {kind}" for kind, count in images.items()),
+        "network": f"{model['head']} on {model['backbone']}",
         "changed": changed,
         "config": json.dumps(run.config, indent=1, ensure_ascii=False),
         "about": run.about,
@@ -436,16 +439,19 @@ def _gallery(run: Run) -> Section:
             score = _percent(stage.evaluation["miou_by_image"].get(name))
             pictures.append(_picture(stage.name, _seen_by(stage, name), palette, score))
         maps = folder / f"{name}.png", _seen_by(first, name), _seen_by(last, name)
-        title = "right or wrong" if first is last else "where they differ"
+        title = "right or wrong" if first is last else "difference"
         pictures.append(_drawn_of(title, figures.differences, *maps))
         cards.append({"name": name, "why": ", ".join(why), "pictures": pictures})
+    words = ("right", "", "", "wrong") if first is last else figures.DIFFERENCES
+    colours = figures.DIFFERENCES.values()
     return {
         "missing": "",
         "cards": cards,
+        "differences": [(w, _hex(c)) for w, c in zip(words, colours, strict=True) if w],
         "kept": len(last.evaluation["kept"]),
         "of": len(last.evaluation["miou_by_image"]),
         "by": last.name,
-        "earlier": first.name,
+        "earlier": "" if first is last else first.name,
     }
 
 
@@ -490,32 +496,42 @@ def _pseudo_labels(run: Run) -> Section:
     for place in range(len(run.stages) - 1, -1, -1):
         stage = run.stages[place]
         kept = record.read_json(stage.folder / f"{record.PSEUDO_GALLERY}.json")
-        if kept is not None:
-            before = run.stages[place - 1] if place else None
-            cards = [
-                *_pseudo_cards(run, stage, before, "mean confidence", kept["least_confident"]),
-                *_pseudo_cards(run, stage, before, "changed", kept["most_changed"]),
-            ]
-            return {"missing": "", "stage": stage.name, "cards": cards}
+        if kept is None:
+            continue
+        why: dict[str, list[str]] = {}
+        for name, share in kept["least_confident"].items():
+            why.setdefault(name, []).append(f"mean confidence {100 * share:.0f} %")
+        for name, share in kept["most_changed"].items():
+            why.setdefault(name, []).append(f"{100 * share:.0f} % changed")
+        before = run.stages[place - 1] if place else None
+        cards = [
+            {
+                "name": name,
+                "why": ", ".join(reasons),
+                "pictures": _pseudo_pictures(run, stage, before, name),
+            }
+            for name, reasons in why.items()
+        ]
+        return {"missing": "", "stage": stage.name, "cards": cards}
     return {"missing": "No pseudo-labels have been made yet.", "stage": "", "cards": []}
 
 
-def _pseudo_cards(
-    run: Run, stage: Stage, before: Stage | None, why: str, values: Mapping[str, float]
-) -> Iterator[dict[str, Any]]:
+def _pseudo_pictures(
+    run: Run, stage: Stage, before: Stage | None, name: str
+) -> list[dict[str, str]]:
     palette = _palette(run)
-    for name, value in values.items():
-        now = stage.folder / PSEUDO_LABELS / f"{name}.png"
-        image = stage.folder / record.PSEUDO_GALLERY / f"{name}.jpg"
-        pictures = [_picture("image", image, palette)]
-        if before is not None:
-            then = before.folder / PSEUDO_LABELS / f"{name}.png"
-            pictures.append(_picture(f"by {before.name}", then, palette))
-            pictures.append(_picture(f"by {stage.name}", now, palette))
-            pictures.append(_drawn_of("changed", figures.changes, then, now))
-        else:
-            pictures.append(_picture(f"by {stage.name}", now, palette))
-        yield {"name": name, "why": f"{why} {100 * value:.0f} %", "pictures": pictures}
+    now = stage.folder / PSEUDO_LABELS / f"{name}.png"
+    image = stage.folder / record.PSEUDO_GALLERY / f"{name}.jpg"
+    pictures = [_picture("image", image, palette)]
+    if before is None:
+        return [*pictures, _picture(f"by {stage.name}", now, palette)]
+    then = before.folder / PSEUDO_LABELS / f"{name}.png"
+    return [
+        *pictures,
+        _picture(f"by {before.name}", then, palette),
+        _picture(f"by {stage.name}", now, palette),
+        _drawn_of("changed", figures.changes, then, now),
+    ]
 
 
 def _picture(
@@ -569,7 +585,7 @@ def _health(run: Run) -> Section:
             }
             for name, (_, colour) in zip(of_labels, _classes(run, len(of_labels)), strict=True)
         ],
-        "warnings": [(stage.name, line) for stage, c in rounds for line in c["warnings"]],
+        "warnings": [(stage.name, c["warnings"]) for stage, c in rounds if c["warnings"]],
     }
 
 
