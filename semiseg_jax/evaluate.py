@@ -91,7 +91,7 @@ class Evaluator:
         )
         self._count = jax.jit(
             functools.partial(_count, num_classes=len(dataset.classes)),
-            out_shardings=mesh_lib.replicated(mesh),
+            out_shardings=(mesh_lib.replicated(mesh), *[mesh_lib.split_by_image(mesh)] * 2),
         )
 
     def __call__(
@@ -114,7 +114,7 @@ class Evaluator:
         variables = for_inference(variables)
         size = len(self._dataset.classes)
         score = Score(np.zeros((size, size), np.int64), {})
-        counting: tuple[ImageBatch, Array, Array] | None = None
+        counting: tuple[ImageBatch, Array, Array, Array] | None = None
         batches = image_batches(
             self._dataset.evaluation, self._dataset, self._batch, self.pad_to, self._colour
         )
@@ -133,28 +133,29 @@ class Evaluator:
 
 def _count(
     probabilities: Float[Array, "n h w classes"], label: UInt8[Array, "n h w"], num_classes: int
-) -> tuple[Int[Array, "n classes classes"], UInt8[Array, "n h w"]]:
-    """The confusion matrix of each image, and its predicted classes."""
+) -> tuple[Int[Array, "classes classes"], Int[Array, "n classes classes"], UInt8[Array, "n h w"]]:
+    """The confusion matrix of the batch, that of each image, and the predicted classes."""
     predicted = jnp.argmax(probabilities, axis=-1)
     count = functools.partial(metrics.confusion_matrix, num_classes=num_classes, ignore=IGNORE)
-    return jax.vmap(count)(predicted, label), predicted.astype(jnp.uint8)
+    by_image = jax.vmap(count)(predicted, label)
+    return by_image.sum(axis=0), by_image, predicted.astype(jnp.uint8)
 
 
 def _add(
     score: Score,
     batch: ImageBatch,
-    counts: Int[Array, "n classes classes"],
+    total: Int[Array, "classes classes"],
+    by_image: Int[Array, "n classes classes"],
     predicted: UInt8[Array, "n h w"],
     shown: Collection[str],
     show: Callable[[Seen], None],
 ) -> None:
     """Adds a batch to a score, and shows those of its images that are to be shown."""
-    counted = np.asarray(counts, np.int64)
-    score.confusion[...] += counted.sum(axis=0)
+    score.confusion[...] += np.asarray(total, np.int64)
     # The empty images that fill a batch have no id, and no labelled pixel.
     score.by_image.update(
         (name, metrics.mean_iou(confusion))
-        for name, confusion in zip(batch.ids, counted, strict=False)
+        for name, confusion in zip(batch.ids, np.asarray(by_image), strict=False)
     )
     if shown and any(name in shown for name in batch.ids):
         classes = np.asarray(predicted)
