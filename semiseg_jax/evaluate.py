@@ -1,6 +1,8 @@
 """mIoU of a network on whole images, every pixel counted exactly once."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -8,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from semiseg_jax import interruption, metrics, provenance
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.labels import IGNORE
-from semiseg_jax.data.pipeline import image_batches, padding_for
+from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset
 from semiseg_jax.inference import Predictor
 from semiseg_jax.state import Variables, for_inference
@@ -25,9 +27,11 @@ class Score:
 
     Attributes:
         confusion: pixel counts, rows the labels, int64.
+        by_image: mIoU of each image by itself, by its id; NaN where it has no labelled pixel.
     """
 
     confusion: Int[np.ndarray, "classes classes"]
+    by_image: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def miou(self) -> float:
@@ -43,6 +47,16 @@ class Score:
     def pixels(self) -> int:
         """Labelled pixels counted."""
         return int(self.confusion.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """An evaluation image, its labels, and the classes that the network sees in it."""
+
+    id: str
+    image: UInt8[np.ndarray, "h w 3"]
+    label: UInt8[np.ndarray, "h w"]
+    predicted: UInt8[np.ndarray, "h w"]
 
 
 class Evaluator:
@@ -76,14 +90,22 @@ class Evaluator:
             window_stride=eval_config.window_stride,
         )
         self._count = jax.jit(
-            lambda probabilities, labels: metrics.confusion_matrix(
-                jnp.argmax(probabilities, axis=-1), labels, len(dataset.classes), IGNORE
-            ),
-            out_shardings=mesh_lib.replicated(mesh),
+            functools.partial(_count, num_classes=len(dataset.classes)),
+            out_shardings=(mesh_lib.replicated(mesh), *[mesh_lib.split_by_image(mesh)] * 2),
         )
 
-    def __call__(self, variables: Variables) -> Score:
+    def __call__(
+        self,
+        variables: Variables,
+        shown: Collection[str] = (),
+        show: Callable[[Seen], None] = lambda seen: None,
+    ) -> Score:
         """Scores the network with its weak norm.
+
+        Args:
+            variables: of the network.
+            shown: ids of images to show.
+            show: takes each of them, in the order they are evaluated.
 
         Raises:
             UserError: an image or mask is missing or damaged.
@@ -91,8 +113,8 @@ class Evaluator:
         """
         variables = for_inference(variables)
         size = len(self._dataset.classes)
-        total = np.zeros((size, size), np.int64)
-        counting = None
+        score = Score(np.zeros((size, size), np.int64), {})
+        counting: tuple[ImageBatch, Array, Array, Array] | None = None
         batches = image_batches(
             self._dataset.evaluation, self._dataset, self._batch, self.pad_to, self._colour
         )
@@ -102,11 +124,46 @@ class Evaluator:
             counts = self._count(self._predictor(variables, arrays["image"]), arrays["label"])
             # The last batch's counts are fetched while the device works on this one.
             if counting is not None:
-                total += np.asarray(counting, np.int64)
-            counting = counts
+                _add(score, *counting, shown, show)
+            counting = (batch, *counts)
         if counting is not None:
-            total += np.asarray(counting, np.int64)
-        return Score(total)
+            _add(score, *counting, shown, show)
+        return score
+
+
+def _count(
+    probabilities: Float[Array, "n h w classes"], label: UInt8[Array, "n h w"], num_classes: int
+) -> tuple[Int[Array, "classes classes"], Int[Array, "n classes classes"], UInt8[Array, "n h w"]]:
+    """The confusion matrix of the batch, that of each image, and the predicted classes."""
+    predicted = jnp.argmax(probabilities, axis=-1)
+    count = functools.partial(metrics.confusion_matrix, num_classes=num_classes, ignore=IGNORE)
+    by_image = jax.vmap(count)(predicted, label)
+    return by_image.sum(axis=0), by_image, predicted.astype(jnp.uint8)
+
+
+def _add(
+    score: Score,
+    batch: ImageBatch,
+    total: Int[Array, "classes classes"],
+    by_image: Int[Array, "n classes classes"],
+    predicted: UInt8[Array, "n h w"],
+    shown: Collection[str],
+    show: Callable[[Seen], None],
+) -> None:
+    """Adds a batch to a score, and shows those of its images that are to be shown."""
+    score.confusion[...] += np.asarray(total, np.int64)
+    # The empty images that fill a batch have no id, and no labelled pixel.
+    score.by_image.update(
+        (name, metrics.mean_iou(confusion))
+        for name, confusion in zip(batch.ids, np.asarray(by_image), strict=False)
+    )
+    if shown and any(name in shown for name in batch.ids):
+        classes = np.asarray(predicted)
+        for i, name in enumerate(batch.ids):
+            if name in shown:
+                height, width = batch.sizes[i]
+                cut = (i, slice(height), slice(width))
+                show(Seen(name, batch.image[cut], batch.label[cut], classes[cut]))
 
 
 # What must agree before two mIoU stand in one table; a row's protocol says more.

@@ -23,6 +23,8 @@ COLLAPSED_AGAINST_LABELS = 0.1
 COLLAPSED_AGAINST_BEFORE = 1 / 3
 # Label maps compared with those of the round before; of more, as many evenly spaced ones.
 MOST_COMPARED = 2000
+# Of those that changed most, how many are named.
+MOST_CHANGED = 4
 
 
 def check(
@@ -51,7 +53,12 @@ def check(
     then = None
     if before is not None:
         then = class_shares(json.loads((before / "manifest.json").read_text()), len(share))
-        found["changed"] = changed_share(folder, before, sorted(manifest["images"]), dataset)
+        changes = changed_pixels(folder, before, sorted(manifest["images"]), dataset)
+        changed, compared = np.sum(list(changes.values()), axis=0)
+        found["changed"] = float(changed / max(compared, 1))
+        shares = {name: int(n) / max(int(of), 1) for name, (n, of) in changes.items()}
+        most = sorted(shares, key=lambda name: -shares[name])[:MOST_CHANGED]
+        found["most_changed"] = {name: shares[name] for name in most}
         found["drift"] = float(np.abs(share - then).sum() / 2)
         line += f", {100 * found['changed']:.1f} % of the pixels changed since the round before"
     warnings = _warnings(dataset.classes, share, labeled, then)
@@ -70,10 +77,10 @@ def class_shares(manifest: Mapping[str, Any], num_classes: int) -> Float[np.ndar
     return _shares(counts)
 
 
-def changed_share(
+def changed_pixels(
     folder: epath.Path, before: epath.Path, names: list[str], dataset: Dataset
-) -> float:
-    """Share of the pixels, in 0..1, whose label is another one than in the round before.
+) -> dict[str, tuple[int, int]]:
+    """Pixels whose label is another one than in the round before, and pixels compared, by image.
 
     Pixels that either round left without a label do not count.
     """
@@ -86,8 +93,7 @@ def changed_share(
         return int((both & (new != old)).sum()), int(both.sum())
 
     with futures.ThreadPoolExecutor() as pool:
-        changed, compared = np.sum(list(pool.map(compare, names[::step])), axis=0)
-    return float(changed / max(compared, 1))
+        return dict(zip(names[::step], pool.map(compare, names[::step]), strict=True))
 
 
 def _labeled_counts(dataset: Dataset) -> Int[np.ndarray, " classes"]:

@@ -31,6 +31,8 @@ from semiseg_jax.errors import UserError
 from semiseg_jax.inference import Predictor, one_behind
 from semiseg_jax.state import Variables, for_inference
 
+# The folder of a stage's label maps, and what it says of them.
+PSEUDO_LABELS = "pseudo_labels"
 MANIFEST = "manifest.json"
 # Beside the labels' folder, because the images' ids name what is in that.
 CONFIDENCE = "pseudo_confidence"

@@ -24,7 +24,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from semiseg_jax import checkpoints, deployed, evaluate, health, interruption, optim, steps
+from semiseg_jax import (
+    checkpoints,
+    deployed,
+    evaluate,
+    health,
+    interruption,
+    optim,
+    record,
+    report,
+    steps,
+)
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax import train as training
@@ -33,12 +43,12 @@ from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.splits import split_hash
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.pseudo_labels import Labeler
+from semiseg_jax.models.dsbn import DOMAINS
+from semiseg_jax.pseudo_labels import PSEUDO_LABELS, Labeler
 from semiseg_jax.results import Results, make_row, print_table
 from semiseg_jax.state import Variables
+from semiseg_jax.train import DONE
 
-DONE = "DONE"
-PSEUDO_LABELS = "pseudo_labels"
 # Keys beside those of `eval` that may change while a run goes on: no stage's result follows from
 # them. (Images that moved to another root are the same by id, see `refuse_other_data`.)
 FREE = frozenset(
@@ -78,6 +88,7 @@ def run(
     # Only now: a run that could not start leaves the folder to its corrected config.
     keep_config(workdir, config)
     keep_data(workdir, job.dataset)
+    job.keep_run()
     first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
         student = job.finished("student", round_)
@@ -91,6 +102,7 @@ def run(
         if job.finished("control", rounds) is None:
             job.train("control", rounds, first)
     job.keep_model(teacher)
+    report.write(workdir)
     job.print_table()
     return job.results
 
@@ -171,6 +183,10 @@ class Job:
                 "meet: lower these rates or enlarge data.crop."
             )
 
+    def keep_run(self) -> None:
+        """Writes run.json, what the run is made on, for people."""
+        record.keep_run(self._workdir, self.dataset, self._mesh)
+
     def _check_batches(self) -> None:
         """Every batch divides over the devices; said before anything is trained."""
         config = self._config
@@ -239,6 +255,7 @@ class Job:
         variables = self._train(stage, network, teacher, pseudo, say)
         self._score(stage, network, say, stage.steps, variables)
         write_bytes(stage.folder / DONE, b"")
+        report.write(self._workdir)
         return Trained(stage, variables, network)
 
     def _train(
@@ -339,6 +356,7 @@ class Job:
             before = self._stage(kind, teacher.stage.round - 1).folder / PSEUDO_LABELS
         for line in health.check(folder, manifest, self.dataset, before):
             say(line)
+        record.keep_pseudo(teacher.stage.folder, folder, manifest, self.dataset)
         return folder
 
     def keep_model(self, final: Trained) -> None:
@@ -395,8 +413,15 @@ class Job:
         final = step == stage.steps
         if not final and self._row(stage, step) is not None:
             return
-        score = network.evaluate(variables)
+        pictures = record.Pictures(self._workdir, stage.folder, self.dataset, final)
+        score = network.evaluate(variables, pictures.shown, pictures)
         protocol = self._protocol(network)
+        taken = streams.of_stage(self._config, stage.kind).domain
+        norms = record.norms(variables, DOMAINS if taken == "both" else (taken,))
+        if final:
+            # Before the row: a stage that has its row is not evaluated again.
+            record.keep_evaluation(stage.folder, score, self.dataset, protocol)
+            record.keep_norms(stage.folder, norms)
         row = make_row(stage.kind, stage.round, step, self._config.seed, score, protocol)
         self.results.add(row, final)
         place = "" if final else f"step {step}: "
@@ -405,6 +430,7 @@ class Job:
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
         writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
         writer.write_scalars(step, scalars)
+        record.summarise(writer, step, pictures, norms)
         writer.close()
 
     def _sayer(self, kind: str, round_: int) -> Callable[[str], None]:

@@ -23,9 +23,12 @@ from semiseg_jax.data import pipeline
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.streams import Streams
 from semiseg_jax.errors import UserError
+from semiseg_jax.history import History
 from semiseg_jax.state import TrainState, Variables
 
 PROFILED_STEPS = 5
+# The file that a finished stage has, written last.
+DONE = "DONE"
 
 Batches = Callable[[range], Iterator[pipeline.TrainBatch]]
 
@@ -216,6 +219,7 @@ class _Log:
         self._wait = 0.0
         self._since = time.perf_counter()
         self._began = (first, self._since)
+        self._history = History(stage.folder, first)
         size = program.streams.size("weak") + program.streams.size("strong")
         self._images_per_step = size
         self._progress = periodic_actions.ReportProgress(
@@ -284,6 +288,7 @@ class _Log:
         }
         self._writer.write_scalars(step, scalars)
         self._writer.flush()
+        self._history.add(step, scalars | {"seconds": seconds})
         first, began = self._began
         left = (now - began) / (step - first) * (self._stage.steps - step)
         self._say(

@@ -75,13 +75,24 @@ def test_evaluation_counts_every_pixel_once(network, two, folder_config):
     model, variables = network
     folder_config.eval.batch = 4
     data = sources.load(folder_config)
-    score = evaluate.Evaluator(model, data, folder_config.eval, two, BLACK)(variables)
+    seen = {}
+    shown = ("000", "004")
+    evaluator = evaluate.Evaluator(model, data, folder_config.eval, two, BLACK)
+    score = evaluator(variables, shown, lambda image: seen.update({image.id: image}))
+    assert sorted(seen) == ["000", "004"] and len(score.by_image) == 5
     expected = np.zeros((3, 3), np.int64)
     for example in data.evaluation:
         image = labels.read_image(example.image)
         probabilities = by_hand(model, variables, image, (1.0,), False, "softmax")
         truth = labels.read_mask(example.mask, data.table)
-        expected += np.asarray(metrics.confusion_matrix(probabilities.argmax(-1), truth, 3))
+        counted = np.asarray(metrics.confusion_matrix(probabilities.argmax(-1), truth, 3))
+        expected += counted
+        # Each image by itself, and those that are shown without their padding.
+        np.testing.assert_allclose(score.by_image[example.id], metrics.mean_iou(counted))
+        if example.id in shown:
+            np.testing.assert_array_equal(seen[example.id].image, image)
+            np.testing.assert_array_equal(seen[example.id].label, truth)
+            np.testing.assert_array_equal(seen[example.id].predicted, probabilities.argmax(-1))
     np.testing.assert_array_equal(score.confusion, expected)
     assert score.pixels == 3 * (36 - 2) * 48 + 2 * (48 - 2) * 36
     np.testing.assert_allclose(score.miou, np.nanmean(metrics.iou(expected)), rtol=1e-12)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, interruption, mesh, rounds, train
+from semiseg_jax import checkpoints, history, interruption, mesh, report, rounds, train
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
@@ -19,8 +19,9 @@ from semiseg_jax.state import for_inference, variable_shapes
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
-    """Enough to be a mesh, few enough to compile fast."""
+    """Enough to be a mesh, few enough to compile fast; the report has tests of its own."""
     make = mesh.make_mesh
+    monkeypatch.setattr(report, "write", lambda workdir: [])
     monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:2]))
 
 
@@ -129,6 +130,9 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
                 rounds.run(config, killed)
     rounds.run(config, killed)
     same(whole, killed)
+    for stage in ("round_0/teacher", "round_1/student", "round_2/student", "round_2/control"):
+        steps = [[line["step"] for line in history.read(w / stage)] for w in (whole, killed)]
+        assert steps[0] == steps[1] == sorted(set(steps[0]))
 
     # asked to stop at several moments, inside stages, labelling and evaluation
     stopped = tmp_path / "stopped"
