@@ -14,7 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from clu import metric_writers
 from etils import epath
@@ -24,7 +24,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from semiseg_jax import checkpoints, evaluate, health, interruption, optim, steps
+from semiseg_jax import (
+    checkpoints,
+    distributed,
+    evaluate,
+    health,
+    interruption,
+    optim,
+    steps,
+)
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax import train as training
@@ -73,11 +81,12 @@ def run(
         Interrupted: that was asked for; the same call goes on.
     """
     workdir = epath.Path(workdir)
-    refuse_other_config(workdir, config)
+    distributed.agree("config", lambda: refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
     # Only now: a run that could not start leaves the folder to its corrected config.
-    keep_config(workdir, config)
-    keep_data(workdir, job.dataset)
+    if distributed.is_main():
+        keep_config(workdir, config)
+        keep_data(workdir, job.dataset)
     first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
         student = job.finished("student", round_)
@@ -145,9 +154,9 @@ class Job:
         self._asked = asked
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         self.dataset = sources.load(config, self._say)
-        refuse_other_data(workdir, self.dataset)
+        distributed.agree("data known", lambda: refuse_other_data(workdir, self.dataset))
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
         if self.takes_pseudo_labels and not self.dataset.unlabeled:
@@ -158,10 +167,13 @@ class Job:
         self._check_batches()
         self.results = Results(workdir / "results.json")
         d = self.dataset
+        several = distributed.count() > 1
+        processes = f" of {distributed.count()} processes" if several else ""
         self._say(
             f"{d.name}: {len(d.labeled)} labelled, {len(d.unlabeled)} unlabelled, "
             f"{len(d.evaluation)} {d.evaluated_on} images, {len(d.classes)} classes; "
-            f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
+            f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s)"
+            f"{processes}; {workdir}"
         )
         if untrained := deeplab.untrained_rates(config.model, tuple(config.data.crop)):
             self._say(
@@ -209,7 +221,7 @@ class Job:
     def finished(self, kind: str, round_: int) -> Trained | None:
         """A stage that is done, with a result by the present protocol; else None."""
         stage = self._stage(kind, round_)
-        if not (stage.folder / DONE).exists():
+        if not distributed.agree(f"{stage.name} looked for", (stage.folder / DONE).exists):
             return None
         say = self._sayer(kind, round_)
         network = self._network(self._backbone(kind))
@@ -237,7 +249,7 @@ class Job:
         say(f"{stage.steps} steps")
         variables = self._train(stage, network, teacher, pseudo, say)
         self._score(stage, network, say, stage.steps, variables)
-        write_bytes(stage.folder / DONE, b"")
+        _mark_done(stage)
         return Trained(stage, variables, network)
 
     def _train(
@@ -261,6 +273,8 @@ class Job:
             stage.seed,
             colour=deeplab.input_mean(network.model_config),
             groups=self._mesh.size,
+            process_index=distributed.index(),
+            process_count=distributed.count(),
         )
         return training.run(
             stage,
@@ -310,15 +324,16 @@ class Job:
         say(f"taken from {teacher.stage.folder}")
         variables = state_lib.with_norms_of(teacher.variables, network.shapes)
         state = state_lib.create(variables, network.program("teacher", stage.steps).tx, self._mesh)
-        step = jax.device_put(jnp.int32(stage.steps), mesh_lib.replicated(self._mesh))
+        step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
-        for example in self.dataset.unlabeled if self.takes_pseudo_labels else ():
+        labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
+        for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
         self._score(stage, network, say, stage.steps, variables)
-        write_bytes(stage.folder / DONE, b"")
+        _mark_done(stage)
 
     def label(self, teacher: Trained) -> epath.Path:
         """The teacher's pseudo-labels, checked; their folder."""
@@ -342,6 +357,8 @@ class Job:
 
     def keep_model(self, final: Trained) -> None:
         """Writes model/: the weights with the weak norm alone, and all that using them needs."""
+        if not distributed.is_main():
+            return
         row = self._row(final.stage)
         assert row is not None  # every stage that ends has written one
         description = {
@@ -400,7 +417,9 @@ class Job:
         say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
         with_names = zip(self.dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
-        writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
+        writer = metric_writers.create_default_writer(
+            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
+        )
         writer.write_scalars(step, scalars)
         writer.close()
 
@@ -424,6 +443,13 @@ class Job:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
+
+
+def _mark_done(stage: training.Stage) -> None:
+    """The last thing of a stage, once it is over in every process."""
+    distributed.barrier(f"end of {stage.name}")
+    if distributed.is_main():
+        write_bytes(stage.folder / DONE, b"")
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:

@@ -5,9 +5,10 @@ global batch). Nothing is carried from step to step, so that a run goes on from 
 cost, and the number of processes, devices or threads changes no pixel.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
+from semiseg_jax import distributed
 from semiseg_jax.data import labels, sda, weak
 from semiseg_jax.data.sources import Dataset, Example
 from semiseg_jax.data.streams import Slots, Streams, slots
@@ -228,7 +230,7 @@ class _Reader:
         running = tf.autograph.experimental.do_not_convert(lambda _: ~self._stopped)
         return tf.data.Dataset.range(start, stop).take_while(running)
 
-    def sentences(self, dataset: tf.data.Dataset) -> Iterator[Any]:
+    def sentences(self, dataset: tf.data.Dataset) -> Generator[Any]:
         """The data set's elements as numpy; a reading error as the UserError it was."""
         iterator = dataset.as_numpy_iterator()
         try:
@@ -283,12 +285,27 @@ class ImageBatch:
         label: class ids and IGNORE; IGNORE throughout where there is no mask, and in the padding.
         ids: of the real images, at most as many as the batch holds.
         sizes: (height, width) of each image in pixels, without padding; 0 of empty ones.
+        total: real images of the batch in all processes, of which this is one's part.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
     label: UInt8[np.ndarray, "n h w"]
     ids: tuple[str, ...]
     sizes: Int32[np.ndarray, "n 2"]
+    total: int
+
+
+def image_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """(height, width) of each image in pixels, from the files' headers.
+
+    Each process reads those of its share.
+
+    Raises:
+        UserError: an image is missing or damaged.
+    """
+    with futures.ThreadPoolExecutor() as pool:
+        mine = list(pool.map(lambda e: labels.image_size(e.image), distributed.share(examples)))
+    return [(h, w) for h, w in distributed.gather_shares("sizes of images", mine)]
 
 
 def padding_for(examples: Sequence[Example], pad_to: int) -> int:
@@ -303,9 +320,25 @@ def padding_for(examples: Sequence[Example], pad_to: int) -> int:
     """
     if pad_to == 1:
         return 1
-    with futures.ThreadPoolExecutor() as pool:
-        sizes = set(pool.map(lambda e: labels.image_size(e.image), examples))
-    return 1 if len(sizes) <= MAX_EXACT_SIZES else pad_to
+    return 1 if len(set(image_sizes(examples))) <= MAX_EXACT_SIZES else pad_to
+
+
+def batches_of_one_size(
+    sizes: Sequence[tuple[int, int]], batch_size: int, pad_to: int
+) -> list[tuple[tuple[int, int], list[int]]]:
+    """Which images make a batch: (padded size, their indices), each image once.
+
+    Images of a padded size wait until a batch of it is full; the rest comes at the end.
+    """
+    batches = []
+    waiting: dict[tuple[int, int], list[int]] = {}
+    for i, (height, width) in enumerate(sizes):
+        padded = (-(-height // pad_to) * pad_to, -(-width // pad_to) * pad_to)
+        group = waiting.setdefault(padded, [])
+        group.append(i)
+        if len(group) == batch_size:
+            batches.append((padded, waiting.pop(padded)))
+    return [*batches, *waiting.items()]
 
 
 def image_batches(
@@ -317,42 +350,48 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Whole, clean images in batches of `batch_size`, each batch of one padded size.
 
-    Every example occurs exactly once. Images of a size wait until a batch of that size is full;
-    what is left at the end is filled up with empty images, labelled IGNORE.
+    Every example occurs exactly once, in the batches of `batches_of_one_size`; what is not full is
+    filled up with empty images, labelled IGNORE. Each process reads and yields its part of every
+    batch, so that all have the same number of them.
 
     Args:
         examples: what to read.
         dataset: its id table is read.
-        batch_size: images in a batch.
+        batch_size: images in a batch of all processes, a multiple of their number.
         pad_to: sides are padded to multiples of it, in pixels (see `padding_for`).
         colour: of the padding.
 
     Raises:
         UserError: an image or mask is missing or damaged, or sizes differ.
     """
-    reader = _Reader(examples, dataset, len(examples))
-    numbers = reader.numbers(0, len(examples))
-    read = tf.autograph.experimental.do_not_convert(lambda i: (i, *reader(i)))
-    elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(batch_size)
-    waiting: dict[tuple[int, ...], list] = {}
-    for index, image, label in reader.sentences(elements.with_options(_options(0))):
-        padded = tuple(-(-side // pad_to) * pad_to for side in label.shape)
-        group = waiting.setdefault(padded, [])
-        group.append((examples[index].id, image, label))
-        if len(group) == batch_size:
-            yield _joined(waiting.pop(padded), padded, batch_size, colour)
-    for padded, group in waiting.items():
-        yield _joined(group, padded, batch_size, colour)
+    each = batch_size // distributed.count()
+    mine = slice(distributed.index() * each, (distributed.index() + 1) * each)
+    batches = batches_of_one_size(image_sizes(examples), batch_size, pad_to)
+    order = [examples[i] for _, indices in batches for i in indices[mine]]
+    reader = _Reader(order, dataset, len(order))
+    numbers = reader.numbers(0, len(order))
+    read = tf.autograph.experimental.do_not_convert(reader)
+    elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(each)
+    with contextlib.closing(reader.sentences(elements.with_options(_options(0)))) as views:
+        for padded, indices in batches:
+            group = [(examples[i], *next(views)) for i in indices[mine]]
+            yield _joined(group, padded, each, len(indices), colour)
 
 
 def _joined(
-    group: list, size: tuple[int, ...], batch_size: int, colour: UInt8[np.ndarray, "3"]
+    group: list[tuple[Example, np.ndarray, np.ndarray]],
+    size: tuple[int, int],
+    batch_size: int,
+    total: int,
+    colour: UInt8[np.ndarray, "3"],
 ) -> ImageBatch:
     images = np.empty((batch_size, *size, 3), np.uint8)
     images[:] = colour
     masks = np.full((batch_size, *size), labels.IGNORE, np.uint8)
     sizes = np.zeros((batch_size, 2), np.int32)
-    for i, (_, image, label) in enumerate(group):
+    for i, (example, image, label) in enumerate(group):
         height, width = sizes[i] = label.shape
+        if height > size[0] or width > size[1]:
+            raise UserError(f"{example.image} was changed while it was read: start again.")
         images[i, :height, :width], masks[i, :height, :width] = image, label
-    return ImageBatch(images, masks, tuple(name for name, *_ in group), sizes)
+    return ImageBatch(images, masks, tuple(e.id for e, *_ in group), sizes, total)
