@@ -20,6 +20,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas
 _RUNS = flags.DEFINE_list(
     "runs", [], "Only these runs of the table (their names are those of --dry-run)."
 )
+command_line.define_processes()
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Say what would run, what it costs, what is done.")
 
 
@@ -34,14 +35,14 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
     from semiseg_jax.data import sources  # isort: skip
     from semiseg_jax import mesh, settings, study
-    from semiseg_jax.errors import UserError
 
-    try:
+    with command_line.one_sentence():
         settings.check(_CONFIG.value)
         if on_cpu:
             mesh.one_step_at_a_time()
         mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
         workdir = _WORKDIR.value or f"runs/ablations_{settings.run_name(config_path)}"
+        command_line.start_processes(on_cpu)
         plan = study.Study(
             _CONFIG.value, _TABLE.value, study.seeds(_SEEDS.value), workdir, _RUNS.value
         )
@@ -50,11 +51,6 @@ def main(argv: list[str]) -> None:
             return
         with interruption.by_signals() as asked:
             plan.run(asked)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except interruption.Interrupted:
-        print("Interrupted: start the same command again to go on.", file=sys.stderr)
-        sys.exit(interruption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

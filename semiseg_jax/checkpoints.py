@@ -12,6 +12,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
+from semiseg_jax import distributed
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
 from semiseg_jax.state import TrainState, Variables
@@ -35,6 +36,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._manager.close()
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:
             # What ended the stage is what to tell, if anything did.
             if kind is None:
@@ -56,15 +59,21 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint has other names, shapes or dtypes.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = distributed.agree("checkpoints", lambda: sorted(self._manager.all_steps()))
+        for step in reversed(steps):
+            state, reason = None, ""
             try:
-                return step, self.restore(step, like)
-            except UserError:
-                raise
+                state = self.restore(step, like)
+            except (UserError, jax.errors.JaxRuntimeError):
+                raise  # The latter where another process ended: no checkpoint is to blame.
             except Exception as error:  # orbax and tensorstore have many.
                 reason = str(error).strip().splitlines()[0][:100]
-                say(f"the checkpoint of step {step} is damaged ({reason}): it is removed")
-                self._manager.delete(step)
+            # What one process cannot read, none goes on from.
+            reason = next(filter(None, distributed.gather("checkpoint read", reason)), "")
+            if state is not None and not reason:
+                return step, state
+            say(f"the checkpoint of step {step} is damaged ({reason}): it is removed")
+            self._manager.delete(step)
         return None
 
     def save(self, step: int, state: TrainState) -> None:
@@ -76,6 +85,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)))
         try:
             self._manager.save(step, args=args)
+        except jax.errors.JaxRuntimeError:
+            raise  # Another process ended.
         except Exception as error:
             raise self._unwritten(error) from error
 

@@ -1,12 +1,18 @@
 """What the programs with a config have in common: its flag, and what is wrong with a command."""
 
+import contextlib
 import logging as python_logging
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
+
+from semiseg_jax import distributed, interruption
+from semiseg_jax.errors import UserError
 
 
 def define_config(what: str) -> flags.FlagHolder:
@@ -18,6 +24,59 @@ def define_config(what: str) -> flags.FlagHolder:
         "configs/default.py documents every key.",
         lock_config=True,
     )
+
+
+def define_processes() -> None:
+    """The flags by which one of several processes finds the others; see `start_processes`."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where a run has several processes; else $SEMISEG_COORDINATOR. A "
+        "TPU pod and a Slurm step need none of these three.",
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are; else $SEMISEG_NUM_PROCESSES."
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "Which of them this is, from 0 on; else $SEMISEG_PROCESS_ID."
+    )
+
+
+def start_processes(on_cpu: bool) -> None:
+    """Joins the other processes that flags, environment or cluster tell of; before JAX computes.
+
+    Args:
+        on_cpu: the CPU computes.
+
+    Raises:
+        UserError: what they tell does not fit together.
+    """
+
+    def number(name: str) -> int | None:
+        variable = f"SEMISEG_{name.upper()}"
+        value = os.environ.get(variable)
+        if flags.FLAGS[name].present or not value:
+            return flags.FLAGS[name].value
+        if not re.fullmatch(r"-?\d+", value):
+            raise UserError(f"{variable}={value} is not a whole number.")
+        return int(value)
+
+    coordinator = flags.FLAGS["coordinator"].value or os.environ.get("SEMISEG_COORDINATOR") or None
+    distributed.start(coordinator, number("num_processes"), number("process_id"), on_cpu)
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """What a user can mend ends the command with a sentence, and its other processes too."""
+    try:
+        with distributed.together(interruption.Interrupted):
+            yield
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except interruption.Interrupted:
+        if distributed.is_main():
+            print("Interrupted: start the same command again to go on.", file=sys.stderr)
+        sys.exit(interruption.EXIT_STATUS)
 
 
 def parse(argv: list[str]) -> list[str]:

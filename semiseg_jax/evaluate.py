@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from semiseg_jax import interruption, metrics, provenance
+from semiseg_jax import distributed, interruption, metrics, provenance
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.labels import IGNORE
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
@@ -105,7 +105,7 @@ class Evaluator:
         Args:
             variables: of the network.
             shown: ids of images to show.
-            show: takes each of them, in the order they are evaluated.
+            show: takes each of them that this process evaluates, in that order.
 
         Raises:
             UserError: an image or mask is missing or damaged.
@@ -128,7 +128,8 @@ class Evaluator:
             counting = (batch, *counts)
         if counting is not None:
             _add(score, *counting, shown, show)
-        return score
+        parts = distributed.gather("scores of images", score.by_image)
+        return Score(score.confusion, {k: v for part in parts for k, v in part.items()})
 
 
 def _count(
@@ -155,10 +156,10 @@ def _add(
     # The empty images that fill a batch have no id, and no labelled pixel.
     score.by_image.update(
         (name, metrics.mean_iou(confusion))
-        for name, confusion in zip(batch.ids, np.asarray(by_image), strict=False)
+        for name, confusion in zip(batch.ids, mesh_lib.from_devices(by_image), strict=False)
     )
     if shown and any(name in shown for name in batch.ids):
-        classes = np.asarray(predicted)
+        classes = mesh_lib.from_devices(predicted)
         for i, name in enumerate(batch.ids):
             if name in shown:
                 height, width = batch.sizes[i]

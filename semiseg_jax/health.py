@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from semiseg_jax import distributed
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
 
@@ -63,7 +64,8 @@ def check(
         line += f", {100 * found['changed']:.1f} % of the pixels changed since the round before"
     warnings = _warnings(dataset.classes, share, labeled, then)
     found["warnings"] = warnings
-    labels.write_bytes(folder / HEALTH, (json.dumps(found, indent=1) + "\n").encode())
+    if distributed.is_main():
+        labels.write_bytes(folder / HEALTH, (json.dumps(found, indent=1) + "\n").encode())
     return [line, *(f"Warning: {warning}" for warning in warnings)]
 
 
@@ -93,7 +95,9 @@ def changed_pixels(
         return int((both & (new != old)).sum()), int(both.sum())
 
     with futures.ThreadPoolExecutor() as pool:
-        return dict(zip(names[::step], pool.map(compare, names[::step]), strict=True))
+        mine = distributed.share(names[::step])
+        pairs = distributed.gather_shares("changed labels", list(pool.map(compare, mine)))
+    return {name: (n, of) for name, (n, of) in zip(names[::step], pairs, strict=True)}
 
 
 def _labeled_counts(dataset: Dataset) -> Int[np.ndarray, " classes"]:
@@ -104,8 +108,9 @@ def _labeled_counts(dataset: Dataset) -> Int[np.ndarray, " classes"]:
         return np.bincount(labels.read_mask(mask, dataset.table).ravel(), minlength=256)[:size]
 
     with futures.ThreadPoolExecutor() as pool:
-        counted = pool.map(count, [e.mask for e in dataset.labeled if e.mask])
-        return np.sum(list(counted), axis=0)
+        masks = distributed.share([e.mask for e in dataset.labeled if e.mask])
+        counts = sum(pool.map(count, masks), np.zeros(size, np.int64))
+    return distributed.total("classes of the labelled masks", counts)
 
 
 def _shares(counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:

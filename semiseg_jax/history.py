@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from semiseg_jax import distributed
 from semiseg_jax.data.labels import write_bytes
 
 FILE = "metrics.jsonl"
@@ -34,7 +35,8 @@ class History:
         finite = {k: v for k, v in scalars.items() if math.isfinite(v)}
         self._lines.append({"step": step, **finite})
         content = "".join(json.dumps(line) + "\n" for line in self._lines)
-        write_bytes(self._path, content.encode())
+        if distributed.is_main():
+            write_bytes(self._path, content.encode())
 
 
 def read(folder: epath.Path) -> list[dict[str, Any]]:

@@ -4,10 +4,13 @@ Pre-emptible machines are told by SIGTERM some seconds before they go; a person 
 """
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from semiseg_jax import distributed
 
 # sysexits.h: a temporary failure, try again.
 EXIT_STATUS = 75
@@ -29,9 +32,31 @@ def never() -> bool:
 def by_signals() -> Iterator[Asked]:
     """While it lasts, the first SIGTERM or SIGINT is noted; a second one ends the process at once.
 
+    With several processes one of them is enough, and all stop at the same point.
+
     Yields:
         Tells whether there has been one.
     """
+    if distributed.count() > 1:
+        # JAX has a SIGTERM handler of its own, which tells the others; it knows no SIGINT.
+        before = signal.signal(signal.SIGINT, _as_sigterm)
+        try:
+            yield distributed.preempted()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return
+    with _noted() as received:
+        yield lambda: bool(received)
+
+
+def _as_sigterm(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+    """The signals received; this process's own handlers."""
     signals = (signal.SIGTERM, signal.SIGINT)
     received: list[int] = []
 
@@ -49,7 +74,7 @@ def by_signals() -> Iterator[Asked]:
 
     before = {each: signal.signal(each, note) for each in signals}
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

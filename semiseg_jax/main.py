@@ -1,7 +1,5 @@
 """The command line: python -m semiseg_jax.main --config=configs/streets.py"""
 
-import sys
-
 from absl import app, flags
 
 from semiseg_jax import command_line, interruption, memory
@@ -10,6 +8,7 @@ _CONFIG = command_line.define_config("What to run")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go, and where a run goes on; runs/NAME unless given."
 )
+command_line.define_processes()
 
 
 def main(argv: list[str]) -> None:
@@ -22,21 +21,16 @@ def main(argv: list[str]) -> None:
     # The data package first, because it silences TensorFlow's greeting.
     from semiseg_jax.data import sources  # isort: skip
     from semiseg_jax import mesh, rounds, settings
-    from semiseg_jax.errors import UserError
 
-    try:
+    with command_line.one_sentence():
         settings.check(_CONFIG.value)
         if on_cpu:
             mesh.one_step_at_a_time()
         mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
         workdir = _WORKDIR.value or f"runs/{settings.run_name(config_path)}"
+        command_line.start_processes(on_cpu)
         with interruption.by_signals() as asked:
             rounds.run(_CONFIG.value, workdir, asked)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-    except interruption.Interrupted:
-        print("Interrupted: start the same command again to go on.", file=sys.stderr)
-        sys.exit(interruption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -127,7 +127,7 @@ class Writer:
         whole = [e for e in ordered if seen[e.image] == known[e.image]]
         large = [e for e in ordered if seen[e.image] != known[e.image]]
         for batch in one_behind(
-            self._batches(whole, sizes, note), self._start, self._write_batch, asked
+            self._batches(whole, known, sizes, note), self._start, self._write_batch, asked
         ):
             progress(len(batch.ids))
         for part in one_behind(
@@ -152,7 +152,11 @@ class Writer:
         labels.write_bytes(self._output / RECORD, text.encode())
 
     def _batches(
-        self, examples: Sequence[Example], sizes: seeing.Sizes, note: pipeline.Broken
+        self,
+        examples: Sequence[Example],
+        known: Mapping[str, Size],
+        sizes: seeing.Sizes,
+        note: pipeline.Broken,
     ) -> Iterator[ImageBatch]:
         """Images that are seen whole."""
         deployed = self._deployed
@@ -160,10 +164,10 @@ class Writer:
         dataset = Dataset("", deployed.classes, deployed.palette, table, (), tuple(examples), ())
         return pipeline.batches_by_size(
             examples,
+            [known[e.image] for e in examples],
             dataset,
             sizes.padded,
             sizes.batch,
-            self._protocol.batch,
             deployed.colour,
             note,
         )

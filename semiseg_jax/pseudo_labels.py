@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 from PIL import Image
 
-from semiseg_jax import interruption, provenance
+from semiseg_jax import distributed, interruption, provenance
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import labels
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
@@ -70,7 +70,7 @@ class Labeler:
             self._config.window,
             self._config.window_stride,
         )
-        self._decide = jax.jit(self._most_likely)
+        self._decide = jax.jit(self._most_likely, out_shardings=mesh_lib.split_by_image(mesh))
 
     def __call__(
         self,
@@ -101,36 +101,49 @@ class Labeler:
             Interrupted: that was asked for; what is labelled is on disk.
         """
         folder = epath.Path(folder)
-        labels.remove_leftovers(folder)
         variables = for_inference(variables)
         made_by = self._made_by(variables, teacher)
         stamp = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-        manifest = _read_manifest(folder, made_by)
-        with futures.ThreadPoolExecutor() as pool:
-            if manifest is None:
-                good = pool.map(lambda e: _is_labeled(folder, e, stamp), self._dataset.unlabeled)
-            else:
-                images = manifest["images"]
-                good = pool.map(
-                    lambda e: _is_as_written(folder, e, images.get(e.id)), self._dataset.unlabeled
-                )
-            todo = [e for e, fine in zip(self._dataset.unlabeled, good, strict=True) if not fine]
+        manifest = distributed.agree("manifest", lambda: _read_manifest(folder, made_by))
+        todo = self._todo(folder, manifest, stamp)
         if manifest is not None:
             if not todo:
                 return manifest
             say(f"{len(todo)} label maps are missing or damaged, {todo[0].id} first: made again")
         self._label(variables, todo, folder, stamp, progress)
+        distributed.barrier(f"labels of {teacher}")
         with futures.ThreadPoolExecutor() as pool:
-            described = pool.map(lambda e: (e.id, _description(folder, e)), self._dataset.unlabeled)
-            images = dict(described)
+            mine = distributed.share(self._dataset.unlabeled)
+            described = list(pool.map(lambda e: (e.id, _description(folder, e)), mine))
+        images = dict(distributed.gather_shares("descriptions of the labels", described))
         manifest = made_by | {
             "stamp": stamp,
             "code_version": provenance.code_version(),
             "config_hash": self._config_hash,
             "images": images,
         }
-        labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        if distributed.is_main():
+            labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
+
+    def _todo(self, folder: epath.Path, manifest: Manifest | None, stamp: str) -> list[Example]:
+        """The images without a label map as it should be, the same in every process."""
+        if distributed.is_main():
+            labels.remove_leftovers(folder)
+        unlabeled = self._dataset.unlabeled
+        with futures.ThreadPoolExecutor() as pool:
+            if manifest is None:
+                good = pool.map(
+                    lambda e: _is_labeled(folder, e, stamp), distributed.share(unlabeled)
+                )
+            else:
+                images = manifest["images"]
+                good = pool.map(
+                    lambda e: _is_as_written(folder, e, images.get(e.id)),
+                    distributed.share(unlabeled),
+                )
+            found = distributed.gather_shares("label maps that are there", list(good))
+        return [e for e, fine in zip(unlabeled, found, strict=True) if not fine]
 
     @functools.cached_property
     def _pad_to(self) -> int:
@@ -167,14 +180,14 @@ class Labeler:
         start = functools.partial(self._start, variables)
         write = functools.partial(self._writing, folder, stamp)
         for batch in one_behind(batches, start, write, self._asked):
-            done += len(batch.ids)
+            done += batch.total
             progress(done, total)
 
     def _writing(
         self, folder: epath.Path, stamp: str, batch: ImageBatch, decided: tuple[Array, ...]
     ) -> Iterator[Callable[[], None]]:
         """What there is to write of a batch."""
-        classes, means, confidence = (np.asarray(part) for part in decided)
+        classes, means, confidence = map(mesh_lib.from_devices, decided)
         for i, name in enumerate(batch.ids):
             height, width = batch.sizes[i]
             cut = (i, slice(height), slice(width))

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from semiseg_jax import metrics
+from semiseg_jax import distributed, metrics
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import Score, comparable
@@ -31,15 +31,18 @@ class Results:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
-        self._content: dict[str, list[Row]] = {"rows": [], "curve": []}
-        if self._path.exists():
-            try:
-                self._content = json.loads(self._path.read_text())
-            except ValueError as error:
-                raise UserError(
-                    f"{self._path} cannot be read ({error}): remove it, and start again to "
-                    "evaluate every stage anew."
-                ) from error
+        self._content: dict[str, list[Row]] = distributed.agree("results", self._read)
+
+    def _read(self) -> dict[str, list[Row]]:
+        if not self._path.exists():
+            return {"rows": [], "curve": []}
+        try:
+            return json.loads(self._path.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{self._path} cannot be read ({error}): remove it, and start again to "
+                "evaluate every stage anew."
+            ) from error
 
     @property
     def rows(self) -> list[Row]:
@@ -63,7 +66,8 @@ class Results:
             rows[same[0]] = row
         else:
             rows.append(row)
-        write_bytes(self._path, (json.dumps(self._content, indent=1) + "\n").encode())
+        if distributed.is_main():
+            write_bytes(self._path, (json.dumps(self._content, indent=1) + "\n").encode())
 
 
 def make_row(stage: str, round_: int, step: int, seed: int, score: Score, protocol: Row) -> Row:

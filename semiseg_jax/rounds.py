@@ -14,7 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from clu import metric_writers
 from etils import epath
@@ -27,6 +27,7 @@ from rich.table import Column, Table
 from semiseg_jax import (
     checkpoints,
     deployed,
+    distributed,
     evaluate,
     health,
     interruption,
@@ -83,12 +84,13 @@ def run(
         Interrupted: that was asked for; the same call goes on.
     """
     workdir = epath.Path(workdir)
-    refuse_other_config(workdir, config)
+    distributed.agree("config", lambda: refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
     # Only now: a run that could not start leaves the folder to its corrected config.
-    keep_config(workdir, config)
-    keep_data(workdir, job.dataset)
-    job.keep_run()
+    if distributed.is_main():
+        keep_config(workdir, config)
+        keep_data(workdir, job.dataset)
+        job.keep_run()
     first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
         student = job.finished("student", round_)
@@ -102,7 +104,8 @@ def run(
         if job.finished("control", rounds) is None:
             job.train("control", rounds, first)
     job.keep_model(teacher)
-    report.write(workdir)
+    if distributed.is_main():
+        report.write(workdir)
     job.print_table()
     return job.results
 
@@ -158,9 +161,9 @@ class Job:
         self._asked = asked
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         self.dataset = sources.load(config, self._say)
-        refuse_other_data(workdir, self.dataset)
+        distributed.agree("data known", lambda: refuse_other_data(workdir, self.dataset))
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
         if self.takes_pseudo_labels and not self.dataset.unlabeled:
@@ -171,10 +174,13 @@ class Job:
         self._check_batches()
         self.results = Results(workdir / "results.json")
         d = self.dataset
+        several = distributed.count() > 1
+        processes = f" of {distributed.count()} processes" if several else ""
         self._say(
             f"{d.name}: {len(d.labeled)} labelled, {len(d.unlabeled)} unlabelled, "
             f"{len(d.evaluation)} {d.evaluated_on} images, {len(d.classes)} classes; "
-            f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s); {workdir}"
+            f"{self._mesh.size} {self._mesh.devices.flat[0].platform} device(s)"
+            f"{processes}; {workdir}"
         )
         if untrained := deeplab.untrained_rates(config.model, tuple(config.data.crop)):
             self._say(
@@ -226,7 +232,7 @@ class Job:
     def finished(self, kind: str, round_: int) -> Trained | None:
         """A stage that is done, with a result by the present protocol; else None."""
         stage = self._stage(kind, round_)
-        if not (stage.folder / DONE).exists():
+        if not distributed.agree(f"{stage.name} looked for", (stage.folder / DONE).exists):
             return None
         say = self._sayer(kind, round_)
         network = self._network(self._backbone(kind))
@@ -254,8 +260,7 @@ class Job:
         say(f"{stage.steps} steps")
         variables = self._train(stage, network, teacher, pseudo, say)
         self._score(stage, network, say, stage.steps, variables)
-        write_bytes(stage.folder / DONE, b"")
-        report.write(self._workdir)
+        _mark_done(stage, self._workdir)
         return Trained(stage, variables, network)
 
     def _train(
@@ -279,6 +284,8 @@ class Job:
             stage.seed,
             colour=deeplab.input_mean(network.model_config),
             groups=self._mesh.size,
+            process_index=distributed.index(),
+            process_count=distributed.count(),
         )
         return training.run(
             stage,
@@ -328,15 +335,16 @@ class Job:
         say(f"taken from {teacher.stage.folder}")
         variables = state_lib.with_norms_of(teacher.variables, network.shapes)
         state = state_lib.create(variables, network.program("teacher", stage.steps).tx, self._mesh)
-        step = jax.device_put(jnp.int32(stage.steps), mesh_lib.replicated(self._mesh))
+        step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
-        for example in self.dataset.unlabeled if self.takes_pseudo_labels else ():
+        labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
+        for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
         self._score(stage, network, say, stage.steps, variables)
-        write_bytes(stage.folder / DONE, b"")
+        _mark_done(stage, self._workdir)
 
     def label(self, teacher: Trained) -> epath.Path:
         """The teacher's pseudo-labels, checked; their folder."""
@@ -356,11 +364,15 @@ class Job:
             before = self._stage(kind, teacher.stage.round - 1).folder / PSEUDO_LABELS
         for line in health.check(folder, manifest, self.dataset, before):
             say(line)
-        record.keep_pseudo(teacher.stage.folder, folder, manifest, self.dataset)
+        if distributed.is_main():
+            record.keep_pseudo(teacher.stage.folder, folder, manifest, self.dataset)
         return folder
 
     def keep_model(self, final: Trained) -> None:
         """Writes model/: the weights with the weak norm alone, and all that using them needs."""
+        sizes = set(pipeline.image_sizes(self.dataset.evaluation))
+        if not distributed.is_main():
+            return
         row = self._row(final.stage)
         assert row is not None  # every stage that ends has written one
         description = deployed.describe(
@@ -374,7 +386,7 @@ class Job:
                 "unlabeled": len(self.dataset.unlabeled),
             },
             row,
-            pipeline.image_sizes(self.dataset.evaluation),
+            sizes,
         )
         folder = self._workdir / deployed.FOLDER
         weights = state_lib.for_inference(final.variables)
@@ -418,7 +430,7 @@ class Job:
         protocol = self._protocol(network)
         taken = streams.of_stage(self._config, stage.kind).domain
         norms = record.norms(variables, DOMAINS if taken == "both" else (taken,))
-        if final:
+        if final and distributed.is_main():
             # Before the row: a stage that has its row is not evaluated again.
             record.keep_evaluation(stage.folder, score, self.dataset, protocol)
             record.keep_norms(stage.folder, norms)
@@ -428,7 +440,9 @@ class Job:
         say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
         with_names = zip(self.dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
-        writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
+        writer = metric_writers.create_default_writer(
+            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
+        )
         writer.write_scalars(step, scalars)
         record.summarise(writer, step, pictures, norms)
         writer.close()
@@ -453,6 +467,14 @@ class Job:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
+
+
+def _mark_done(stage: training.Stage, workdir: epath.Path) -> None:
+    """The last thing of a stage, once it is over in every process."""
+    distributed.barrier(f"end of {stage.name}")
+    if distributed.is_main():
+        write_bytes(stage.folder / DONE, b"")
+        report.write(workdir)
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Printed
 
-from semiseg_jax import interruption, paper, rounds, tables
+from semiseg_jax import distributed, interruption, paper, rounds, tables
 from semiseg_jax.data import sources, streams
 from semiseg_jax.errors import UserError
 
@@ -75,7 +75,8 @@ class Piece:
 
     def is_done(self, kind: str, round_: int) -> bool:
         """Whether a stage is finished."""
-        return (self.workdir / f"round_{round_}" / kind / rounds.DONE).exists()
+        marker = self.workdir / f"round_{round_}" / kind / rounds.DONE
+        return distributed.agree(f"{self.name} looked for", marker.exists)
 
 
 class Study:
@@ -100,7 +101,7 @@ class Study:
         self._config = config
         self._seeds = list(seeds)
         self._workdir = epath.Path(workdir)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         names = list(dict.fromkeys(row.run for row in self.table.rows))
         if unknown := [name for name in only if name not in names]:
             raise UserError(
@@ -136,8 +137,10 @@ class Study:
                 self._make(piece, asked)
                 # Programs of this run's shapes are of no use to the next.
                 jax.clear_caches()
-            self.write()
-        self._console.print(self.write(), markup=False)
+            if distributed.is_main():
+                self.write()
+        if distributed.is_main():
+            self._console.print(self.write(), markup=False)
 
     def _make(self, piece: Piece, asked: interruption.Asked) -> None:
         donor = self._donor(piece)

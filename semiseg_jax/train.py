@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from clu import metric_writers, periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 
-from semiseg_jax import interruption, steps
+from semiseg_jax import distributed, interruption, steps
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax.checkpoints import Checkpoints
@@ -123,7 +124,9 @@ def run(
             first, state = 0, state_lib.create(start(), program.tx, mesh)
         if evaluation_is_due(first):
             score(first, state.variables)
-        writer = metric_writers.create_default_writer(stage.folder, asynchronous=False)
+        writer = metric_writers.create_default_writer(
+            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
+        )
         log = _Log(stage, program, writer, say, first, train_config)
         ahead = _ahead(batches(range(first, stage.steps)), mesh, log)
         # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
@@ -227,7 +230,8 @@ class _Log:
         )
         self._profile = None
         # Only where the stage lasts long enough for the profile to end in it.
-        if 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS:
+        lasts = 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS
+        if lasts and distributed.is_main():
             self._profile = periodic_actions.Profile(
                 logdir=str(stage.folder),
                 num_profile_steps=PROFILED_STEPS,
@@ -259,9 +263,10 @@ class _Log:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
             rates = "teacher" if self._stage.kind == "teacher" else "student"
+            ids = itertools.chain(*distributed.gather("images of the batch", batch.ids))
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
-                f"{', '.join(batch.ids)}): look at this batch in {self._keep(step, batch)}, or "
+                f"{', '.join(ids)}): look at this batch in {self._keep(step, batch)}, or "
                 f"lower optim.{rates}.learning_rate; the checkpoints before it are kept."
             )
         self._window.append(values)
@@ -269,8 +274,12 @@ class _Log:
             self._write(step)
 
     def _keep(self, step: int, batch: pipeline.TrainBatch) -> epath.Path:
-        """Writes a batch to look at: image, label, is_pseudo, ids; the file's path."""
-        path = self._stage.folder / f"not_finite_step_{step}.npz"
+        """Writes a batch to look at: image, label, is_pseudo, ids; the file's path.
+
+        Of several processes each writes its own part.
+        """
+        part = f"_part_{distributed.index()}" if distributed.count() > 1 else ""
+        path = self._stage.folder / f"not_finite_step_{step}{part}.npz"
         content = io.BytesIO()
         np.savez_compressed(content, **dataclasses.asdict(batch))
         write_bytes(path, content.getvalue())

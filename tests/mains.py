@@ -47,17 +47,18 @@ def _put(taken: dict[str, flags.Flag]) -> None:
 
 
 # Each command has a --config; those of several can only take turns in one process.
-_others = _take("config")
+_MAINS = ("config", "workdir", "coordinator", "num_processes", "process_id")
+_others = _take(*_MAINS)
 from semiseg_jax import main  # noqa: E402
 
-_flags_of_main = _take("config", "workdir")
+_flags_of_main = _take(*_MAINS)
 _put(_others)
 
 
 @contextlib.contextmanager
 def _as_main():
     """The process has main's flags, and afterwards those it had."""
-    others = _take("config", "workdir")
+    others = _take(*_MAINS)
     _put(_flags_of_main)
     known = set(flags.FLAGS)
     try:

@@ -16,6 +16,7 @@ from etils import epath
 from jaxtyping import Int, Int16, UInt8
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from semiseg_jax import distributed
 from semiseg_jax.errors import UserError
 
 IGNORE = 255
@@ -289,20 +290,34 @@ def generated_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(colours)
 
 
+def has_rename(path: epath.PathLike) -> bool:
+    """Whether a file can be renamed there, at once: on file systems, not in stores such as gs://.
+
+    Such stores copy and delete instead, which may end halfway.
+    """
+    return "://" not in os.fspath(path)
+
+
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes a file so that it is never seen half-written: temporary name, then rename.
+
+    Stores without rename (see `has_rename`) show a file only once all of it was written, and get
+    it under its own name.
 
     Raises:
         UserError: the disk is full or not writable.
     """
     target = epath.Path(path)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    # On a shared file system processes of several machines may have one number.
+    maker = f"{distributed.index()}-{os.getpid()}"
+    temporary = target.parent / f".{target.name}.{maker}.tmp" if has_rename(target) else target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
-        temporary.replace(target)
+        if temporary != target:
+            temporary.replace(target)
     except OSError as error:
-        if temporary.exists():
+        if temporary != target and temporary.exists():
             temporary.unlink()
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): free space or give another "

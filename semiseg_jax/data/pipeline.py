@@ -5,9 +5,10 @@ global batch). Nothing is carried from step to step, so that a run goes on from 
 cost, and the number of processes, devices or threads changes no pixel.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
+from semiseg_jax import distributed
 from semiseg_jax.data import labels, sda, weak
 from semiseg_jax.data.sources import Dataset, Example
 from semiseg_jax.data.streams import Slots, Streams, slots
@@ -243,7 +245,7 @@ class _Reader:
         running = tf.autograph.experimental.do_not_convert(lambda _: ~self._stopped)
         return tf.data.Dataset.range(start, stop).take_while(running)
 
-    def sentences(self, dataset: tf.data.Dataset) -> Iterator[Any]:
+    def sentences(self, dataset: tf.data.Dataset) -> Generator[Any]:
         """The data set's elements as numpy; a reading error as the UserError it was."""
         iterator = dataset.as_numpy_iterator()
         try:
@@ -301,12 +303,27 @@ class ImageBatch:
         label: class ids and IGNORE; IGNORE throughout where there is no mask, and in the padding.
         ids: of the real images, at most as many as the batch holds.
         sizes: (height, width) of each image in pixels, without padding; 0 of empty ones.
+        total: real images of the batch in all processes, of which this is one's part.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
     label: UInt8[np.ndarray, "n h w"]
     ids: tuple[str, ...]
     sizes: Int32[np.ndarray, "n 2"]
+    total: int
+
+
+def image_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """(height, width) of each image in pixels, from the files' headers.
+
+    Each process reads those of its share.
+
+    Raises:
+        UserError: an image is missing or damaged.
+    """
+    with futures.ThreadPoolExecutor() as pool:
+        mine = list(pool.map(lambda e: labels.image_size(e.image), distributed.share(examples)))
+    return [(h, w) for h, w in distributed.gather_shares("sizes of images", mine)]
 
 
 def padding_for(examples: Sequence[Example], pad_to: int) -> int:
@@ -321,13 +338,24 @@ def padding_for(examples: Sequence[Example], pad_to: int) -> int:
     """
     if pad_to == 1:
         return 1
-    return 1 if len(image_sizes(examples)) <= MAX_EXACT_SIZES else pad_to
+    return 1 if len(set(image_sizes(examples))) <= MAX_EXACT_SIZES else pad_to
 
 
-def image_sizes(examples: Sequence[Example]) -> set[Size]:
-    """The sizes that these images have, from their headers."""
-    with futures.ThreadPoolExecutor() as pool:
-        return set(pool.map(lambda e: labels.image_size(e.image), examples))
+def batches_of_one_size(
+    sizes: Sequence[Size], padded: Callable[[Size], Size], batch_size: Callable[[Size], int]
+) -> list[tuple[Size, list[int]]]:
+    """Which images make a batch: (padded size, their indices), each image once.
+
+    Images of a padded size wait until a batch of it is full; the rest comes at the end.
+    """
+    batches = []
+    waiting: dict[Size, list[int]] = {}
+    for i, size in enumerate(map(padded, sizes)):
+        group = waiting.setdefault(size, [])
+        group.append(i)
+        if len(group) == batch_size(size):
+            batches.append((size, waiting.pop(size)))
+    return [*batches, *waiting.items()]
 
 
 def image_batches(
@@ -339,13 +367,14 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Whole, clean images in batches of `batch_size`, each batch of one padded size.
 
-    Every example occurs exactly once. Images of a size wait until a batch of that size is full;
-    what is left at the end is filled up with empty images, labelled IGNORE.
+    Every example occurs exactly once, in the batches of `batches_of_one_size`; what is not full is
+    filled up with empty images, labelled IGNORE. Each process reads and yields its part of every
+    batch, so that all have the same number of them.
 
     Args:
         examples: what to read.
         dataset: its id table is read.
-        batch_size: images in a batch.
+        batch_size: images in a batch of all processes, a multiple of their number.
         pad_to: sides are padded to multiples of it, in pixels (see `padding_for`).
         colour: of the padding.
 
@@ -357,15 +386,16 @@ def image_batches(
         height, width = (-(-side // pad_to) * pad_to for side in size)
         return height, width
 
-    return batches_by_size(examples, dataset, padded, lambda _: batch_size, batch_size, colour)
+    sizes = image_sizes(examples)
+    return batches_by_size(examples, sizes, dataset, padded, lambda _: batch_size, colour)
 
 
 def batches_by_size(
     examples: Sequence[Example],
+    sizes: Sequence[Size],
     dataset: Dataset,
     padded: Callable[[Size], Size],
     batch_size: Callable[[Size], int],
-    ahead: int,
     colour: UInt8[np.ndarray, "3"],
     broken: Broken | None = None,
 ) -> Iterator[ImageBatch]:
@@ -373,37 +403,47 @@ def batches_by_size(
 
     Args:
         examples, dataset, colour: as there.
+        sizes: (height, width) of each image in pixels.
         padded: the (height, width) that an image of a (height, width) is padded to.
-        batch_size: images in a batch, by their padded size.
-        ahead: images read ahead.
+        batch_size: images in a batch of all processes, by their padded size.
         broken: takes the examples that cannot be read, which are left out.
 
     Raises:
         UserError: as there, unless `broken` takes it.
     """
-    reader = _Reader(examples, dataset, len(examples), broken)
-    numbers = reader.numbers(0, len(examples))
-    read = tf.autograph.experimental.do_not_convert(lambda i: (i, *reader(i)))
+    batches = batches_of_one_size(sizes, padded, batch_size)
+    each = {size: batch_size(size) // distributed.count() for size, _ in batches}
+
+    def mine(size: Size, indices: Sequence[int]) -> Sequence[int]:
+        return indices[distributed.index() * each[size] :][: each[size]]
+
+    order = [examples[i] for size, indices in batches for i in mine(size, indices)]
+    reader = _Reader(order, dataset, len(order), broken)
+    numbers = reader.numbers(0, len(order))
+    read = tf.autograph.experimental.do_not_convert(reader)
+    ahead = max(each.values(), default=1)
     elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(ahead)
-    waiting: dict[Size, list] = {}
-    for index, image, label in reader.sentences(elements.with_options(_options(0))):
-        if not label.size:
-            continue  # broken
-        size = padded(label.shape)
-        group = waiting.setdefault(size, [])
-        group.append((examples[index].id, image, label))
-        if len(group) == batch_size(size):
-            yield _joined(waiting.pop(size), size, len(group), colour)
-    for size, group in waiting.items():
-        yield _joined(group, size, batch_size(size), colour)
+    with contextlib.closing(reader.sentences(elements.with_options(_options(0)))) as views:
+        for size, indices in batches:
+            group = [(examples[i], *next(views)) for i in mine(size, indices)]
+            whole = [(e, image, label) for e, image, label in group if label.size]
+            yield _joined(whole, size, each[size], len(indices), colour)
 
 
-def _joined(group: list, size: Size, batch_size: int, colour: UInt8[np.ndarray, "3"]) -> ImageBatch:
+def _joined(
+    group: list[tuple[Example, np.ndarray, np.ndarray]],
+    size: Size,
+    batch_size: int,
+    total: int,
+    colour: UInt8[np.ndarray, "3"],
+) -> ImageBatch:
     images = np.empty((batch_size, *size, 3), np.uint8)
     images[:] = colour
     masks = np.full((batch_size, *size), labels.IGNORE, np.uint8)
     sizes = np.zeros((batch_size, 2), np.int32)
-    for i, (_, image, label) in enumerate(group):
+    for i, (example, image, label) in enumerate(group):
         height, width = sizes[i] = label.shape
+        if height > size[0] or width > size[1]:
+            raise UserError(f"{example.image} was changed while it was read: start again.")
         images[i, :height, :width], masks[i, :height, :width] = image, label
-    return ImageBatch(images, masks, tuple(name for name, *_ in group), sizes)
+    return ImageBatch(images, masks, tuple(e.id for e, *_ in group), sizes, total)

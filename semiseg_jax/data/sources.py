@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int16
 
+from semiseg_jax import distributed
 from semiseg_jax.data import (
     camvid,
     cityscapes,
@@ -76,7 +77,10 @@ def load(config: Any, say: Say = lambda line: None) -> Dataset:
     """
     dataset, root = plan(config, say)
     check(dataset, say)
-    return downscaled(dataset, root, config.data) if config.data.downscale > 1 else dataset
+    if config.data.downscale == 1:
+        return dataset
+    with distributed.main_first("smaller images"):
+        return downscaled(dataset, root, config.data)
 
 
 def plan(config: Any, say: Say = lambda line: None) -> tuple[Dataset, epath.Path]:
@@ -87,7 +91,8 @@ def plan(config: Any, say: Say = lambda line: None) -> tuple[Dataset, epath.Path
     """
     name = config.data.name
     layout_of = tfds_export.layout if name.startswith(tfds_export.PREFIX) else LAYOUTS[name]
-    layout = layout_of(config, say)
+    with distributed.main_first("data"):
+        layout = layout_of(config, say)
     return _split(config, layout, say), layout.root
 
 
@@ -195,7 +200,8 @@ def _classes_of(
 
     def read(indices: Sequence[int]) -> list[frozenset[int]]:
         with futures.ThreadPoolExecutor() as pool:
-            return list(pool.map(present, indices))
+            found = [sorted(classes) for classes in pool.map(present, distributed.share(indices))]
+        return [frozenset(c) for c in distributed.gather_shares("classes of masks", found)]
 
     return read
 
@@ -257,7 +263,7 @@ def _listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Exampl
 def check(dataset: Dataset, say: Say = lambda line: None) -> None:
     """Refuses what would corrupt an experiment before anything is trained.
 
-    Masks are read whole; of images only the headers.
+    Masks are read whole; of images only the headers; each process looks at its share.
 
     Args:
         dataset: what to look at.
@@ -269,11 +275,12 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
     _check_sets(dataset)
     with futures.ThreadPoolExecutor() as pool:
         check_pair = functools.partial(_check_pair, table=dataset.table)
-        counts = sum(pool.map(check_pair, dataset.labeled), np.zeros(256, np.int64))
+        labeled = distributed.share(dataset.labeled)
+        counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
         for part, look in ((dataset.evaluation, check_pair), (dataset.unlabeled, _check_image)):
-            for _ in pool.map(look, part):
+            for _ in pool.map(look, distributed.share(part)):
                 pass
-    found = set(np.flatnonzero(counts).tolist())
+    found = set(np.flatnonzero(distributed.total("data checked", counts)).tolist())
     if found <= {0, labels.IGNORE}:
         hint = ""
         if labels.IGNORE in found:

@@ -186,7 +186,9 @@ def _is_floating(tensor: np.ndarray) -> bool:
 def _like(tensor: np.ndarray, leaf: Any) -> Any:
     """The tensor with dtype and place of a leaf."""
     tensor = np.ascontiguousarray(tensor, leaf.dtype)
-    return jax.device_put(tensor, leaf.sharding) if isinstance(leaf, jax.Array) else tensor
+    if not isinstance(leaf, jax.Array):
+        return tensor
+    return jax.make_array_from_callback(tensor.shape, leaf.sharding, lambda part: tensor[part])
 
 
 def _shortened(names: Iterable[str], count: int = 6) -> str:

@@ -1,0 +1,401 @@
+"""Several processes as one run: how they start, split work, agree, wait for each other and end.
+
+With one process nothing is started, and every function here is the plain thing it says. With
+several, each reads and labels its share, process 0 alone writes what there is one of, and what is
+read from the workdir is read by process 0 and told to the others, so that all take the same path.
+No process outlives another one: each tells the others once a second that it is there, and an error
+of one ends all.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from semiseg_jax.errors import UserError
+
+T = TypeVar("T")
+
+# How long processes wait for each other, in seconds: to start (machines come up one by one); at a
+# barrier, where all are alive but one is not there; and for the one that prepares data for all.
+START_SECONDS = 300
+BARRIER_SECONDS = 1800
+PREPARE_SECONDS = 24 * 3600
+# A process that was not heard of for so long is gone; the rest ends. JAX finds out after its own.
+LOST_SECONDS = 30
+_HEARTBEAT_SECONDS = 45
+_TICK_SECONDS = 1.0
+
+_GO_ON = "start the same command again on all of them to go on"
+
+
+class _Run:
+    """What this process knows of the others.
+
+    Attributes:
+        client: of JAX's coordination service, which process 0 hosts.
+        index, count: of the processes.
+        numbers: of barriers and messages, the same on all processes.
+    """
+
+    def __init__(self, client: Any, index: int, count: int):
+        self.client = client
+        self.index = index
+        self.count = count
+        self.numbers = itertools.count()
+
+
+_run: _Run | None = None
+
+
+def index() -> int:
+    """This process's number; 0 where there is one."""
+    return _run.index if _run else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _run.count if _run else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes what there is one of, and speaks."""
+    return index() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of a sequence; all parts together are the sequence."""
+    return items[index() :: count()]
+
+
+# How they start
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, on_cpu: bool
+) -> None:
+    """Joins the other processes of the run, if there are any; before JAX's backend has started.
+
+    Args:
+        coordinator: HOST:PORT of process 0, or None: then a Cloud TPU pod or a Slurm step is asked
+            which processes there are, and without one there is but this process.
+        num_processes: how many there are; given with `coordinator`, and so is
+        process_id: this one's number.
+        on_cpu: the CPU computes.
+
+    Raises:
+        UserError: the arguments do not fit together.
+    """
+    given = (coordinator, num_processes, process_id)
+    if all(value is None for value in given):
+        if not _may_be_in_a_cluster():
+            return
+        where = "the cluster's coordinator"
+        arguments: dict[str, Any] = {}
+    else:
+        _check(coordinator, num_processes, process_id)
+        where = f"{coordinator}"
+        arguments = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    _join(where, arguments, on_cpu)
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError(
+            "--coordinator, --num_processes and --process_id belong together: give all three, or "
+            "none for a single process, a TPU pod or a Slurm step."
+        )
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:8476.")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} is not one of --num_processes={num_processes}: number the "
+            "processes from 0."
+        )
+
+
+def _may_be_in_a_cluster() -> bool:
+    """A Slurm step of several tasks; or a TPU's machine, of which JAX finds out whether it is."""
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return True
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+
+
+def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
+    """Starts jax.distributed and the watch over the others."""
+    global _run
+    import jax
+    from jax._src import distributed as of_jax  # the one way to its client
+
+    if on_cpu:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _say_when_aborted(
+        f"Not all processes of this run came to {where} within {START_SECONDS} s: check its "
+        "address, that process 0 runs there, and that all were started with the same number of "
+        "processes."
+    )
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        if arguments or "defined" not in str(error):
+            raise
+        return  # JAX found no cluster.
+    except RuntimeError as error:
+        raise UserError(
+            f"The processes of this run cannot join each other at {where} "
+            f"({_first_line(error)}): check its address and that its port is free."
+        ) from error
+    state = of_jax.global_state
+    if state.num_processes == 1:
+        return
+    _say_when_aborted(f"Process 0 ended or cannot be reached: {_GO_ON}.")
+    _run = _Run(state.client, state.process_id, state.num_processes)
+    _show_life(_run, 0)
+    barrier("start")
+    threading.Thread(target=_watch, args=(_run,), daemon=True).start()
+
+
+# How they wait and agree
+
+
+def barrier(name: str, seconds: float | None = None) -> None:
+    """Waits until every process is here.
+
+    Args:
+        name: of the place in the run, the same on all processes.
+        seconds: how long to wait; BARRIER_SECONDS unless given.
+
+    Raises:
+        UserError: one did not come.
+    """
+    if _run is None:
+        return
+    import jax
+
+    seconds = BARRIER_SECONDS if seconds is None else seconds
+    try:
+        number = next(_run.numbers)
+        _run.client.wait_at_barrier(f"semiseg {number} {name}", round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        missing = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
+        if missing is None:
+            raise
+        raise UserError(
+            f"Process {', '.join(missing.group(1).split())} did not come to the barrier "
+            f'"{name}" within {seconds:g} s: look at what it does, end all processes, and '
+            f"{_GO_ON}."
+        ) from error
+
+
+def gather(name: str, value: Any) -> list[Any]:
+    """The values of all processes, in their order; anything that JSON can say.
+
+    Args:
+        name: of the barrier that this is.
+        value: of this process.
+
+    Raises:
+        UserError: as `barrier`.
+    """
+    if _run is None:
+        return [value]
+    place = f"semiseg/gathered/{next(_run.numbers)}/"
+    content = zlib.compress(json.dumps(value).encode())
+    _run.client.key_value_set_bytes(f"{place}{_run.index}", content)
+    barrier(name)
+    found = {
+        int(key.rpartition("/")[2]): json.loads(zlib.decompress(part))
+        for key, part in _run.client.key_value_dir_get_bytes(place)
+    }
+    return [found[i] for i in range(_run.count)]
+
+
+def gather_shares(name: str, part: Sequence[T]) -> list[T]:
+    """The sequence of which every process has its `share`; its items as in `gather`."""
+    parts = gather(name, list(part))
+    whole: list[Any] = [None] * sum(map(len, parts))
+    for i, of_one in enumerate(parts):
+        whole[i :: len(parts)] = of_one
+    return whole
+
+
+def agree(name: str, decide: Callable[[], T]) -> T:
+    """What process 0 decides, on every process; anything that JSON can say.
+
+    Whatever depends on the files of the workdir is decided so: they change while others look.
+
+    Args:
+        name: of the barrier that this is.
+        decide: called in process 0 alone.
+    """
+    return gather(name, decide() if is_main() else None)[0]
+
+
+def total(name: str, counts: np.ndarray) -> np.ndarray:
+    """The sum of an integer array over the processes, in its shape, int64."""
+    return np.sum([np.asarray(part, np.int64) for part in gather(name, counts.tolist())], axis=0)
+
+
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Process 0 goes through it first, then all others, who may find its files made."""
+    if not is_main():
+        barrier(name, PREPARE_SECONDS)
+    yield
+    if is_main():
+        barrier(name, PREPARE_SECONDS)
+
+
+def preempted() -> Callable[[], bool]:
+    """Tells at each call whether to stop here, where one process had a SIGTERM: all the same.
+
+    Every process must call it equally often; the answer is True at one and the same call.
+    """
+    from jax.experimental import multihost_utils
+
+    calls = itertools.count(1)
+    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+
+
+# How they end
+
+_speaking = threading.Lock()
+_ending = threading.Event()
+
+
+@contextlib.contextmanager
+def together(*agreed: type[BaseException]) -> Iterator[None]:
+    """What ends one process inside ends all, each with a sentence; they come to its end together.
+
+    Args:
+        agreed: exceptions that all processes raise at the same place.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _run is not None and not isinstance(error, agreed):
+            _end_all(_run, error)
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """All are done, with the same outcome."""
+    if _run is None:
+        return
+    import jax
+
+    barrier("end")
+    _ending.set()
+    jax.distributed.shutdown()
+
+
+def _end_all(run: _Run, error: BaseException) -> NoReturn:
+    """Tells the others why this process ends, and ends it."""
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        # Collectives fail where another process ended; the watch finds out which, and speaks.
+        time.sleep(LOST_SECONDS + 5 * _TICK_SECONDS)
+    sentence = str(error)
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        sentence = f"{type(error).__name__}: {_first_line(error)}"
+    _ending.set()
+    run.client.key_value_set(f"semiseg/ended/{run.index}", sentence)
+    if is_main():
+        # The others hear of it through this process.
+        time.sleep(5 * _TICK_SECONDS)
+    _end(sentence if is_main() else f"process {run.index}: {sentence}")
+
+
+def _end(sentence: str) -> NoReturn:
+    """Ends the process, whatever its other threads are at, with one sentence."""
+    if not _speaking.acquire(blocking=False):
+        time.sleep(60)  # Another thread is at it.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os.write(2, f"Error: {sentence}\n".encode())
+    os._exit(1)
+
+
+def _show_life(run: _Run, beat: int) -> None:
+    run.client.key_value_set(f"semiseg/alive/{run.index}", str(beat), allow_overwrite=True)
+
+
+def _watch(run: _Run) -> None:
+    """Until the run ends: tells the others that this process lives, and ends it when one does."""
+    import jax
+
+    heard: dict[int, tuple[str, float]] = {}
+    for beat in itertools.count(1):
+        if _ending.wait(_TICK_SECONDS):
+            return
+        try:
+            _show_life(run, beat)
+            alive = run.client.key_value_dir_get("semiseg/alive/")
+            ended = run.client.key_value_dir_get("semiseg/ended/")
+        except jax.errors.JaxRuntimeError:
+            if _ending.is_set():
+                return
+            _end(f"Process 0 ended or cannot be reached: {_GO_ON}.")
+        for key, reason in ended:
+            _end(f"process {run.index} ends because process {key.rpartition('/')[2]} did: {reason}")
+        now = time.monotonic()
+        for key, life in alive:
+            number = int(key.rpartition("/")[2])
+            if heard.get(number, ("", 0.0))[0] != life:
+                heard[number] = (life, now)
+            elif now - heard[number][1] > LOST_SECONDS:
+                _end(f"Process {number} was not heard of for {LOST_SECONDS} s: {_GO_ON}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _say_when_aborted(sentence: str) -> None:
+    """Has the process end with a sentence where JAX aborts it, as it does without process 0.
+
+    Python's own handlers run too late for that: the aborting thread calls this one.
+    """
+    handler = _handler_type()(lambda number: _end(sentence))
+    _kept.append(handler)  # As long as the process: it must not be collected.
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+_kept: list[Any] = []
+
+
+@functools.cache
+def _handler_type() -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)
