@@ -1,8 +1,8 @@
 """How long a run takes at least: the floor of each of its programs, times how often it runs.
 
-A program cannot be faster than its arithmetic at the chip's peak, than its memory traffic at the
-memory's rate, or than its collectives at the rate of the links. The largest of the three is its
-bound. What overlaps badly, waits for the host or fills the units badly comes on top of it.
+A program cannot be faster than its arithmetic at the chip's peak, than its traffic with the main
+memory at that memory's rate, or than its collectives at the rate of the links. The largest of the
+three is its bound. What overlaps badly, waits for the host or fills the units badly comes on top.
 """
 
 import dataclasses
@@ -43,7 +43,8 @@ def floors(cost: Cost, chip: Chip, devices: int) -> Floors:
     """
     return Floors(
         cost.flops / chip.flops,
-        cost.traffic / chip.memory_rate,
+        # What stays on the chip does not wait for its main memory.
+        (cost.traffic if cost.main_traffic is None else cost.main_traffic) / chip.memory_rate,
         sent(cost.collectives, devices) / chip.link_rate,
     )
 

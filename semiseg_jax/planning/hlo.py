@@ -189,7 +189,8 @@ class Module:
 def _moved(instruction: Instruction, types: dict[str, tuple[Type, ...]]) -> tuple[int, int]:
     """Bytes of operands and results: (wherever they lie, in main memory)."""
     buffers = [t for name in instruction.operands for t in types[name]]
-    buffers += instruction.results
+    # What begins a copy names its source among its results.
+    buffers += instruction.results[: 1 if instruction.opcode == "copy-start" else None]
     return sum(t.bytes for t in buffers), sum(t.bytes for t in buffers if not t.on_chip)
 
 

@@ -72,7 +72,7 @@ def make(config: Any, load: Workload, topology: Topology, say: Callable[[str], N
                     return next(iter(all_(changed)))
 
                 say(f"compiling for {topology.name}: what would make {program.name} fit")
-                tried[program.name] = remedies.tried(config, program.kind, again, topology)
+                tried[program.name] = remedies.tried(config, program.kind, again, topology, limit)
     parts: list[forecast.Part] = []
     if topology.chip and not tried:
         parts = forecast.schedule(config, load, found, topology)

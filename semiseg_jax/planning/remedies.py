@@ -13,28 +13,24 @@ Change = dict[str, Any]  # values by dotted key
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """A change to the config, and what the program is with it."""
+    """A change to the config, what the program is with it, and whether it fits."""
 
     change: Change
     program: Program
-
-    @property
-    def fits(self) -> bool:
-        """Whether that is within the chip's memory."""
-        return fits(self.program.cost)
+    fits: bool
 
     def __str__(self) -> str:
         """As options of the command line."""
         return " ".join(f"--config.{key}={value}" for key, value in self.change.items())
 
 
-def fits(cost: Cost | TooLarge, limit: float = float("inf")) -> bool:
+def fits(cost: Cost | TooLarge, limit: int) -> bool:
     """Whether the compiler placed a program, within a limit in bytes."""
     return isinstance(cost, Cost) and cost.memory.total <= limit
 
 
 def tried(
-    config: Any, kind: str, make: Callable[[Any], Program], topology: Topology
+    config: Any, kind: str, make: Callable[[Any], Program], topology: Topology, limit: int
 ) -> list[Remedy]:
     """Changes that may make a program fit, the smallest first, up to one that does.
 
@@ -46,13 +42,15 @@ def tried(
         kind: of the program.
         make: compiles the program of a config.
         topology: whose devices batches must divide over.
+        limit: bytes that there are on one of them.
     """
     remedies = []
     singles = _changes(config, kind, len(topology.devices))
     for together in range(1, len(singles) + 1):
         for combined in itertools.combinations(singles, together):
             change = {key: value for single in combined for key, value in single.items()}
-            remedies.append(Remedy(change, make(changed(config, change))))
+            program = make(changed(config, change))
+            remedies.append(Remedy(change, program, fits(program.cost, limit)))
             if together > 1 and remedies[-1].fits:
                 return remedies
         if any(remedy.fits for remedy in remedies):

@@ -11,7 +11,7 @@ from semiseg_jax.planning import forecast
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.forecast import Floors, Part
 from semiseg_jax.planning.programs import Cost, Program
-from semiseg_jax.planning.remedies import Remedy
+from semiseg_jax.planning.remedies import Remedy, fits
 from semiseg_jax.planning.workload import Workload
 
 GIB = 2**30
@@ -54,7 +54,7 @@ class Plan:
 
     def fits(self, program: Program) -> bool:
         """Whether the compiler placed it, within the limit."""
-        return isinstance(program.cost, Cost) and program.cost.memory.total <= self.limit
+        return fits(program.cost, self.limit)
 
 
 def show(plan: Plan, supplied: float | None, why_not: str) -> None:
@@ -152,7 +152,7 @@ def _remedies(plan: Plan) -> list[str]:
             cost = remedy.program.cost
             size = cost.memory.total if isinstance(cost, Cost) else cost.needed
             lines.append(
-                f"{name} with {remedy}: {size / GIB:.2f} GB, "
+                f"{name} with {remedy}: {size / GIB:.2f} GiB, "
                 f"{'fits' if remedy.fits else 'does not fit'}"
             )
         good = next((remedy for remedy in remedies if remedy.fits), None)
