@@ -55,6 +55,7 @@ class Predictor:
         window: (height, width) in pixels of the scaled image; where that is larger, the network
             sees it through windows of this size, whose logits are averaged. () for never.
         window_stride: pixels between neighbouring windows, (down, across).
+        add_scale: the program of one scale: (total, variables, images, scale) -> total.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Predictor:
         self.window = tuple(window)
         self.window_stride = tuple(window_stride)
         whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
-        self._add = jax.jit(
+        self.add_scale = jax.jit(
             self._add_scale,
             static_argnums=3,
             in_shardings=(split, whole, split),
@@ -101,7 +102,7 @@ class Predictor:
             device=mesh_lib.split_by_image(self.mesh),
         )
         for scale in self.scales:
-            total = self._add(total, variables, images, scale)
+            total = self.add_scale(total, variables, images, scale)
         return self._finish(total)
 
     def _add_scale(

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -20,13 +21,20 @@ _NEVER = 2**31 - 1
 def cpu_computes() -> bool:
     """Whether JAX will compute on the CPU, told before it starts: no other runtime is installed.
 
-    Or JAX_PLATFORMS=cpu says so.
+    Or JAX_PLATFORMS=cpu says so. The TPU's runtime is also installed to compile for TPUs that are
+    not there (see `plan`): it counts where there is a device for it.
     """
     if os.environ.get("JAX_PLATFORMS"):
         return os.environ["JAX_PLATFORMS"] == "cpu"
     # CUDA's and ROCm's register themselves as plugins; the TPU's is looked for by its name.
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return not plugins and importlib.util.find_spec("libtpu") is None
+    return not plugins and not (importlib.util.find_spec("libtpu") and _has_tpu())
+
+
+def _has_tpu() -> bool:
+    """Whether the kernel shows a TPU: /dev/accel0, or from v5e on /dev/vfio/0."""
+    devices = Path("/dev")
+    return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
 
 
 def keep_freed() -> bool:

@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from semiseg_jax.errors import UserError
 
 DATA_AXIS = "data"
 
@@ -36,6 +39,26 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_batches(config: Any, devices: int) -> None:
+    """Refuses batches that do not divide over the devices.
+
+    Args:
+        config: the whole config.
+        devices: how many there are.
+
+    Raises:
+        UserError: naming the batch's key.
+    """
+    for key in ("train.batch_labeled", "train.batch_unlabeled", "pseudo.batch", "eval.batch"):
+        section, name = key.split(".")
+        size = config[section][name]
+        if size % devices:
+            raise UserError(
+                f"{key} is {size}, which does not divide over {devices} devices: make it a "
+                f"multiple of {devices}."
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -171,7 +171,7 @@ class Job:
                 "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
                 "or train the teacher alone with rounds.count=0."
             )
-        self._check_batches()
+        mesh_lib.check_batches(config, self._mesh.size)
         self.results = Results(workdir / "results.json")
         d = self.dataset
         several = distributed.count() > 1
@@ -192,18 +192,6 @@ class Job:
     def keep_run(self) -> None:
         """Writes run.json, what the run is made on, for people."""
         record.keep_run(self._workdir, self.dataset, self._mesh)
-
-    def _check_batches(self) -> None:
-        """Every batch divides over the devices; said before anything is trained."""
-        config = self._config
-        for key in ("train.batch_labeled", "train.batch_unlabeled", "pseudo.batch", "eval.batch"):
-            section, name = key.split(".")
-            size = config[section][name]
-            if size % self._mesh.size:
-                raise UserError(
-                    f"{key} is {size}, which does not divide over {self._mesh.size} devices: make "
-                    f"it a multiple of {self._mesh.size}."
-                )
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:

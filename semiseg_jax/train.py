@@ -116,7 +116,7 @@ def run(
 
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        found = checkpoints.newest(_like(program, mesh), say)
+        found = checkpoints.newest(state_shapes(program, mesh), say)
         if found:
             first, state = found
             say(f"going on at step {first}")
@@ -172,11 +172,11 @@ def restore(
         say: takes a line about a damaged checkpoint.
     """
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        found = checkpoints.newest(_like(program, mesh), say)
+        found = checkpoints.newest(state_shapes(program, mesh), say)
     return found[1].variables if found and found[0] == stage.steps else None
 
 
-def _like(program: Program, mesh: Mesh) -> TrainState:
+def state_shapes(program: Program, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and places of a stage's state."""
     whole = mesh_lib.replicated(mesh)
     create = functools.partial(state_lib.create, tx=program.tx, mesh=mesh)

@@ -41,17 +41,19 @@ def test_large_blocks_are_used_again_without_touching_new_pages():
 
 
 @pytest.mark.parametrize(
-    ("platforms", "plugins", "libtpu", "expected"),
+    ("platforms", "plugins", "libtpu", "chips", "expected"),
     [
-        ("", [], None, True),
-        ("", ["xla_cuda12"], None, False),
-        ("", [], "libtpu", False),
-        ("cpu", ["xla_cuda12"], "libtpu", True),
-        ("tpu,cpu", [], "libtpu", False),
+        ("", [], None, False, True),
+        ("", ["xla_cuda12"], None, False, False),
+        ("", [], "libtpu", True, False),
+        ("", [], "libtpu", False, True),  # there to compile with
+        ("cpu", ["xla_cuda12"], "libtpu", True, True),
+        ("tpu,cpu", [], "libtpu", True, False),
     ],
 )
-def test_where_the_cpu_computes(monkeypatch, platforms, plugins, libtpu, expected):
+def test_where_the_cpu_computes(monkeypatch, platforms, plugins, libtpu, chips, expected):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: plugins)
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: libtpu)
+    monkeypatch.setattr(memory, "_has_tpu", lambda: chips)
     assert memory.cpu_computes() == expected

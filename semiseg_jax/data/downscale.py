@@ -38,14 +38,14 @@ def downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
         image = folder / "images" / f"{_place(example.image, root)}.png"
         if _outdated(image, example.image):
             pixels = Image.fromarray(labels.read_image(example.image))
-            small = pixels.resize(_shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
+            small = pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
             _write_as_old_as(image, _png(small), example.image)
         if example.mask is None:
             return dataclasses.replace(example, image=os.fspath(image))
         mask = folder / "masks" / f"{_place(example.mask, root)}.png"
         if _outdated(mask, example.mask):
             ids = Image.fromarray(labels.read_mask(example.mask, dataset.table))
-            small = ids.resize(_shrunk(ids.size, factor), Image.Resampling.NEAREST)
+            small = ids.resize(shrunk(ids.size, factor), Image.Resampling.NEAREST)
             png = labels.encode_mask(np.asarray(small), dataset.palette)
             _write_as_old_as(mask, png, example.mask)
         return Example(example.id, os.fspath(image), os.fspath(mask))
@@ -84,7 +84,8 @@ def _write_as_old_as(path: epath.Path, content: bytes, source: str) -> None:
     os.utime(path, ns=(stamp, stamp))
 
 
-def _shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:
+def shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:
+    """A size in pixels, divided."""
     return max(size[0] // factor, 1), max(size[1] // factor, 1)
 
 

@@ -1,0 +1,231 @@
+"""The programs of a run, compiled for devices that need not be there, and what each of them needs.
+
+Nothing is computed: programs are traced from shapes. What is counted is what the compiler made of
+them for the devices, whatever this machine's are.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax import optim, steps, train
+from semiseg_jax import state as state_lib
+from semiseg_jax.data import streams
+from semiseg_jax.inference import Predictor
+from semiseg_jax.models import deeplab
+from semiseg_jax.planning import flops, hlo
+from semiseg_jax.planning.chips import Topology
+from semiseg_jax.planning.workload import Size, Workload
+
+_NUMBER = r"([\d.]+)([KMGT]?)"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of main memory that a program needs on one chip.
+
+    Attributes:
+        total: at the same time.
+        arguments: of it what goes in and stays: the state and the batch.
+        temporaries: of it what lives while the program runs.
+    """
+
+    total: int
+    arguments: int
+    temporaries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program needs on one chip.
+
+    Attributes:
+        memory: of it.
+        flops: operations of convolutions and matrix products, counted from the program.
+        compiler_flops: all operations, by the compiler's own count.
+        traffic: bytes that operations read and write, by the compiler's count, and those of
+            custom calls.
+        main_traffic: of it what goes to and from the main memory, by the layouts in the program;
+            None on the CPU, whose layouts do not say.
+        custom_calls: of `traffic` what custom calls read and write.
+        collectives: by kind: (how many, bytes of their operands).
+        convolved: how many convolutions and matrix products by the types of their operands.
+        seconds: that compiling took.
+    """
+
+    memory: Memory
+    flops: float
+    compiler_flops: float
+    traffic: float
+    main_traffic: float | None
+    custom_calls: int
+    collectives: dict[str, tuple[int, int]]
+    convolved: dict[str, int]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler could not place.
+
+    Attributes:
+        needed: bytes of one chip's main memory; 0 where the compiler did not say.
+        limit: bytes that there are, likewise.
+    """
+
+    needed: int
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of a run's programs.
+
+    Attributes:
+        kind: "student step", "teacher step", "labelling" or "evaluation".
+        backbone: of its network.
+        scale: of the images; 1 for steps.
+        images: that a run of it takes, over all devices.
+        size: (height, width) of those in pixels.
+        cost: or that it does not fit.
+    """
+
+    kind: str
+    backbone: str
+    scale: float
+    images: int
+    size: Size
+    cost: Cost | TooLarge
+
+    @property
+    def name(self) -> str:
+        """For people: "labelling at 0.75"."""
+        return self.kind if self.kind.endswith("step") else f"{self.kind} at {self.scale:g}"
+
+
+def step(config: Any, kind: str, classes: int, topology: Topology) -> Program:
+    """The training step of a kind of stage.
+
+    Args:
+        config: the whole config.
+        kind: "teacher" or "student".
+        classes: how many.
+        topology: to compile for.
+    """
+    mesh = mesh_lib.make_mesh(topology.devices)
+    backbone = backbone_of(config, kind)
+    model = deeplab.build(deeplab.config_for(config, backbone), classes)
+    tx, schedule = optim.make_optimizer(config.optim, kind, config.train.steps)
+    taken = streams.of_stage(config, kind)
+    made: Any = steps.make_train_step(model, tx, config.loss, taken, mesh)
+    program = train.Program(made, tx, schedule, taken, state_lib.variable_shapes(model))
+    images = taken.size("weak") + taken.size("strong")
+    size = tuple(config.data.crop)
+    split = mesh_lib.split_by_image(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((images, *size, 3), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((images, *size), jnp.uint8, sharding=split),
+        "is_pseudo": jax.ShapeDtypeStruct((images,), jnp.bool_, sharding=split),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = made.trace(train.state_shapes(program, mesh), batch, key)
+    return Program(f"{kind} step", backbone, 1.0, images, size, _compiled(traced, topology))
+
+
+def inference(
+    config: Any, kind: str, backbone: str, load: Workload, topology: Topology
+) -> Iterator[Program]:
+    """The programs of labelling or evaluation, one a scale, on the largest images of the set.
+
+    Args:
+        config: the whole config.
+        kind: "labelling" or "evaluation".
+        backbone: of the network.
+        load: for the sizes.
+        topology: to compile for.
+    """
+    protocol = config.pseudo if kind == "labelling" else config.eval
+    sizes = load.label_sizes if kind == "labelling" else load.evaluation_sizes
+    size = largest(sizes)
+    mesh = mesh_lib.make_mesh(topology.devices)
+    whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
+    model = deeplab.build(deeplab.config_for(config, backbone), load.classes)
+    predictor = Predictor(
+        model,
+        mesh,
+        protocol.scales,
+        protocol.flip,
+        config.pseudo.average if kind == "labelling" else "softmax",
+        protocol.window,
+        protocol.window_stride,
+    )
+    variables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        state_lib.for_inference(state_lib.variable_shapes(model)),
+    )
+    images = jax.ShapeDtypeStruct((protocol.batch, *size, 3), jnp.uint8, sharding=split)
+    shape = (protocol.batch, *size, load.classes)
+    total = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+    for scale in protocol.scales:
+        traced = predictor.add_scale.trace(total, variables, images, scale)
+        cost = _compiled(traced, topology)
+        yield Program(kind, backbone, scale, protocol.batch, size, cost)
+
+
+def backbone_of(config: Any, kind: str) -> str:
+    """The backbone of a kind of stage."""
+    student = config.rounds.student_model if kind == "student" else ""
+    return student or config.model.backbone
+
+
+def largest(sizes: dict[Size, int]) -> Size:
+    """The size with the most pixels."""
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _compiled(traced: jax.stages.Traced, topology: Topology) -> Cost | TooLarge:
+    began = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return too_large(str(error))
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    module = hlo.Module(compiled.as_text())
+    custom_calls = module.custom_calls()
+    return Cost(
+        memory=_memory(memory),
+        # Every image's work is on one device.
+        flops=flops.count(traced.jaxpr) / len(topology.devices),
+        compiler_flops=analysis["flops"],
+        traffic=analysis["bytes accessed"] + custom_calls,
+        main_traffic=sum(t.main for t in module.traffic()) if topology.chip else None,
+        custom_calls=custom_calls,
+        collectives=module.collectives(),
+        convolved={" × ".join(types): count for types, count in module.convolved().items()},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _memory(analysis: Any) -> Memory:
+    kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    total = arguments + temporaries + kept + analysis.generated_code_size_in_bytes
+    return Memory(total, arguments, temporaries)
+
+
+def too_large(message: str) -> TooLarge:
+    """What the compiler says of a program that does not fit: "Used 20.1G of 15.7G hbm"."""
+    found = re.search(rf"Used {_NUMBER} of {_NUMBER}", message)
+    if not found:
+        return TooLarge(0, 0)
+    used, unit, limit, unit_of_limit = found.groups()
+    return TooLarge(round(float(used) * _UNITS[unit]), round(float(limit) * _UNITS[unit_of_limit]))

@@ -1,0 +1,88 @@
+"""What makes a program fit that does not: changes to the config, each tried by compiling it."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from semiseg_jax.planning.chips import Topology
+from semiseg_jax.planning.programs import Cost, Program, TooLarge
+
+Change = dict[str, Any]  # values by dotted key
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """A change to the config, what the program is with it, and whether it fits."""
+
+    change: Change
+    program: Program
+    fits: bool
+
+    def __str__(self) -> str:
+        """As options of the command line."""
+        return " ".join(f"--config.{key}={value}" for key, value in self.change.items())
+
+
+def fits(cost: Cost | TooLarge, limit: int) -> bool:
+    """Whether the compiler placed a program, within a limit in bytes."""
+    return isinstance(cost, Cost) and cost.memory.total <= limit
+
+
+def tried(
+    config: Any, kind: str, make: Callable[[Any], Program], topology: Topology, limit: int
+) -> list[Remedy]:
+    """Changes that may make a program fit, the smallest first, up to one that does.
+
+    All single changes are tried, and where none helps, several together. Rematerialisation
+    comes first because it computes the same, bfloat16 next; smaller batches change the recipe.
+
+    Args:
+        config: with which it does not fit.
+        kind: of the program.
+        make: compiles the program of a config.
+        topology: whose devices batches must divide over.
+        limit: bytes that there are on one of them.
+    """
+    remedies = []
+    singles = _changes(config, kind, len(topology.devices))
+    for together in range(1, len(singles) + 1):
+        for combined in itertools.combinations(singles, together):
+            change = {key: value for single in combined for key, value in single.items()}
+            program = make(changed(config, change))
+            remedies.append(Remedy(change, program, fits(program.cost, limit)))
+            if together > 1 and remedies[-1].fits:
+                return remedies
+        if any(remedy.fits for remedy in remedies):
+            break
+    return remedies
+
+
+def changed(config: Any, change: Change) -> Any:
+    """A copy of the config with some values replaced."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(change)
+    return copy
+
+
+def _changes(config: Any, kind: str, devices: int) -> list[Change]:
+    """Single changes that lower a program's memory, smallest first."""
+    changes: list[Change] = []
+    is_step = kind.endswith("step")
+    if is_step and not config.model.remat:
+        changes.append({"model.remat": True})
+    if config.model.compute_dtype != "bfloat16":
+        changes.append({"model.compute_dtype": "bfloat16"})
+    if is_step:
+        keys = ["train.batch_labeled", "train.batch_unlabeled"]
+    else:
+        keys = ["pseudo.batch" if kind == "labelling" else "eval.batch"]
+    smaller: Change = {}
+    for key in keys:
+        section, name = key.split(".")
+        half = config[section][name] // 2 // devices * devices
+        if half:
+            smaller[key] = half
+    if smaller:
+        changes.append(smaller)
+    return changes

@@ -1,0 +1,238 @@
+"""Plans for the CPU, and the sentences of those that cannot be made."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from semiseg_jax.errors import UserError
+from semiseg_jax.planning import chips, forecast, planner, programs, remedies, report, workload
+from semiseg_jax.planning.chips import CHIPS, Topology
+from semiseg_jax.planning.programs import Cost, Memory, Program, TooLarge
+from semiseg_jax.planning.workload import Workload
+from tests.conftest import tiny_config
+
+GB = 10**9
+
+
+def streets_config(**changes):
+    return tiny_config(
+        data__name="streets", data__labels=16.0, data__streets_size=(32, 48), **changes
+    )
+
+
+def test_table_and_json_for_the_cpu(tmp_path, capsys, monkeypatch):
+    # Two of the devices take less time to compile for than all.
+    two = Topology("cpu", tuple(jax.devices()[:2]), 1, None)
+    monkeypatch.setattr(chips, "topology", lambda name: two)
+    file = tmp_path / "plan.json"
+    planner.run(streets_config(), ["cpu"], str(file), 0.0)
+    printed = capsys.readouterr().out
+    for what in ("16 labelled, 464 unlabelled, 120 evaluation", "memory, GiB", "all-reduces, MB"):
+        assert what in printed
+    assert "chip-hours" not in printed  # no rates are published for this machine
+    (plan,) = json.loads(file.read_text())
+    step, labelling, evaluation = plan["programs"]
+    assert [p["name"] for p in plan["programs"]] == [
+        "student step", "labelling at 1", "evaluation at 1",
+    ]  # fmt: skip
+    assert step["fits"] and step["images"] == 16 and step["size"] == [32, 40]
+    assert set(step["cost"]["collectives"]) == {"all-reduce"}
+    # Labelling sees each image mirrored too.
+    assert labelling["cost"]["flops"] == 2 * evaluation["cost"]["flops"] > 0
+
+
+def test_the_data_s_own_counts_and_sizes_where_they_are(folder_config):
+    folder_config.data.downscale = 2
+    load = workload.of(folder_config)
+    assert (load.classes, load.labeled, load.unlabeled, load.evaluated) == (3, 4, 8, 5)
+    assert load.evaluation_sizes == {(24, 18): 2, (18, 24): 3}
+    assert not load.assumed
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "counts", "size"),
+    [
+        ("cityscapes", {"labels": 372.0}, (372, 2603, 500), (1024, 2048)),
+        ("cityscapes", {"labels": 0.0, "train_extra": True}, (2975, 19997, 500), (1024, 2048)),
+        ("pascal_voc", {"labels": 1323.0}, (1323, 9259, 1449), (512, 512)),
+        ("camvid", {"labels": 0.5, "unlabeled_ratio": 0.5}, (184, 92, 101), (360, 480)),
+    ],
+)
+def test_published_counts_where_the_data_are_not(tmp_path, name, changes, counts, size):
+    config = tiny_config(data__name=name, data__root=str(tmp_path / "nothing"))
+    config.data.update(changes)
+    load = workload.of(config)
+    assert (load.labeled, load.unlabeled, load.evaluated) == counts
+    assert load.label_sizes == {size: counts[1]}
+    assert load.assumed[0].startswith("The data are not here")
+
+
+def test_data_that_nothing_is_known_of(tmp_path):
+    config = tiny_config(
+        data__name="folder", data__classes=("a", "b"), data__root=str(tmp_path / "nothing")
+    )
+    with pytest.raises(UserError, match=r"The data folder .* is missing"):
+        workload.of(config)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v7:2x2", "v5e:4x4x", "tpu", "v5e:2,2"])
+def test_a_topology_that_is_not_known(name):
+    with pytest.raises(UserError, match=r"is not known: write cpu, or one of v4, v5e, v5p, v6e"):
+        chips.topology(name)
+
+
+def test_without_the_tpus_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed: pip install the libtpu that requirements"):
+        chips.topology("v5e:2x2")
+
+
+def test_devices_that_do_not_divide_the_batch():
+    with pytest.raises(UserError, match=r"pseudo.batch is 12, .* make it a multiple of 8"):
+        planner.run(streets_config(pseudo__batch=12), ["cpu"], None, 0.0)
+
+
+# ---- from costs to hours, by hand
+
+DEVICES = 4
+V5E = CHIPS["v5e"]
+
+
+def slice_of_four():
+    """Its devices are only counted."""
+    return Topology("v5e:2x2", tuple(jax.devices()[:DEVICES]), 1, V5E)
+
+
+def cost(flops=0, traffic=0, reduced=0):
+    return Cost(
+        Memory(0, 0, 0), flops, flops, traffic, traffic, 0, {"all-reduce": (1, reduced)}, {}, 0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("needs", "seconds", "limited_by"),
+    [
+        ({"flops": 197e12, "traffic": 81.9 * GB}, 1.0, "arithmetic"),
+        ({"flops": 19.7e12, "traffic": 1638 * GB}, 2.0, "memory"),
+        # Three quarters are sent to be summed, three quarters when the sums come back.
+        ({"reduced": 400 * GB}, 2 * 0.75 * 400 / 200, "links"),
+    ],
+)
+def test_bound_is_the_largest_floor(needs, seconds, limited_by):
+    found = forecast.floors(cost(**needs), V5E, DEVICES)
+    assert found.bound == pytest.approx(seconds)
+    assert found.limited_by == limited_by
+
+
+def test_hours_of_the_whole_schedule():
+    config = tiny_config(rounds__count=3, rounds__control=True, eval__every=40)
+    config.train.update({"steps": 100, "teacher_steps": 50})
+    config.pseudo.scales = (1.0, 2.0)
+    load = Workload(5, 10, 20, 30, {(10, 10): 17, (10, 5): 3}, {(10, 10): 30})
+    second = cost(flops=197e12)
+    found = [
+        Program("student step", "tiny", 1.0, 16, (32, 40), second),
+        Program("labelling", "tiny", 1.0, 8, (10, 10), second),
+        Program("labelling", "tiny", 2.0, 8, (10, 10), second),
+        Program("evaluation", "tiny", 1.0, 8, (10, 10), second),
+    ]
+    seconds = [part.seconds for part in forecast.schedule(config, load, found, slice_of_four())]
+    assert seconds == pytest.approx(
+        [
+            50 / 2,  # the teacher's steps have half of the student's images
+            3 * 100,
+            3 * (3 + 1 / 2) * 2,  # 17 images are three batches, 3 of half the size one
+            300 / 2,
+            ((1 + 1) + 3 * (1 + 2) + (1 + 7)) * 4,  # at every end, and inside the stages
+        ]
+    )
+
+
+# ---- what does not fit
+
+
+def test_what_the_compiler_says_of_a_program_that_does_not_fit():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert programs.too_large(message) == TooLarge(round(20.5 * 2**30), round(15.75 * 2**30))
+
+
+def fake_step(needed):
+    """A compiler by a table: GiB by (remat, dtype, batch), in 16 of them."""
+
+    def make(config):
+        key = (config.model.remat, config.model.compute_dtype, config.train.batch_labeled)
+        size = needed(*key) * 2**30
+        memory = Memory(size, 0, size)
+        made = Cost(memory, 1, 1, 1, 1, 0, {}, {}, 0.0) if size < 2**34 else TooLarge(size, 2**34)
+        return Program("student step", "tiny", 1.0, 16, (32, 40), made)
+
+    return make
+
+
+def test_single_changes_are_all_tried_smallest_first():
+    def needed(remat, dtype, batch):
+        return 20 if (remat, dtype, batch) in ((False, "float32", 8), (True, "float32", 8)) else 10
+
+    found = remedies.tried(tiny_config(), "student step", fake_step(needed), slice_of_four(), 2**34)
+    assert [(str(r), r.fits) for r in found] == [
+        ("--config.model.remat=True", False),
+        ("--config.model.compute_dtype=bfloat16", True),
+        ("--config.train.batch_labeled=4 --config.train.batch_unlabeled=4", True),
+    ]
+
+
+def test_where_no_single_change_helps_two_do():
+    def needed(remat, dtype, batch):
+        return 40 // (1 + remat) // (1 + (dtype == "bfloat16")) * batch // 8
+
+    found = remedies.tried(tiny_config(), "student step", fake_step(needed), slice_of_four(), 2**34)
+    assert [r.fits for r in found] == [False, False, False, True]
+    assert found[-1].change == {"model.remat": True, "model.compute_dtype": "bfloat16"}
+
+
+def test_the_smallest_change_is_told(monkeypatch, capsys):
+    """A machine with less memory than the step needs: rematerialisation compiled, and told."""
+    config = streets_config()
+    topology = Topology("cpu", tuple(jax.devices()), 1, None)
+    load = workload.of(config)
+    made = {
+        (False, "float32"): 3 * 2**30, (True, "float32"): 2**30, (False, "bfloat16"): 2**31,
+    }  # fmt: skip
+
+    def step(changed, kind, classes, topology):
+        size = made[changed.model.remat, changed.model.compute_dtype]
+        size //= 16 // (changed.train.batch_labeled + changed.train.batch_unlabeled)
+        memory = Memory(size, 0, size)
+        fake = Cost(memory, 1, 1, 1, None, 0, {}, {}, 0.0)
+        return Program("student step", "tiny", 1.0, 16, (32, 40), fake)
+
+    monkeypatch.setattr(programs, "step", step)
+    monkeypatch.setattr(programs, "inference", lambda *arguments: iter(()))
+    monkeypatch.setattr(planner, "_memory_here", lambda: 2**30 + 1)
+    plan = planner.make(config, load, topology, lambda line: None)
+    report.show(plan, None, "")
+    printed = capsys.readouterr().out
+    assert "student step with --config.model.compute_dtype=bfloat16: 2.00 GiB, does not" in printed
+    assert printed.count("the smallest change that makes it fit: --config.model.remat=True") == 1
+
+
+def test_a_tpu_mesh_compiles_the_tpus_convolutions():
+    """Whatever the default backend is: the form follows from the devices that it is lowered for."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    from semiseg_jax import mesh as mesh_lib
+    from semiseg_jax.models.convolutions import conv2d
+
+    mesh = mesh_lib.make_mesh(chips.topology("v5e:2x2").devices)
+    images = jax.ShapeDtypeStruct(
+        (4, 9, 9, 8), jnp.bfloat16, sharding=mesh_lib.split_by_image(mesh)
+    )
+    kernel = jax.ShapeDtypeStruct((3, 3, 1, 8), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
+    gradients = jax.jit(jax.grad(lambda x, k: jnp.sum(conv2d(x, k, groups=8) ** 2), argnums=(0, 1)))
+    assert gradients.lower(images, kernel).as_text().count("stablehlo.convolution") == 3
