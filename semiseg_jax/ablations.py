@@ -12,11 +12,16 @@ from absl import app, flags
 from semiseg_jax import command_line, interruption, memory, paper
 
 _CONFIG = command_line.define_config("Data, network and recipe of every row")
-_TABLE = flags.DEFINE_enum("table", None, list(paper.TABLES), "Which of the paper's.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where runs and tables go; runs/ablations_NAME unless given."
+_TABLE = flags.DEFINE_enum(
+    "table", None, list(paper.TABLES), "Which of the paper's tables and figures."
 )
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The folder of the tables, and of their runs; runs/ablations_camvid for configs/camvid.py "
+    "unless given.",
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds; a row is their mean.")
 _RUNS = flags.DEFINE_list(
     "runs", [], "Only these runs of the table (their names are those of --dry-run)."
 )

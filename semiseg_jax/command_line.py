@@ -17,13 +17,16 @@ from semiseg_jax.errors import UserError
 
 def define_config(what: str) -> flags.FlagHolder:
     """The flag --config, and with it --config.key; `what` it is, for --help."""
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config",
         None,
         f"{what}, such as configs/streets.py; --config.key=value changes a key of it. "
         "configs/default.py documents every key.",
         lock_config=True,
     )
+    # --help has the flags of the module that was started.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
 
 
 def define_processes() -> None:

@@ -1,4 +1,8 @@
-"""The command line: python -m semiseg_jax.main --config=configs/streets.py"""
+"""Teacher, pseudo-labels, students: python -m semiseg_jax.main --config=configs/streets.py
+
+It leaves a table of results, and the last student's weights, in the workdir. The same command goes
+on where it stopped. docs/own_data.md has the way from your own images to predictions.
+"""
 
 from absl import app, flags
 
@@ -6,7 +10,10 @@ from semiseg_jax import command_line, interruption, memory
 
 _CONFIG = command_line.define_config("What to run")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results go, and where a run goes on; runs/NAME unless given."
+    "workdir",
+    None,
+    "The folder that a run writes to, and goes on in; runs/streets for configs/streets.py unless "
+    "given.",
 )
 command_line.define_processes()
 

@@ -323,6 +323,12 @@ def examine_config(config: Any) -> Report:
     if missing:
         report.errors.append(f"The unlabeled set has {_some(missing)}, not there.")
     _compare_classes(report)
+    learnt = report.classes.get("labeled")
+    if learnt is not None and learnt.any():
+        try:
+            sources.refuse_one_class(learnt, dataset.classes)
+        except UserError as error:
+            report.errors.append(str(error))
     report.notes.append(f"The split's hash is {dataset.split_hash}, as in result rows.")
     return report
 
@@ -341,7 +347,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, size in report.sizes.items():
         table.add_row(name, str(size), str(report.masks[name]))
-    console.print(table)
+    if report.sizes:
+        console.print(table)
     if report.classes:
         _print_classes(report, console)
     for title, sentences in (
@@ -377,14 +384,14 @@ def run() -> None:
     what = ("labelled", "unlabelled", "evaluation")
     holders = [
         *(
-            flags.DEFINE_string(name, "", f"The list of {kind} images.")
+            flags.DEFINE_string(name, "", f"The list of {kind} images, a line each.")
             for name, kind in zip(NAMES, what, strict=True)
         ),
         flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
-        command_line.define_config("Whose data to look at, instead of at lists"),
     ]
     for holder in holders:  # --help has the flags of the module that was started
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
+    command_line.define_config("Whose data to look at, instead of at lists")
     app.run(main, flags_parser=command_line.parse)
 
 

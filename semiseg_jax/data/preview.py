@@ -381,7 +381,7 @@ def _paths(output: Path) -> Iterable[Path]:
 if __name__ == "__main__":
     command_line.define_config("Whose data to show")
     flags.DEFINE_string("output", None, "The contact sheet, F.png; F_operations.png comes with it.")
-    flags.DEFINE_integer("images", 6, "Views of each stream.", lower_bound=1)
+    flags.DEFINE_integer("images", 6, "How many views of each stream to show.", lower_bound=1)
     flags.DEFINE_string(
         "pseudo_labels",
         None,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int16
+from jaxtyping import Int, Int16
 
 from semiseg_jax import distributed
 from semiseg_jax.data import (
@@ -280,20 +280,35 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
         for part, look in ((dataset.evaluation, check_pair), (dataset.unlabeled, _check_image)):
             for _ in pool.map(look, distributed.share(part)):
                 pass
-    found = set(np.flatnonzero(distributed.total("data checked", counts)).tolist())
-    if found <= {0, labels.IGNORE}:
-        hint = ""
-        if labels.IGNORE in found:
-            hint = "; for 0/255 masks map 255 with data.ignore_ids=() data.id_map=((0,0),(255,1))"
-        raise UserError(
-            f"The labelled masks hold no class but {dataset.classes[0]}: check the masks' "
-            f"values{hint}."
-        )
+    counts = distributed.total("data checked", counts)
+    refuse_one_class(counts, dataset.classes)
+    found = set(np.flatnonzero(counts).tolist())
     absent = [name for i, name in enumerate(dataset.classes) if i not in found]
     if absent:
         say(
             f"No labelled pixel of {', '.join(absent)}: the teacher cannot learn what it never saw."
         )
+
+
+def refuse_one_class(counts: Int[np.ndarray, "256"], classes: Sequence[str]) -> None:
+    """Refuses labelled masks from which there is nothing to learn.
+
+    Args:
+        counts: their pixels of each class id and of IGNORE.
+        classes: names in id order.
+
+    Raises:
+        UserError: they hold no class but the first.
+    """
+    found = set(np.flatnonzero(counts).tolist())
+    if not found <= {0, labels.IGNORE}:
+        return
+    hint = ""
+    if labels.IGNORE in found:
+        hint = "; for 0/255 masks map 255 with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+    raise UserError(
+        f"The labelled masks hold no class but {classes[0]}: check the masks' values{hint}."
+    )
 
 
 def _check_sets(dataset: Dataset) -> None:

@@ -1,8 +1,10 @@
 """Which images are labelled: lists as the community writes them, and seeded draws.
 
     python -m semiseg_jax.data.splits --labeled=F --unlabeled=F --val=F [--root=DIR]
+    python -m semiseg_jax.data.splits --config=configs/folder.py
 
-looks for what would corrupt an experiment with such lists (see `doctor`).
+looks for what would corrupt an experiment: in such lists, with --root also in the files that they
+name; or in the data of a config (see `doctor`). Exit status 1 where it found something.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from semiseg_jax.data import doctor, splits
+from semiseg_jax.data import doctor, sources, splits
+from semiseg_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "splits").glob("*/*.txt"))
@@ -177,6 +178,27 @@ def test_the_data_of_a_config(folder_config, folder_data):
     folder_config.data.root = "/nowhere"
     (error,) = doctor.examine_config(folder_config).errors
     assert error.startswith("The data folder /nowhere is missing")
+
+
+def test_masks_of_0_and_255_are_refused_as_by_a_run(folder_config, folder_data):
+    for path in (folder_data / "masks").glob("*/*.png"):
+        binary = 255 * (np.asarray(Image.open(path)) == 1).astype(np.uint8)
+        Image.fromarray(binary).save(path)
+    (error,) = doctor.examine_config(folder_config).errors
+    with pytest.raises(UserError) as refused:
+        sources.load(folder_config)
+    assert error == str(refused.value) and "data.id_map=((0,0),(255,1))" in error
+    # Damaged ones are said to be that, not to lack classes.
+    for path in (folder_data / "masks").glob("*/*.png"):
+        path.write_bytes(b"")
+    assert all("cannot be decoded" in e for e in doctor.examine_config(folder_config).errors[:3])
+    assert "no class" not in " ".join(doctor.examine_config(folder_config).errors)
+
+
+def test_what_cannot_be_split_has_no_table(folder_config, capsys):
+    folder_config.data.root = "/nowhere"
+    doctor.print_report(doctor.examine_config(folder_config), Console(width=100))
+    assert capsys.readouterr().out.startswith("Error: The data folder /nowhere is missing")
 
 
 def test_the_table_says_what_the_sentences_say(good, folder_data, capsys):
