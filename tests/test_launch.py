@@ -631,7 +631,7 @@ def test_a_process_that_does_not_end_is_killed(tmp_path):
 
 
 def test_what_a_process_leaves_running_goes_with_it(tmp_path):
-    stand_ins, python = cluster(tmp_path, 'bash "$STAND_INS/left" & sleep 0.2')
+    stand_ins, python = cluster(tmp_path, 'bash "$STAND_INS/left" >/dev/null 2>&1 & sleep 0.2')
     (stand_ins.folder / "left").write_text("for _ in {1..600}; do sleep 0.05; done")
     stand_ins.run("local_cluster.sh", "2", python, "--", "--config=x")
     assert not left_behind(stand_ins.folder)
