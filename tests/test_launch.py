@@ -454,7 +454,8 @@ def test_arguments_arrive_as_they_were_given(worker):
 
 def test_a_run_is_started_once_told_to_stop_and_started_again(worker):
     (worker.folder / "python.does").write_text(
-        "trap 'echo saved; exit 75' TERM; echo training in $PWD; while :; do sleep 0.05; done"
+        "trap 'echo saved; exit 75' TERM; echo training in $PWD; "
+        "for _ in {1..600}; do sleep 0.05; done"
     )
     run = ("run", "--", WORKDIR)
     ask(worker, "setup")
@@ -556,12 +557,12 @@ def test_slurm_job_outlives_the_signal_that_its_processes_get(tmp_path):
 
 # Processes on this machine
 
-# Tells what it got, then does what the test has written.
+# Tells what it got, then does what the test has written; longer than any test, not for ever.
 PROCESS = """
 echo "at $SEMISEG_COORDINATOR $SEMISEG_PROCESS_ID of $SEMISEG_NUM_PROCESSES" \\
   "on ${JAX_PLATFORMS-all} ${JAX_NUM_CPU_DEVICES-all}"
 id=$SEMISEG_PROCESS_ID
-forever() { while :; do sleep 0.05; done; }
+for_long() { for _ in {1..600}; do sleep 0.05; done; }
 """
 
 
@@ -611,7 +612,7 @@ def test_cluster_dry_run_prints_what_runs(tmp_path):
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
-    does = "trap 'echo told; exit 75' TERM; ((id != 1)) || { sleep 0.3; exit 3; }; forever"
+    does = "trap 'echo told; exit 75' TERM; ((id != 1)) || { sleep 0.3; exit 3; }; for_long"
     stand_ins, python = cluster(tmp_path, does)
     output, errors = stand_ins.run("local_cluster.sh", "3", python, "--", "--config=x", status=3)
     assert "Process 1 ended with status 3." in errors
@@ -620,12 +621,19 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path):
-    does = "trap '' TERM; ((id)) || { sleep 0.3; exit 3; }; forever"
+    does = "trap '' TERM; ((id)) || { sleep 0.3; exit 3; }; for_long"
     stand_ins, python = cluster(tmp_path, does)
     _, errors = stand_ins.run(
         "local_cluster.sh", "2", "--grace=1", python, "--", "--config=x", status=3
     )
     assert "killed: process 1" in errors
+    assert not left_behind(stand_ins.folder)
+
+
+def test_what_a_process_leaves_running_goes_with_it(tmp_path):
+    stand_ins, python = cluster(tmp_path, 'bash "$STAND_INS/left" >/dev/null 2>&1 & sleep 0.2')
+    (stand_ins.folder / "left").write_text("for _ in {1..600}; do sleep 0.05; done")
+    stand_ins.run("local_cluster.sh", "2", python, "--", "--config=x")
     assert not left_behind(stand_ins.folder)
 
 
@@ -668,7 +676,7 @@ exit 75
 
 
 def test_processes_that_a_signal_ended_were_interrupted(tmp_path):
-    stand_ins, python = cluster(tmp_path, 'touch "$STAND_INS/ready"; forever')
+    stand_ins, python = cluster(tmp_path, 'touch "$STAND_INS/ready"; for_long')
     process = stand_ins.start("local_cluster.sh", "1", python, "--", "--config=x")
     until((stand_ins.folder / "ready").exists)
     process.terminate()
