@@ -108,8 +108,8 @@ class Writer:
             UserError: the output folder cannot be written.
             Interrupted: that was asked for; what is written stays.
         """
-        labels.remove_leftovers(self._output)
         self._record({"ended": False})
+        labels.remove_leftovers(self._output)
         broken: dict[str, str] = {}
 
         def note(example: Example, error: UserError) -> None:

@@ -1,8 +1,10 @@
 """The command itself, called inside the tests' process: the same flags, no second start of JAX."""
 
 import contextlib
+import importlib
 import sys
 import warnings
+from typing import Any
 
 import jax
 import pytest
@@ -46,20 +48,27 @@ def _put(taken: dict[str, flags.Flag]) -> None:
         flags.FLAGS[name] = flag
 
 
-# Each command has a --config; those of several can only take turns in one process.
-_MAINS = ("config", "workdir", "coordinator", "num_processes", "process_id")
-_others = _take(*_MAINS)
-from semiseg_jax import main  # noqa: E402
-
-_flags_of_main = _take(*_MAINS)
+# Commands have flags of the same names; in one process they can only take turns.
+_FLAGS = {
+    "main": ("config", "workdir", "coordinator", "num_processes", "process_id"),
+    "predict": (
+        *("workdir", "input", "output", "overlays", "probabilities", "scales", "flip", "window"),
+        *("window_stride", "pad_to", "batch", "max_pixels"),
+    ),
+}
+_others = _take(*{name for names in _FLAGS.values() for name in names})
+_commands: dict[str, tuple[Any, dict[str, flags.Flag]]] = {}
+for _name, _names in _FLAGS.items():
+    _module = importlib.import_module(f"semiseg_jax.{_name}")
+    _commands[_name] = _module, _take(*_names)
 _put(_others)
 
 
 @contextlib.contextmanager
-def _as_main():
-    """The process has main's flags, and afterwards those it had."""
-    others = _take(*_MAINS)
-    _put(_flags_of_main)
+def _as_command(own: dict[str, flags.Flag]):
+    """The process has a command's flags, and afterwards those it had."""
+    others = _take("config", *own)
+    _put(own)
     known = set(flags.FLAGS)
     try:
         yield
@@ -67,19 +76,21 @@ def _as_main():
         # Overrides such as --config.data.root are flags too.
         _take(*(set(flags.FLAGS) - known))
         flags.FLAGS.unparse_flags()
-        _take(*_flags_of_main)
+        _take(*own)
         _put(others)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """python -m semiseg_jax.main ARGUMENTS, on one device.
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "main") -> None:
+    """python -m semiseg_jax.main ARGUMENTS, or another command, on one device.
 
     Raises:
         SystemExit: as the command would end; its code is the sentence.
     """
     make = mesh.make_mesh
-    argv = ["main", *arguments]
-    with monkeypatch.context() as patch, _as_main():
+    module, own = _commands[command]
+    parse = command_line.parse if "config" in own else command_line.parse_plain
+    argv = [command, *arguments]
+    with monkeypatch.context() as patch, _as_command(own):
         patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
         # The tests keep compiled programs in a place of their own.
         patch.setattr(mesh, "keep_compiled_programs", lambda folder: None)
@@ -90,13 +101,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         with warnings.catch_warnings():
             # ml_collections loads config files by a method that Python is about to drop.
             warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
-            rest = command_line.parse(argv)
-        main.main(rest)
+            rest = parse(argv)
+        module.main(rest)
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "main") -> str:
     """The sentence that the command ends with."""
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, *arguments)
+        run(monkeypatch, *arguments, command=command)
     assert isinstance(end.value.code, str), "ended without a sentence"
     return end.value.code

@@ -25,7 +25,7 @@ class Images:
         """Looks into a folder, nested or not, or takes one image file.
 
         Raises:
-            UserError: there is no image, or predictions would be written over images.
+            UserError: there is no image, or something else would be written over.
         """
         source, output = epath.Path(source), epath.Path(output)
         if not source.exists():
@@ -52,13 +52,14 @@ class Images:
         self.examples = tuple(
             Example(name, os.fspath(f), None) for name, f in zip(names, found, strict=True)
         )
-        images = {os.path.realpath(e.image) for e in self.examples}
-        for example in self.examples:
-            if os.path.realpath(output / f"{example.id}.png") in images:
-                raise UserError(
-                    f"--output={output} would write over the image {output / example.id}.png: give "
-                    "another one."
-                )
+        # Masks that somebody drew may have these very names.
+        if output.exists() and not (output / RECORD).exists():
+            for example in self.examples:
+                if (output / f"{example.id}.png").exists():
+                    raise UserError(
+                        f"{output / example.id}.png is there already, and {output} has no {RECORD}, "
+                        "which predictions have: give another --output."
+                    )
 
 
 def _same(one: epath.Path, other: epath.Path) -> bool:
