@@ -218,6 +218,8 @@ def summarise(
             for layer, by_key in kept.items()
             for key, by_domain in by_key.items()
             for domain, values in by_domain.items()
+            # There is no histogram of what is not a number.
+            if np.isfinite(values).all()
         },
     )
 

@@ -21,6 +21,7 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import UInt8
 
+from configs import default
 from semiseg_jax import command_line, figures, history, record
 from semiseg_jax.data import labels
 from semiseg_jax.errors import UserError
@@ -196,8 +197,6 @@ def write(workdir: epath.PathLike) -> list[str]:
 
 def _what_ran(run: Run) -> Section:
     """The keys that differ from the defaults, the whole config, data, devices and versions."""
-    from configs import default
-
     flat = traverse_util.flatten_dict(run.config, sep=".")
     defaults = json.loads(default.get_config().to_json_best_effort())
     usual = traverse_util.flatten_dict(defaults, sep=".")
