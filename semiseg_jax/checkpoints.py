@@ -13,7 +13,7 @@ from etils import epath
 from flax import traverse_util
 
 from semiseg_jax import distributed
-from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.data import labels
 from semiseg_jax.errors import UserError
 from semiseg_jax.state import TrainState, Variables
 
@@ -23,9 +23,14 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike):
         self._folder = epath.Path(folder)
+        # Without rename a file that is written last, commit_success.txt, makes a checkpoint count.
+        by_marker = ocp.path.atomicity.CommitFileTemporaryPath
+        finishing = None if labels.has_rename(self._folder) else by_marker
         self._manager = ocp.CheckpointManager(
             self._folder.resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, create=True, temporary_path_class=finishing
+            ),
             # Named here, so that a new process can read what is saved without saving first.
             item_handlers={"state": ocp.StandardCheckpointHandler()},
         )
@@ -150,4 +155,4 @@ def save_weights(path: epath.PathLike, variables: Variables, description: dict[s
     flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     content = safetensors.numpy.save(arrays, {"description": json.dumps(description)})
-    write_bytes(epath.Path(path), content)
+    labels.write_bytes(epath.Path(path), content)

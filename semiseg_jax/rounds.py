@@ -473,13 +473,10 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     Raises:
         UserError: naming the keys that differ.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
+    then = _known(epath.Path(workdir), "config.json")
+    if then is None:
         return
-    old, new = (
-        traverse_util.flatten_dict(tree, sep=".")
-        for tree in (json.loads(path.read_text()), _plain(config))
-    )
+    old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (then, _plain(config)))
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
@@ -500,11 +497,8 @@ def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None
     Raises:
         UserError: with the counts of images then and now.
     """
-    path = epath.Path(workdir) / "data.json"
-    if not path.exists():
-        return
-    then, now = json.loads(path.read_text()), _described(dataset)
-    if then != now:
+    then, now = _known(epath.Path(workdir), "data.json"), _described(dataset)
+    if then is not None and then != now:
         raise UserError(
             f"The data changed since {workdir} was begun ({then['labeled']} labelled and "
             f"{then['unlabeled']} unlabelled images of {then['data']} then, {now['labeled']} and "
@@ -514,8 +508,7 @@ def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None
 
 def keep_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None:
     """Writes data.json, by which the workdir knows its images."""
-    content = json.dumps(_described(dataset), indent=1) + "\n"
-    write_bytes(epath.Path(workdir) / "data.json", content.encode())
+    _keep(epath.Path(workdir) / "data.json", _described(dataset))
 
 
 def _described(dataset: sources.Dataset) -> dict[str, Any]:
@@ -529,8 +522,29 @@ def _described(dataset: sources.Dataset) -> dict[str, Any]:
 
 def keep_config(workdir: epath.PathLike, config: Any) -> None:
     """Writes config.json, by which the workdir knows its config."""
-    content = json.dumps(_plain(config), indent=1) + "\n"
-    write_bytes(epath.Path(workdir) / "config.json", content.encode())
+    _keep(epath.Path(workdir) / "config.json", _plain(config))
+
+
+def _known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
+    """What a file says by which a workdir knows what it is of; None in a new workdir."""
+    path = workdir / name
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        if not (workdir / "round_0").exists():
+            return None  # The run ended as it began: nothing is there that the file is of.
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it, or give another --workdir."
+        ) from error
+
+
+def _keep(path: epath.Path, content: dict[str, Any]) -> None:
+    """Writes such a file, where it does not say so already."""
+    text = json.dumps(content, indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        write_bytes(path, text.encode())
 
 
 def _plain(config: Any) -> dict[str, Any]:

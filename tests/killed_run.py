@@ -1,10 +1,12 @@
 """A run that ends itself, as kill -9 does, at a named write: python -m tests.killed_run …
 
-    python -m tests.killed_run CONFIG.json WORKDIR [PATTERN PHASE COUNT]
+    python -m tests.killed_run CONFIG.json WORKDIR [PATTERN PHASE COUNT [STORE]]
 
 Writes go to a temporary file, and a rename makes them count. PATTERN is a regular expression for
 the path, PHASE where the process ends ("before" the rename, or "after" it), COUNT which match it
-is. Without them the run goes to its end. Not a test by itself; see test_survival_slow.py.
+is. Without them the run goes to its end. With STORE the workdir is on a store without rename: what
+is written appears under its own name, and PHASE may be "half", too: of what is written only the
+first half is. Not a test by itself; see test_survival_slow.py.
 """
 
 import json
@@ -20,6 +22,8 @@ from semiseg_jax import data  # noqa: F401 - silences TensorFlow
 
 from semiseg_jax import mesh, rounds  # isort: skip
 from etils import epath
+
+from semiseg_jax.data import labels
 
 
 def die_at(pattern, phase, count):
@@ -44,13 +48,44 @@ def die_at(pattern, phase, count):
     cls.replace, cls.rename = wrap(cls.replace), wrap(cls.rename)
 
 
-def main(config_path, workdir, pattern=None, phase="", count="1"):
+def store_without_rename(pattern, phase, count):
+    """As `die_at`, at the writes themselves; renames fail."""
+    matches = 0
+
+    def wrap(method):
+        def written(self, content, *args, **kwargs):
+            nonlocal matches
+            matches += bool(re.search(pattern, os.fspath(self)))
+            dies = matches == count and re.search(pattern, os.fspath(self))
+            if dies and phase == "half":
+                method(self, content[: len(content) // 2], *args, **kwargs)
+            if dies and phase in ("before", "half"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = method(self, content, *args, **kwargs)
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return written
+
+    def refuse(self, target):
+        raise OSError(f"{self}: there is no rename here")
+
+    labels.has_rename = lambda path: False
+    cls = type(epath.Path("/"))
+    cls.replace = cls.rename = refuse
+    cls.write_bytes, cls.write_text = wrap(cls.write_bytes), wrap(cls.write_text)
+
+
+def main(config_path, workdir, pattern=None, phase="", count="1", store=""):
     """Runs Algorithm 1."""
     config = default.get_config()
     with open(config_path) as file:
         changes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(file).items()}
     config.update_from_flattened_dict(changes)
-    if pattern:
+    if store:
+        store_without_rename(pattern, phase, int(count))
+    elif pattern:
         die_at(pattern, phase, int(count))
     mesh.keep_compiled_programs(os.path.join(os.path.dirname(config_path), "compiled"))
     rounds.run(config, workdir)

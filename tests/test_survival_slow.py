@@ -43,6 +43,21 @@ KILLS = [
 ]
 
 
+# On a store without rename: nothing of a file, half of it, or all of it is there.
+KILLS_ON_A_STORE = [
+    ("config.json", "half", 1),
+    ("data.json", "before", 1),
+    ("round_0/teacher/checkpoints/2", "before", 1),
+    ("round_0/teacher/checkpoints/4/commit_success", "before", 1),
+    ("round_0/teacher/DONE", "before", 1),
+    ("round_0/teacher/pseudo_labels/.*png", "half", 3),
+    ("round_0/teacher/pseudo_labels/manifest", "half", 1),
+    ("round_1/student/checkpoints/2/commit_success", "after", 1),
+    ("round_1/student/DONE", "after", 1),
+    ("weights.safetensors", "half", 1),
+]
+
+
 def run(folder, workdir, *kill):
     command = [sys.executable, "-m", "tests.killed_run", str(folder / "config.json"), str(workdir)]
     done = subprocess.run(
@@ -51,7 +66,7 @@ def run(folder, workdir, *kill):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
+def write_config(tmp_path, folder_config, **changes):
     config = {
         "data.name": "folder",
         "data.root": folder_config.data.root,
@@ -72,14 +87,33 @@ def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
         "eval.batch": 2,
         "rounds.count": 2,
         "rounds.control": True,
-    }
+    } | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
+
+
+def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
+    write_config(tmp_path, folder_config)
     status, output = run(tmp_path, tmp_path / "whole")
     assert status == 0, output
     for pattern, phase, count in KILLS:
         status, output = run(tmp_path, tmp_path / "killed", pattern, phase, count)
         assert status == -signal.SIGKILL, f"{pattern} {phase}: {output}"
     status, output = run(tmp_path, tmp_path / "killed")
+    assert status == 0, output
+    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
+
+
+def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
+    """The bits are those of a file system, too."""
+    write_config(tmp_path, folder_config, **{"rounds.count": 1, "rounds.control": False})
+    status, output = run(tmp_path, tmp_path / "whole")
+    assert status == 0, output
+    for kill in KILLS_ON_A_STORE:
+        status, output = run(tmp_path, tmp_path / "killed", *kill, "store")
+        assert status == -signal.SIGKILL, f"{kill}: {output}"
+    status, output = run(tmp_path, tmp_path / "killed", "never", "", 1, "store")
     assert status == 0, output
     one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
     assert one.keys() == other.keys()

@@ -1,0 +1,125 @@
+"""Runs of several processes on this machine, for tests; and what one of them does.
+
+    python -m tests.processes main LOG ARGUMENTS …    the command itself; LOG has what it opened
+    python -m tests.processes step OUT                one training step of the smallest network
+
+Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(count, devices, arguments, **environment):
+    """Starts `count` processes of `devices` devices each: `arguments` are given each one's number.
+
+    Args:
+        count: of processes; 1 for one that knows of no others.
+        devices: of each.
+        arguments: from a process's number to what follows python.
+        environment: variables to add.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SEMISEG_")}
+    kept |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": str(devices)}
+    kept |= {"JAX_PLATFORMS": "cpu"} | environment
+    started = []
+    for i in range(count):
+        others = {
+            "SEMISEG_COORDINATOR": f"127.0.0.1:{port}",
+            "SEMISEG_NUM_PROCESSES": str(count),
+            "SEMISEG_PROCESS_ID": str(i),
+        }
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments(i))],
+            cwd=ROOT,
+            env=kept | (others if count > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+    return started
+
+
+def finish(processes, seconds=900):
+    """Waits for all; their statuses and what they printed. None of them outlives this."""
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def run_main(log, *arguments):
+    """The command, with a line in `log` for every file that it opens and checkpoint it saves."""
+    with open(log, "w", buffering=1) as lines:
+
+        def note(event, details):
+            if event == "open" and isinstance(details[0], str | os.PathLike):
+                lines.write(f"open {os.fspath(details[0])}\n")
+
+        sys.addaudithook(note)
+        from absl import app
+
+        from semiseg_jax import checkpoints, command_line, main
+
+        save = checkpoints.Checkpoints.save
+
+        def noted(self, step, state):
+            lines.write(f"save {step}\n")
+            save(self, step, state)
+
+        checkpoints.Checkpoints.save = noted
+        sys.argv = ["main", *arguments]
+        app.run(main.main, flags_parser=command_line.parse)
+
+
+def run_step(out):
+    """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
+    from tests import conftest  # noqa: F401 - it sets eight devices, which are not wanted here
+
+    del os.environ["XLA_FLAGS"]
+    import jax
+    import numpy as np
+    from absl import flags
+
+    from semiseg_jax import command_line, distributed, mesh
+    from tests.test_steps import STUDENT, make_batch, make_step
+
+    command_line.define_processes()
+    flags.FLAGS(["step"])
+    with command_line.one_sentence():
+        command_line.start_processes(on_cpu=True)
+        devices = len(jax.devices())
+        batch = make_batch(STUDENT, devices)
+        # Device 0 has no valid pixel.
+        assert (batch["label"][: len(batch["label"]) // devices // 2] == 255).all()
+        mine = len(batch["label"]) // distributed.count()
+        part = slice(distributed.index() * mine, (distributed.index() + 1) * mine)
+        step, made, places = make_step(STUDENT, devices, dtype=np.dtype(sys.argv[3]))
+        arrays = mesh.to_devices({k: v[part] for k, v in batch.items()}, places)
+        made, metrics = step(made, arrays, jax.random.key(0))
+        flat = jax.tree_util.tree_leaves_with_path((made.params, made.opt_state, metrics))
+        if distributed.is_main():
+            np.savez(out, **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})
+
+
+def events(log, kind):
+    """The lines of a log of one kind, without the kind."""
+    lines = Path(log).read_text().splitlines()
+    return [line.removeprefix(f"{kind} ") for line in lines if line.startswith(f"{kind} ")]
+
+
+if __name__ == "__main__":
+    {"main": run_main, "step": run_step}[sys.argv[1]](
+        *sys.argv[2 : 3 if sys.argv[1] == "step" else None]
+    )

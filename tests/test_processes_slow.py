@@ -1,0 +1,172 @@
+"""Two processes of two devices each against one of four; killed, stopped and started again."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests import processes
+from tests.mains import TINY
+
+pytestmark = pytest.mark.slow
+
+
+def arguments(workdir, data, *more):
+    """The command for one process, on the smallest network and `folder_data`."""
+    command = [
+        f"--workdir={workdir}",
+        "--config=configs/default.py",
+        *TINY,
+        "--config.data.name=folder",
+        f"--config.data.root={data}",
+        f"--config.data.cache_dir={data.parent / 'cache'}",
+        "--config.data.classes=('ground','thing','corner')",
+        "--config.data.labels=4.0",
+        "--config.train.batch_labeled=4",
+        "--config.train.batch_unlabeled=4",
+        "--config.pseudo.batch=4",
+        "--config.eval.batch=4",
+        "--config.train.log_every=1",
+        *more,
+    ]
+    return lambda i: ["-m", "tests.processes", "main", f"{workdir}.{i}.log", *command]
+
+
+def run(count, workdir, data, *more):
+    started = processes.start(count, 4 // count, arguments(workdir, data, *more))
+    statuses, outputs = processes.finish(started)
+    assert statuses == [0] * count, "\n".join(outputs)
+    return outputs
+
+
+def rows(workdir):
+    return json.loads((workdir / "results.json").read_text())["rows"]
+
+
+def opened(workdir, count, data):
+    """How often each process opened each file of the data, and each label map."""
+    counts = []
+    for i in range(count):
+        paths = processes.events(f"{workdir}.{i}.log", "open")
+        wanted = [p.replace(os.fspath(workdir), "") for p in paths if p.endswith(".png")]
+        counts.append(collections.Counter(wanted))
+    return counts
+
+
+def test_one_checkpoint_gives_the_same_labels_and_miou_and_each_opens_its_share(
+    tmp_path, folder_data
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, one, folder_data, "--config.rounds.count=0")
+    (one / "results.json").unlink()
+    shutil.copytree(one, two)
+    run(1, one, folder_data)
+    outputs = run(2, two, folder_data)
+
+    # The teacher's row and its labels, to the bit; the student's are its own.
+    assert rows(one)[0] == rows(two)[0]
+    assert [(r["stage"], r["round"], r["step"]) for r in rows(two)] == [
+        ("teacher", 0, 2),
+        ("student", 1, 2),
+    ]
+    labels = "round_0/teacher/pseudo_labels"
+    names = sorted(p.name for p in (one / labels).iterdir())
+    assert len(names) == 8 + 2 and names == sorted(p.name for p in (two / labels).iterdir())
+    for name in names:
+        assert (one / labels / name).read_bytes() == (two / labels / name).read_bytes(), name
+    # Sums in another order, no more.
+    assert abs(rows(one)[1]["miou"] - rows(two)[1]["miou"]) < 0.02
+
+    # Every opening of a file by one process is one of a single process, about half of them.
+    (alone,), shares = opened(one, 1, folder_data), opened(two, 2, folder_data)
+    assert sum(shares, collections.Counter()) == alone
+    assert all(0.3 < share.total() / alone.total() < 0.7 for share in shares)
+
+    # Process 0 speaks, and writes.
+    assert "4 cpu device(s) of 2 processes" in outputs[0] and "gain over" in outputs[0]
+    assert not [line for line in outputs[1].splitlines() if "Gloo" not in line]
+    writers = {p.name.split(".")[5] for p in two.rglob("events.*")}
+    assert len(writers) == 1 + 1  # with that of the run it was copied from
+    assert (two / "model/weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_a_step_of_two_processes_is_that_of_one(tmp_path, dtype, tolerance):
+    made = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.npz"
+        command = ["-m", "tests.processes", "step", out, dtype]
+        started = processes.start(
+            count, 4 // count, lambda i, c=command: c, JAX_ENABLE_X64=str(int(dtype == "float64"))
+        )
+        statuses, outputs = processes.finish(started)
+        assert statuses == [0] * count, "\n".join(outputs)
+        made.append(np.load(out))
+    one, two = made
+    assert set(one) == set(two)
+    largest = max(np.linalg.norm(one[k]) for k in one if "trace" in k)
+    for key in one:
+        assert one[key].dtype == two[key].dtype
+        scale = max(np.linalg.norm(one[key]), 1e-3 * largest)
+        assert np.linalg.norm(one[key] - two[key]) <= tolerance * scale, key
+
+
+def until(process, text):
+    """Reads what a process prints until a line with this text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the run ended without printing {text!r}")
+
+
+LONG = ("--config.train.teacher_steps=100000", "--config.train.checkpoint_every=20")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killing_one_ends_the_other_with_a_sentence_and_a_new_start_goes_on(
+    tmp_path, folder_data, killed
+):
+    workdir = tmp_path / "run"
+    started = processes.start(2, 2, arguments(workdir, folder_data, *LONG))
+    until(started[0], "teacher: step 25/")
+    started[killed].kill()
+    began = time.monotonic()
+    other = started[1 - killed]
+    output = other.communicate(timeout=120)[0]
+    assert time.monotonic() - began < 60
+    assert other.returncode == 1
+    sentence = output.splitlines()[-1]
+    assert sentence.startswith("Error: ") and f"process {killed}" in sentence.lower()
+    assert "start the same command again on all of them" in sentence
+
+    # SIGTERM to one: both save the same step, and end with "start again".
+    started = processes.start(2, 2, arguments(workdir, folder_data, *LONG))
+    until(started[0], "going on at step 20")
+    until(started[0], "teacher: step 30/")
+    number = signal.SIGINT if killed else signal.SIGTERM
+    started[killed].send_signal(number)
+    statuses, outputs = processes.finish(started, 120)
+    assert statuses == [75, 75], "\n".join(outputs)
+    saved = [processes.events(f"{workdir}.{i}.log", "save") for i in range(2)]
+    assert saved[0] == saved[1] and saved[0]
+    steps = sorted(int(p.name) for p in (workdir / "round_0/teacher/checkpoints").iterdir())
+    assert steps[-1] == int(saved[0][-1])
+
+
+def test_a_broken_image_that_one_process_reads_ends_all_with_its_sentence(tmp_path, folder_data):
+    broken = sorted((folder_data / "images/train").iterdir())
+    workdir = tmp_path / "run"
+    started = processes.start(2, 2, arguments(workdir, folder_data, *LONG))
+    until(started[0], "teacher: step 3/")
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    statuses, outputs = processes.finish(started, 120)
+    assert statuses == [1, 1], "\n".join(outputs)
+    for output in outputs:
+        sentence = output.splitlines()[-1]
+        assert sentence.startswith("Error: ") and "cannot be decoded" in sentence
