@@ -57,13 +57,14 @@ class Plan:
         return fits(program.cost, self.limit)
 
 
-def show(plan: Plan, supplied: float | None, why_not: str) -> None:
+def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> None:
     """Prints a plan.
 
     Args:
         plan: what to print.
         supplied: images a second that the input pipeline gives here; None where not measured.
         why_not: the reason for that.
+        layers: how many layers of the student's step to list, by what they move.
     """
     console = Console(highlight=False, soft_wrap=True)
     # A table that is cut into pieces cannot be read; a terminal scrolls.
@@ -80,6 +81,8 @@ def show(plan: Plan, supplied: float | None, why_not: str) -> None:
     console.print(_programs_table(plan))
     for sentence in _remedies(plan):
         console.print(sentence)
+    if layers:
+        console.print(_layers_table(plan, layers))
     if plan.parts:
         console.print(_schedule_table(plan))
     here = why_not if supplied is None else f"here it supplies {supplied:,.1f} images/s"
@@ -131,6 +134,16 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
         "limited by": found.limited_by,
         "images/s, at most": f"{program.images / found.bound:,.0f}",
     }
+
+
+def _layers_table(plan: Plan, count: int) -> Table:
+    """The layers of the student's step that move most; operands that are read in part are whole."""
+    right = [Column(name, justify="right") for name in ("GB", "of it with main memory")]
+    table = Table(Column("student step: layer"), *right, box=box.SIMPLE_HEAD)
+    cost = next(p.cost for p in plan.programs if p.kind == "student step")
+    for layer, sizes in list(cost.by_layer.items())[:count] if isinstance(cost, Cost) else ():
+        table.add_row(layer, *(f"{size / 1e9:,.3f}" for size in sizes))
+    return table
 
 
 def _schedule_table(plan: Plan) -> Table:
