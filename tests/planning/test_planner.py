@@ -252,3 +252,13 @@ def test_a_tpu_mesh_compiles_the_tpus_convolutions():
     kernel = jax.ShapeDtypeStruct((3, 3, 1, 8), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
     gradients = jax.jit(jax.grad(lambda x, k: jnp.sum(conv2d(x, k, groups=8) ** 2), argnums=(0, 1)))
     assert gradients.lower(images, kernel).as_text().count("stablehlo.convolution") == 3
+
+
+def test_more_chips_at_as_many_images_each_wait_for_the_links_alone():
+    step = cost(flops=19.7e12, reduced=100 * GB)
+    program = Program("student step", "tiny", 1.0, 16, (32, 40), step)
+    load = Workload(5, 10, 20, 30, {(10, 10): 20}, {(10, 10): 30})
+    plan = report.Plan(slice_of_four(), load, 1, 2**34, (program,), {}, ())
+    bounds = plan.bounds_by_chips()
+    assert bounds[4] == pytest.approx(2 * 3 / 4 * 100 / 200)
+    assert bounds[256] == pytest.approx(2 * 255 / 256 * 100 / 200)
