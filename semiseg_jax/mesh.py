@@ -27,7 +27,11 @@ def one_step_at_a_time() -> None:
     time. There is nothing to gain from it, because the CPU that would dispatch is the one that
     computes. Call it before JAX has started its backend; programs over several devices go on as
     they were.
+
+    The TPU's runtime, where it is installed to compile with (see `plan`), is not asked for chips:
+    it prints a page about those it does not find.
     """
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 

@@ -20,6 +20,9 @@ _JSON = flags.DEFINE_string("json", None, "File for the same figures as JSON.")
 _MEASURE_INPUT = flags.DEFINE_float(
     "measure-input", 0.0, "Seconds to measure what this machine's input pipeline supplies."
 )
+_LAYERS = flags.DEFINE_integer(
+    "layers", 0, "How many layers of the student's step to list, by the memory they move."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +38,9 @@ def main(argv: list[str]) -> None:
 
     try:
         settings.check(_CONFIG.value)
-        planner.run(_CONFIG.value, _TOPOLOGY.value, _JSON.value, _MEASURE_INPUT.value)
+        planner.run(
+            _CONFIG.value, _TOPOLOGY.value, _JSON.value, _MEASURE_INPUT.value, _LAYERS.value
+        )
     except UserError as error:
         sys.exit(f"Error: {error}")
 

@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# The TPU's compiler, which is installed for some tests, looks for chips otherwise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 

@@ -76,6 +76,13 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
+    @property
+    def layer(self) -> str:
+        """The part of the scope that names a layer, and whether it is of the backward pass."""
+        names = [n for n in self.scope.split("/")[1:-1] if "(" not in n]
+        backward = "transpose(" in self.scope
+        return "/".join(names or ["outside of layers"]) + (", backward" if backward else "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -151,6 +158,14 @@ class Module:
             total, main = _moved(instruction, types)
             found.append(Traffic(instruction, times * total, times * main))
         return sorted(found, key=lambda t: -t.total)
+
+    def by_layer(self) -> dict[str, tuple[int, int]]:
+        """(total, main) of `Traffic` summed by layer, most first; copies go by where they begin."""
+        sums: dict[str, tuple[int, int]] = {}
+        for moved in self.traffic():
+            total, main = sums.get(moved.instruction.layer, (0, 0))
+            sums[moved.instruction.layer] = (total + moved.total, main + moved.main)
+        return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
     def _run(
         self, fused: bool = False

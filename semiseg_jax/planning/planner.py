@@ -21,7 +21,13 @@ from semiseg_jax.planning.report import Plan
 from semiseg_jax.planning.workload import Workload
 
 
-def run(config: Any, names: Sequence[str], json_file: str | None, measure: float) -> None:
+def run(
+    config: Any,
+    names: Sequence[str],
+    json_file: str | None = None,
+    measure: float = 0.0,
+    layers: int = 0,
+) -> None:
     """Prints the plan of each topology, and writes them as JSON where that is wanted.
 
     Args:
@@ -29,6 +35,7 @@ def run(config: Any, names: Sequence[str], json_file: str | None, measure: float
         names: of the topologies.
         json_file: where to write, or None.
         measure: seconds to measure the input pipeline for; 0 for not at all.
+        layers: how many layers of the student's step to list, by what they move.
 
     Raises:
         UserError: a topology does not exist or does not suit the batches, or there is nothing to
@@ -43,7 +50,7 @@ def run(config: Any, names: Sequence[str], json_file: str | None, measure: float
     plans = []
     for topology in topologies:
         plans.append(make(config, load, topology, print))
-        report.show(plans[-1], supplied, why_not)
+        report.show(plans[-1], supplied, why_not, layers)
     if json_file:
         found = [report.as_json(plan, supplied) for plan in plans]
         write_bytes(epath.Path(json_file), (json.dumps(found, indent=1) + "\n").encode())

@@ -57,6 +57,7 @@ class Cost:
         custom_calls: of `traffic` what custom calls read and write.
         collectives: by kind: (how many, bytes of their operands).
         convolved: how many convolutions and matrix products by the types of their operands.
+        by_layer: (bytes of operands and results, of them in main memory), most first.
         seconds: that compiling took.
     """
 
@@ -68,6 +69,7 @@ class Cost:
     custom_calls: int
     collectives: dict[str, tuple[int, int]]
     convolved: dict[str, int]
+    by_layer: dict[str, tuple[int, int]]
     seconds: float
 
 
@@ -211,6 +213,7 @@ def _compiled(traced: jax.stages.Traced, topology: Topology) -> Cost | TooLarge:
         custom_calls=custom_calls,
         collectives=module.collectives(),
         convolved={" × ".join(types): count for types, count in module.convolved().items()},
+        by_layer=module.by_layer(),
         seconds=time.perf_counter() - began,
     )
 

@@ -15,6 +15,8 @@ from semiseg_jax.planning.remedies import Remedy, fits
 from semiseg_jax.planning.workload import Workload
 
 GIB = 2**30
+# Chips for which the step is foretold from what one of them does.
+SLICES = (4, 16, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +54,31 @@ class Plan:
             return None
         return forecast.floors(program.cost, self.topology.chip, len(self.topology.devices))
 
+    def bounds_by_chips(self) -> dict[int, float]:
+        """Seconds of the student's step at its bound, by the number of chips, each as loaded as now.
+
+        Arithmetic and memory traffic of a chip stay what they are, and so do the bytes that
+        collectives reduce; what a chip sends of them grows as 2 (n - 1) / n (see `forecast.sent`).
+        """
+        step = next(p for p in self.programs if p.kind == "student step")
+        if self.topology.chip is None or not isinstance(step.cost, Cost):
+            return {}
+        chip = self.topology.chip
+        return {n: forecast.floors(step.cost, chip, n).bound for n in SLICES}
+
     def fits(self, program: Program) -> bool:
         """Whether the compiler placed it, within the limit."""
         return fits(program.cost, self.limit)
 
 
-def show(plan: Plan, supplied: float | None, why_not: str) -> None:
+def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> None:
     """Prints a plan.
 
     Args:
         plan: what to print.
         supplied: images a second that the input pipeline gives here; None where not measured.
         why_not: the reason for that.
+        layers: how many layers of the student's step to list, by what they move.
     """
     console = Console(highlight=False, soft_wrap=True)
     # A table that is cut into pieces cannot be read; a terminal scrolls.
@@ -80,8 +95,13 @@ def show(plan: Plan, supplied: float | None, why_not: str) -> None:
     console.print(_programs_table(plan))
     for sentence in _remedies(plan):
         console.print(sentence)
+    if layers:
+        console.print(_layers_table(plan, layers))
     if plan.parts:
         console.print(_schedule_table(plan))
+    if bounds := plan.bounds_by_chips():
+        by_chips = ", ".join(f"{n} chips {1e3 * s:,.1f} ms" for n, s in bounds.items())
+        console.print(f"The student's step with as many images a chip, at its bound: {by_chips}.")
     here = why_not if supplied is None else f"here it supplies {supplied:,.1f} images/s"
     if needed := plan.images_per_second:
         console.print(
@@ -131,6 +151,16 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
         "limited by": found.limited_by,
         "images/s, at most": f"{program.images / found.bound:,.0f}",
     }
+
+
+def _layers_table(plan: Plan, count: int) -> Table:
+    """The layers of the student's step that move most; operands that are read in part are whole."""
+    right = [Column(name, justify="right") for name in ("GB", "of it with main memory")]
+    table = Table(Column("student step: layer"), *right, box=box.SIMPLE_HEAD)
+    cost = next(p.cost for p in plan.programs if p.kind == "student step")
+    for layer, sizes in list(cost.by_layer.items())[:count] if isinstance(cost, Cost) else ():
+        table.add_row(layer, *(f"{size / 1e9:,.3f}" for size in sizes))
+    return table
 
 
 def _schedule_table(plan: Plan) -> Table:
@@ -190,6 +220,7 @@ def as_json(plan: Plan, supplied: float | None) -> dict[str, Any]:
         },
         "schedule": [dataclasses.asdict(part) for part in plan.parts],
         "hours": sum(part.seconds for part in plan.parts) / 3600 if plan.parts else None,
+        "student_step_seconds_by_chips": plan.bounds_by_chips(),
         "images_per_second": plan.images_per_second,
         "input_images_per_second_here": supplied,
     }

@@ -78,7 +78,9 @@ def test_traffic_by_instruction_and_what_stays_on_the_chip():
     }
 
 
-def test_where_an_instruction_comes_from():
-    scopes = {t.instruction.name: t.instruction.scope for t in hlo.Module(TEXT).traffic()}
-    assert scopes["fusion.476"] == "jit(step)/stem/conv"
-    assert scopes["all-reduce.84"] == ""
+def test_traffic_by_layer():
+    layers = hlo.Module(TEXT).by_layer()
+    assert layers["stem"] == (IMAGES + KERNEL + FEATURES, KERNEL)
+    assert list(layers) == ["outside of layers", "stem"]  # most first
+    backward = hlo.Instruction("a", "fusion", (), (), 'op_name="jit(f)/transpose(jvp(N))/stem/mul"')
+    assert backward.layer == "stem, backward"

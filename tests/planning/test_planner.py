@@ -28,9 +28,14 @@ def test_table_and_json_for_the_cpu(tmp_path, capsys, monkeypatch):
     two = Topology("cpu", tuple(jax.devices()[:2]), 1, None)
     monkeypatch.setattr(chips, "topology", lambda name: two)
     file = tmp_path / "plan.json"
-    planner.run(streets_config(), ["cpu"], str(file), 0.0)
+    planner.run(streets_config(), ["cpu"], str(file), layers=3)
     printed = capsys.readouterr().out
-    for what in ("16 labelled, 464 unlabelled, 120 evaluation", "memory, GiB", "all-reduces, MB"):
+    for what in (
+        "16 labelled, 464 unlabelled, 120 evaluation",
+        "memory, GiB",
+        "all-reduces, MB",
+        "decoder2",
+    ):
         assert what in printed
     assert "chip-hours" not in printed  # no rates are published for this machine
     (plan,) = json.loads(file.read_text())
@@ -92,7 +97,7 @@ def test_without_the_tpus_compiler(monkeypatch):
 
 def test_devices_that_do_not_divide_the_batch():
     with pytest.raises(UserError, match=r"pseudo.batch is 12, .* make it a multiple of 8"):
-        planner.run(streets_config(pseudo__batch=12), ["cpu"], None, 0.0)
+        planner.run(streets_config(pseudo__batch=12), ["cpu"])
 
 
 # ---- from costs to hours, by hand
@@ -108,7 +113,16 @@ def slice_of_four():
 
 def cost(flops=0, traffic=0, reduced=0):
     return Cost(
-        Memory(0, 0, 0), flops, flops, traffic, traffic, 0, {"all-reduce": (1, reduced)}, {}, 0.0
+        Memory(0, 0, 0),
+        flops,
+        flops,
+        traffic,
+        traffic,
+        0,
+        {"all-reduce": (1, reduced)},
+        {},
+        {},
+        0.0,
     )
 
 
@@ -169,7 +183,9 @@ def fake_step(needed):
         key = (config.model.remat, config.model.compute_dtype, config.train.batch_labeled)
         size = needed(*key) * 2**30
         memory = Memory(size, 0, size)
-        made = Cost(memory, 1, 1, 1, 1, 0, {}, {}, 0.0) if size < 2**34 else TooLarge(size, 2**34)
+        made = (
+            Cost(memory, 1, 1, 1, 1, 0, {}, {}, {}, 0.0) if size < 2**34 else TooLarge(size, 2**34)
+        )
         return Program("student step", "tiny", 1.0, 16, (32, 40), made)
 
     return make
@@ -209,7 +225,7 @@ def test_the_smallest_change_is_told(monkeypatch, capsys):
         size = made[changed.model.remat, changed.model.compute_dtype]
         size //= 16 // (changed.train.batch_labeled + changed.train.batch_unlabeled)
         memory = Memory(size, 0, size)
-        fake = Cost(memory, 1, 1, 1, None, 0, {}, {}, 0.0)
+        fake = Cost(memory, 1, 1, 1, None, 0, {}, {}, {}, 0.0)
         return Program("student step", "tiny", 1.0, 16, (32, 40), fake)
 
     monkeypatch.setattr(programs, "step", step)
@@ -236,3 +252,13 @@ def test_a_tpu_mesh_compiles_the_tpus_convolutions():
     kernel = jax.ShapeDtypeStruct((3, 3, 1, 8), jnp.bfloat16, sharding=mesh_lib.replicated(mesh))
     gradients = jax.jit(jax.grad(lambda x, k: jnp.sum(conv2d(x, k, groups=8) ** 2), argnums=(0, 1)))
     assert gradients.lower(images, kernel).as_text().count("stablehlo.convolution") == 3
+
+
+def test_more_chips_at_as_many_images_each_wait_for_the_links_alone():
+    step = cost(flops=19.7e12, reduced=100 * GB)
+    program = Program("student step", "tiny", 1.0, 16, (32, 40), step)
+    load = Workload(5, 10, 20, 30, {(10, 10): 20}, {(10, 10): 30})
+    plan = report.Plan(slice_of_four(), load, 1, 2**34, (program,), {}, ())
+    bounds = plan.bounds_by_chips()
+    assert bounds[4] == pytest.approx(2 * 3 / 4 * 100 / 200)
+    assert bounds[256] == pytest.approx(2 * 255 / 256 * 100 / 200)
