@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     config.data.holdout = 0.2
     config.data.crop = (257, 257)
     config.model.backbone = "efficientnet_lite0"
+    # The paper's rates are for features of 49x49; those of these crops are 17x17.
+    config.model.aspp_rates = (3, 6, 10)
     config.optim.student.learning_rate = 0.005
     config.train.steps = 3000
     config.train.batch_labeled = 8

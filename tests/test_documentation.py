@@ -1,6 +1,7 @@
 """What is written holds: links, paths, keys and commands in the docs, and keys that are read."""
 
 import ast
+import contextlib
 import functools
 import importlib
 import re
@@ -8,11 +9,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 from flax import traverse_util
 
 from configs import default
+from semiseg_jax import paper
+from semiseg_jax.data import sda, sources
+from semiseg_jax.models import deeplab
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,8 +120,92 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     """The Python blocks of a page, one after the other, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     scope = {"__name__": "__snippet__"}
-    for block in code_blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), scope)
+    with contextlib.ExitStack() as undone:
+        # What a block adds there is gone for the other tests.
+        for known in (sda.OPS, sources.LAYOUTS, deeplab.BACKBONES, deeplab.USUAL_NORMALIZATIONS):
+            undone.enter_context(mock.patch.dict(known))
+        for block in code_blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), scope)
+
+
+@functools.cache
+def sentences():
+    """Every text in the source on one line, with … for what is filled in."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [getattr(part, "value", None) for part in parts]
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                text = "".join(text if isinstance(text, str) else "…" for text in texts)
+                found.append(" ".join(text.split()))
+    return found
+
+
+def test_messages_that_are_quoted_are_said():
+    """What stands in backticks in the first column of tables of messages, … for anything."""
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", text, re.M)
+    quoted = [q for cell in cells for q in re.findall(r"`([^`]+)`", cell)]
+    assert quoted
+    unsaid = []
+    for message in quoted:
+        pattern = ".*".join(map(re.escape, " ".join(message.split()).split("…")))
+        if not any(re.search(pattern, sentence) for sentence in sentences()):
+            unsaid.append(message)
+    assert unsaid == []
+
+
+def rows(page):
+    """The cells of the rows of a page's tables."""
+    for line in (ROOT / page).read_text().splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_what_the_method_names_is_defined_where_it_says():
+    absent = []
+    found = [row for row in rows("docs/method.md") if re.match("`semiseg_jax/.*py`$", row[-2])]
+    assert found
+    for *_, path, names in found:
+        defined = set()
+        for node in ast.parse((ROOT / path.strip("`")).read_text()).body:
+            targets = [*getattr(node, "targets", ()), getattr(node, "target", node)]
+            above = {getattr(t, "id", getattr(t, "name", "")) for t in targets}
+            inside = {getattr(n, "name", "") for n in getattr(node, "body", ())}
+            defined |= above | {f"{a}.{name}" for a in above for name in inside}
+        absent += [f"{path} {n}" for n in re.findall("`(.*?)`", names) if n not in defined]
+    assert absent == []
+
+
+def test_ranges_of_the_operations_are_those_drawn_from():
+    documented = {row[0].strip("`"): row[2:] for row in rows("docs/method.md") if len(row) == 4}
+    for name, operation in sda.OPS.items():
+        for magnitude, said in zip(("uniform", "released"), documented[name], strict=True):
+            number = r"(-?\d+(?:\.\d+)?)"
+            pairs = re.findall(rf"(\w+) {number}(?: to {number})?", said)
+            ends = [operation.at(share, (0, 0), magnitude) for share in (0.0, 1.0)]
+            drawn = {
+                key: [float(np.ravel(end[key])[0]) for end in ends]
+                for key in ends[0]
+                if key != "seed" and end_is_a_number(ends[0][key])
+            }
+            assert drawn.keys() == {key for key, *_ in pairs}, name
+            for key, low, high in pairs:
+                expected = [float(low), float(high or low)]
+                np.testing.assert_allclose(drawn[key], expected, rtol=1e-6, err_msg=name)
+
+
+def end_is_a_number(value):
+    return not value.dtype.is_bool and value.shape.rank == 0 or value.dtype.is_floating
+
+
+def test_what_rows_of_the_papers_tables_change():
+    documented = {row[0]: row[1] for row in rows("docs/paper.md") if row[0] in paper.RUNS}
+    assert documented.keys() == paper.RUNS.keys()
+    for name, run in paper.RUNS.items():
+        changes = dict(text.split("=", 1) for text in re.findall("`(.*?)`", documented[name]))
+        assert changes == {k: str(v).replace(", ", ",") for k, v in run.changes.items()}, name
 
 
 def test_every_key_is_read():
