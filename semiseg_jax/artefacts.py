@@ -28,7 +28,7 @@ from jaxtyping import Array, UInt8
 from semiseg_jax import __version__, deployed
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import streets
-from semiseg_jax.data.examples import IMAGE_SUFFIXES, files_below
+from semiseg_jax.data.examples import IMAGE_SUFFIXES, files_below, is_image
 from semiseg_jax.data.labels import read_image
 from semiseg_jax.errors import UserError
 from semiseg_jax.inference import Predictor
@@ -288,8 +288,7 @@ def from_folder(folder: Path) -> list[Images]:
     """
     if not folder.is_dir():
         raise UserError(f"The folder {folder} of --images is missing.")
-    below = files_below(epath.Path(folder))
-    files = [f for f in below if f.name.lower().endswith(IMAGE_SUFFIXES)]
+    files = [f for f in files_below(epath.Path(folder)) if is_image(f.name)]
     if not files:
         raise UserError(f"--images={folder} has no image ({', '.join(IMAGE_SUFFIXES)}) in it.")
     images = [read_image(file)[None] for file in files[:MAX_PHOTOGRAPHS]]

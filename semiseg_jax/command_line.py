@@ -37,8 +37,16 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
 
 
-def begin(argv: list[str]) -> None:
-    """Libraries are quiet from here on; an argument that is no flag ends in one sentence.
+def parse_plain(argv: list[str]) -> list[str]:
+    """As `parse`, for a command without a config."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"Error: {str(error).strip()}; --help has the flags.")
+
+
+def options_only(argv: list[str]) -> None:
+    """Quietens the libraries; what is no option ends the command in one sentence.
 
     Args:
         argv: what `parse` left over.
@@ -59,7 +67,7 @@ def config_path(argv: list[str]) -> str:
     Args:
         argv: what `parse` left over.
     """
-    begin(argv)
+    options_only(argv)
     if not flags.FLAGS["config"].present:
         sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
     path = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -5,7 +5,7 @@ The folder is all that is read. Copied elsewhere it works as well, without the r
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from flax import traverse_util
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from semiseg_jax.data.pipeline import MAX_EXACT_SIZES
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, weight_files
 from semiseg_jax.state import Variables, for_inference, variable_shapes
@@ -39,7 +40,10 @@ class Deployed:
         colour: of padding at the right and the bottom.
         pad_to: what the sides of images are padded to multiples of where there are many sizes, in
             pixels; 1 for never (`config.eval.pad_to`).
+        exact_sizes: (height, width) that images of the evaluation had, if these were few and so not
+            padded.
         batch: images that it was evaluated at a time (`config.eval.batch`).
+        largest_pixels: of an image that it was evaluated on, padded.
         protocol: by which its mIoU was measured (see `evaluate.protocol`).
         description: all of model.json.
     """
@@ -51,7 +55,9 @@ class Deployed:
     model_config: ConfigDict
     colour: UInt8[np.ndarray, "3"]
     pad_to: int
+    exact_sizes: frozenset[tuple[int, int]]
     batch: int
+    largest_pixels: int
     protocol: Mapping[str, Any]
     description: Mapping[str, Any]
 
@@ -63,6 +69,7 @@ def describe(
     palette: tuple[tuple[int, int, int], ...],
     trained_on: Mapping[str, Any],
     row: Mapping[str, Any],
+    evaluated_sizes: Collection[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """What model.json says, which is what `load` reads.
 
@@ -72,7 +79,11 @@ def describe(
         classes, palette: of the data set.
         trained_on: the training data, in words and counts.
         row: the network's row of results.json.
+        evaluated_sizes: (height, width) of the images that the row is of.
     """
+    pad_to = row["protocol"]["pad_to"]
+    few = pad_to == 1 and len(evaluated_sizes) <= MAX_EXACT_SIZES
+    largest = max((-(-h // pad_to) * -(-w // pad_to) for h, w in evaluated_sizes), default=0)
     mean, std = deeplab.INPUT_NORMALIZATIONS[model_config.input_normalization]
     corners = "corners aligned" if model_config.align_corners else "half-pixel centres"
     return {
@@ -88,12 +99,14 @@ def describe(
             "padding": "at the right and the bottom",
             "padding_colour": deeplab.input_mean(model_config).tolist(),
             "pad_to": eval_config.pad_to,
+            "exact_sizes": sorted(map(list, evaluated_sizes)) if few else [],
         },
         "trained_on": dict(trained_on),
         "miou": row["miou"],
         "iou": row["iou"],
         "protocol": row["protocol"],
         "batch": eval_config.batch,
+        "largest_pixels": largest * pad_to**2,
     }
 
 
@@ -128,7 +141,9 @@ def load(workdir: epath.PathLike) -> Deployed:
             "model_config": model_config,
             "colour": np.asarray(preprocessing["padding_colour"], np.uint8),
             "pad_to": int(preprocessing["pad_to"]),
+            "exact_sizes": frozenset((int(h), int(w)) for h, w in preprocessing["exact_sizes"]),
             "batch": int(description["batch"]),
+            "largest_pixels": int(description["largest_pixels"]),
             "protocol": description["protocol"],
             "description": description,
         }

@@ -1,8 +1,9 @@
 """Class probabilities of images, whole or by sliding window, averaged over scales and mirrors."""
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 
+from semiseg_jax import interruption
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.deeplab import normalize
 from semiseg_jax.models.layers import resize
@@ -162,3 +164,52 @@ class Predictor:
     def _average(self, total: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
         mean = total / (len(self.scales) * (2 if self.flip else 1))
         return mean if self.average == "softmax" else jax.nn.softmax(mean)
+
+
+Batch = TypeVar("Batch")
+
+
+def one_behind(
+    batches: Iterable[Batch],
+    start: Callable[[Batch], Any],
+    write: Callable[[Batch, Any], Iterable[Callable[[], None]]],
+    asked: interruption.Asked,
+) -> Iterator[Batch]:
+    """Batches are read ahead, and results written, while the devices are at another batch.
+
+    Args:
+        batches: to work on.
+        start: sets the devices to work on a batch.
+        write: given a batch and what `start` returned for it, once the next one is started too:
+            the writing that there is to do. It is done in threads, before that of the next batch.
+        asked: whether to stop.
+
+    Yields:
+        Each batch as its writing begins.
+
+    Raises:
+        UserError: what a batch, or writing, raised.
+        Interrupted: that was asked for; what had begun to be written is on disk.
+    """
+    with futures.ThreadPoolExecutor() as pool:
+        writing: list[futures.Future] = []
+        for batch, started in _pairs(batches, start):
+            for future in writing:
+                future.result()
+            interruption.stop_if(asked)
+            writing = [pool.submit(job) for job in write(batch, started)]
+            yield batch
+        for future in writing:
+            future.result()
+
+
+def _pairs(batches: Iterable[Batch], start: Callable[[Batch], Any]) -> Iterator[tuple[Batch, Any]]:
+    """(batch, what was started for it), each once the next one is started too."""
+    before = None
+    for batch in batches:
+        started = (batch, start(batch))
+        if before is not None:
+            yield before
+        before = started
+    if before is not None:
+        yield before

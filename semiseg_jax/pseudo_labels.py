@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -28,7 +28,7 @@ from semiseg_jax.data import labels
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset, Example
 from semiseg_jax.errors import UserError
-from semiseg_jax.inference import Predictor
+from semiseg_jax.inference import Predictor, one_behind
 from semiseg_jax.state import Variables, for_inference
 
 MANIFEST = "manifest.json"
@@ -162,28 +162,24 @@ class Labeler:
         total = len(self._dataset.unlabeled)
         done = total - len(todo)
         batches = image_batches(todo, self._dataset, self._config.batch, self._pad_to, self._colour)
-        with futures.ThreadPoolExecutor() as pool:
-            writing: list[futures.Future] = []
-            for batch, decided in _one_behind(batches, functools.partial(self._start, variables)):
-                for future in writing:
-                    future.result()
-                interruption.stop_if(self._asked)
-                classes, means, confidence = (np.asarray(part) for part in decided)
-                writing = []
-                for i, name in enumerate(batch.ids):
-                    height, width = batch.sizes[i]
-                    cut = (i, slice(height), slice(width))
-                    if confidence.size:
-                        path = folder.parent / CONFIDENCE / f"{name}.png"
-                        writing.append(pool.submit(_write_grey, path, confidence[cut]))
-                    mean = float(means[i])
-                    writing.append(
-                        pool.submit(self._write, folder, name, classes[cut], mean, stamp)
-                    )
-                done += len(batch.ids)
-                progress(done, total)
-            for future in writing:
-                future.result()
+        start = functools.partial(self._start, variables)
+        write = functools.partial(self._writing, folder, stamp)
+        for batch in one_behind(batches, start, write, self._asked):
+            done += len(batch.ids)
+            progress(done, total)
+
+    def _writing(
+        self, folder: epath.Path, stamp: str, batch: ImageBatch, decided: tuple[Array, ...]
+    ) -> Iterator[Callable[[], None]]:
+        """What there is to write of a batch."""
+        classes, means, confidence = (np.asarray(part) for part in decided)
+        for i, name in enumerate(batch.ids):
+            height, width = batch.sizes[i]
+            cut = (i, slice(height), slice(width))
+            if confidence.size:
+                path = folder.parent / CONFIDENCE / f"{name}.png"
+                yield functools.partial(_write_grey, path, confidence[cut])
+            yield functools.partial(self._write, folder, name, classes[cut], float(means[i]), stamp)
 
     def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
         """Sets the devices to work on a batch."""
@@ -218,20 +214,6 @@ class Labeler:
         }
         png = labels.encode_mask(classes, self._dataset.palette, text)
         labels.write_bytes(folder / f"{name}.png", png)
-
-
-def _one_behind(
-    batches: Iterable[ImageBatch], start: Callable[[ImageBatch], Any]
-) -> Iterator[tuple[ImageBatch, Any]]:
-    """(batch, what was started for it), each once the next one is started too."""
-    before = None
-    for batch in batches:
-        started = (batch, start(batch))
-        if before is not None:
-            yield before
-        before = started
-    if before is not None:
-        yield before
 
 
 def _write_grey(path: epath.Path, pixels: UInt8[np.ndarray, "h w"]) -> None:

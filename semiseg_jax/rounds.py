@@ -355,6 +355,7 @@ class Job:
                 "unlabeled": len(self.dataset.unlabeled),
             },
             row,
+            pipeline.image_sizes(self.dataset.evaluation),
         )
         folder = self._workdir / deployed.FOLDER
         weights = state_lib.for_inference(final.variables)

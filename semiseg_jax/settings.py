@@ -175,21 +175,30 @@ def check(config: Any) -> None:
             "operations: lower it, or set sda.replace."
         )
     for name in ("eval", "pseudo"):
-        _check_window(name, config[name])
+        check_window(f"{name}.", config[name].window, config[name].window_stride)
     deeplab.check_multi_grid(config.model)
     _check_weights(config)
 
 
-def _check_window(name: str, protocol: Any) -> None:
-    """A window has a stride, no longer than itself: else pixels would lie between windows."""
-    window, stride = protocol.window, protocol.window_stride
+def check_window(prefix: str, window: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Refuses a window without a stride, or with one that leaves pixels between windows.
+
+    Args:
+        prefix: of the keys' names, such as "eval.".
+        window: (height, width), or ().
+        stride: (down, across), or ().
+
+    Raises:
+        UserError: naming the keys.
+    """
     if bool(window) != bool(stride):
         raise UserError(
-            f"{name}.window is {window!r} and {name}.window_stride {stride!r}: give both, or none."
+            f"{prefix}window is {window!r} and {prefix}window_stride {stride!r}: give both, or "
+            "none."
         )
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise UserError(
-            f"{name}.window_stride {stride!r} is longer than {name}.window {window!r}: pixels "
+            f"{prefix}window_stride {stride!r} is longer than {prefix}window {window!r}: pixels "
             "would lie between the windows; make it shorter."
         )
 

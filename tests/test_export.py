@@ -229,7 +229,7 @@ def test_a_disk_that_fills_leaves_nothing(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--workdir=x"], "Say what to export and where to"),
+        (["--workdir=x", "--format=stablehlo"], "Say --output"),
         (["--workdir=x", "--output=y", "z"], "'z' is not an option"),
         (["--workdri=x"], "workdri"),
     ],

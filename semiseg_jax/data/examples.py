@@ -81,13 +81,21 @@ class Layout:
     masks_of_lists: bool = True
 
 
-def files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    """Every file below a folder, nested or not, in order of path; hidden ones left out."""
+def files_below(
+    folder: epath.Path, left_out: Callable[[epath.Path], bool] = lambda folder: False
+) -> Iterator[epath.Path]:
+    """Every file below a folder, nested or not, in order of path; hidden ones left out.
+
+    Args:
+        folder: to look into.
+        left_out: whether not to look into a folder below it.
+    """
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from files_below(path)
+            if not left_out(path):
+                yield from files_below(path, left_out)
         else:
             yield path
 
@@ -123,7 +131,7 @@ def pairs(
     found: dict[str, Example] = {}
     for image in files_below(folder):
         # With images and masks in one folder, the mask of one is not another image.
-        if not _is_image(image.name, image_suffix) or os.fspath(image) in taken:
+        if not is_image(image.name, image_suffix) or os.fspath(image) in taken:
             continue
         name = image.relative_to(folder).as_posix()
         id_ = name.removesuffix(image_suffix) if image_suffix else os.path.splitext(name)[0]
@@ -136,7 +144,8 @@ def pairs(
     return tuple(found.values())
 
 
-def _is_image(name: str, suffix: str) -> bool:
+def is_image(name: str, suffix: str = "") -> bool:
+    """Whether a file's name ends as asked, or as any image's does."""
     return name.endswith(suffix) if suffix else name.lower().endswith(IMAGE_SUFFIXES)
 
 

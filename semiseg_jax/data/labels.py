@@ -137,7 +137,7 @@ def image_size(path: epath.PathLike) -> tuple[int, int]:
             file = _File(stream)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(
             f"{path} is not an image ({error}): replace it or take it out of its list."
         ) from error

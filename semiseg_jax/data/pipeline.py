@@ -7,7 +7,7 @@ cost, and the number of processes, devices or threads changes no pixel.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -187,14 +187,26 @@ def _fold(seed: tf.Tensor | np.ndarray, *data: tf.Tensor | int) -> tf.Tensor:
     return folded
 
 
+# Takes an example that cannot be read, and why; called from the threads that read.
+Broken = Callable[[Example, UserError], None]
+
+
 class _Reader:
     """Reads examples inside tf.data, and turns what goes wrong there into its one sentence.
 
     Masks of the examples from `first_of_ours` on are class ids; those before, the data set's own.
+    With `broken`, an example that cannot be read is told to it and has no pixel; the rest goes on.
     """
 
-    def __init__(self, examples: Sequence[Example], dataset: Dataset, first_of_ours: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        dataset: Dataset,
+        first_of_ours: int,
+        broken: Broken | None = None,
+    ):
         self.examples = list(examples)
+        self._broken = broken
         self._tables = (dataset.table, labels.id_table(len(dataset.classes)))
         self._first_of_ours = first_of_ours
         self._error: UserError | None = None
@@ -219,6 +231,9 @@ class _Reader:
                 )
             return image, label
         except UserError as error:
+            if self._broken is not None:
+                self._broken(example, error)
+                return np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.uint8)
             # tf.data wraps an exception into a page of text; the sentence is kept beside it.
             self._error = error
             raise
@@ -270,6 +285,9 @@ def _options(threads: int) -> tf.data.Options:
     return options
 
 
+# (height, width) in pixels.
+Size = tuple[int, int]
+
 # A set with no more sizes than this is seen in exactly those, a program compiled for each.
 MAX_EXACT_SIZES = 8
 
@@ -303,9 +321,13 @@ def padding_for(examples: Sequence[Example], pad_to: int) -> int:
     """
     if pad_to == 1:
         return 1
+    return 1 if len(image_sizes(examples)) <= MAX_EXACT_SIZES else pad_to
+
+
+def image_sizes(examples: Sequence[Example]) -> set[Size]:
+    """The sizes that these images have, from their headers."""
     with futures.ThreadPoolExecutor() as pool:
-        sizes = set(pool.map(lambda e: labels.image_size(e.image), examples))
-    return 1 if len(sizes) <= MAX_EXACT_SIZES else pad_to
+        return set(pool.map(lambda e: labels.image_size(e.image), examples))
 
 
 def image_batches(
@@ -330,24 +352,53 @@ def image_batches(
     Raises:
         UserError: an image or mask is missing or damaged, or sizes differ.
     """
-    reader = _Reader(examples, dataset, len(examples))
+
+    def padded(size: Size) -> Size:
+        height, width = (-(-side // pad_to) * pad_to for side in size)
+        return height, width
+
+    return batches_by_size(examples, dataset, padded, lambda _: batch_size, batch_size, colour)
+
+
+def batches_by_size(
+    examples: Sequence[Example],
+    dataset: Dataset,
+    padded: Callable[[Size], Size],
+    batch_size: Callable[[Size], int],
+    ahead: int,
+    colour: UInt8[np.ndarray, "3"],
+    broken: Broken | None = None,
+) -> Iterator[ImageBatch]:
+    """As `image_batches`, with sizes and counts as one likes.
+
+    Args:
+        examples, dataset, colour: as there.
+        padded: the (height, width) that an image of a (height, width) is padded to.
+        batch_size: images in a batch, by their padded size.
+        ahead: images read ahead.
+        broken: takes the examples that cannot be read, which are left out.
+
+    Raises:
+        UserError: as there, unless `broken` takes it.
+    """
+    reader = _Reader(examples, dataset, len(examples), broken)
     numbers = reader.numbers(0, len(examples))
     read = tf.autograph.experimental.do_not_convert(lambda i: (i, *reader(i)))
-    elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(batch_size)
-    waiting: dict[tuple[int, ...], list] = {}
+    elements = numbers.map(read, tf.data.AUTOTUNE, deterministic=True).prefetch(ahead)
+    waiting: dict[Size, list] = {}
     for index, image, label in reader.sentences(elements.with_options(_options(0))):
-        padded = tuple(-(-side // pad_to) * pad_to for side in label.shape)
-        group = waiting.setdefault(padded, [])
+        if not label.size:
+            continue  # broken
+        size = padded(label.shape)
+        group = waiting.setdefault(size, [])
         group.append((examples[index].id, image, label))
-        if len(group) == batch_size:
-            yield _joined(waiting.pop(padded), padded, batch_size, colour)
-    for padded, group in waiting.items():
-        yield _joined(group, padded, batch_size, colour)
+        if len(group) == batch_size(size):
+            yield _joined(waiting.pop(size), size, len(group), colour)
+    for size, group in waiting.items():
+        yield _joined(group, size, batch_size(size), colour)
 
 
-def _joined(
-    group: list, size: tuple[int, ...], batch_size: int, colour: UInt8[np.ndarray, "3"]
-) -> ImageBatch:
+def _joined(group: list, size: Size, batch_size: int, colour: UInt8[np.ndarray, "3"]) -> ImageBatch:
     images = np.empty((batch_size, *size, 3), np.uint8)
     images[:] = colour
     masks = np.full((batch_size, *size), labels.IGNORE, np.uint8)

@@ -10,7 +10,12 @@ from semiseg_jax.errors import UserError
 
 def cache_dir(data_config: Any) -> epath.Path:
     """The folder for derived data: config, $SEMISEG_CACHE, or ~/.cache/semiseg_jax."""
-    named = data_config.cache_dir or os.environ.get("SEMISEG_CACHE")
+    return usual_cache_dir(data_config.cache_dir)
+
+
+def usual_cache_dir(named: str = "") -> epath.Path:
+    """The folder for derived data that is named, or that there is without a config."""
+    named = named or os.environ.get("SEMISEG_CACHE", "")
     return epath.Path(named or "~/.cache/semiseg_jax").expanduser()
 
 

@@ -15,22 +15,20 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from semiseg_jax import command_line
 from semiseg_jax.data import labels, pipeline, sda, sources, streams, weak
+from semiseg_jax.data.pictures import PALE, PAPER, TEXT, Picture, legend, overlay, shortened, words
 from semiseg_jax.errors import UserError
 
 # In pixels of the sheet: about how wide one picture is, and the space between things.
 _CELL, _OPERATION_CELL = 300, 230
 _GAP, _CARD_GAP, _MARGIN = 4, 22, 28
-_INK, _PALE, _LINE = (28, 30, 34), (112, 117, 125), (255, 60, 130)
-_PAPER, _EMPTY = (255, 255, 255), (236, 238, 241)
-_TITLE, _HEADING, _TEXT = 30, 24, 17
-# Share of a class's colour in what is laid over an image.
-_OPACITY = 0.55
+_LINE, _EMPTY = (255, 60, 130), (236, 238, 241)
+_TITLE, _HEADING = 30, 24
+_LEGEND_WIDTH = 1500
 
-Picture = UInt8[np.ndarray, "h w 3"]
 Operations = list[tuple[str, sda.Magnitude]]
 
 
@@ -142,16 +140,6 @@ def describe_magnitude(magnitude: sda.Magnitude) -> str:
     return ", ".join(parts)
 
 
-def overlay(
-    image: Picture, label: UInt8[np.ndarray, "h w"], palette: Sequence[Sequence[int]]
-) -> Picture:
-    """The image with its labels' colours over it; unlabelled pixels as they are."""
-    colours = labels.full_palette(palette)[label]
-    mixed = image + _OPACITY * (colours - image.astype(np.float32))
-    labelled = (label != labels.IGNORE)[..., None]
-    return np.where(labelled, np.round(mixed), image).astype(np.uint8)
-
-
 def outline(view: View) -> Picture:
     """The whole image with a frame around what the view shows of it."""
     height, width = view.source.shape[:2]
@@ -175,9 +163,10 @@ def contact_sheet(
     sections: Sequence[tuple[str, str, Sequence[View]]], dataset: sources.Dataset, title: str
 ) -> Image.Image:
     """A sheet of views in sections (heading, explanation, views), below the classes' legend."""
-    blocks = [_words(title, _TITLE), _legend(dataset)]
+    classes = zip(dataset.classes, dataset.palette, strict=True)
+    blocks = [words(title, _TITLE), legend(classes, _LEGEND_WIDTH)]
     for heading, explanation, shown in sections:
-        blocks += [_words(heading, _HEADING), _words(explanation, _TEXT, _PALE)]
+        blocks += [words(heading, _HEADING), words(explanation, TEXT, PALE)]
         cards = [_view_card(view, dataset.palette) for view in shown]
         blocks.append(_grid(cards, 2))
     return _stack(blocks)
@@ -202,7 +191,7 @@ def operations_sheet(image: Picture, config: Any, title: str) -> Image.Image:
         "Low end, middle and high end of the range; where channels are drawn independently, all "
         "have the same here."
     )
-    return _stack([_words(title, _TITLE), _words(explanation, _TEXT, _PALE), _grid(cards, 3)])
+    return _stack([words(title, _TITLE), words(explanation, TEXT, PALE), _grid(cards, 3)])
 
 
 def _view_card(view: View, palette: Sequence[Sequence[int]]) -> Image.Image:
@@ -242,47 +231,26 @@ def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
-
-
-def _words(text: str, size: int, colour: tuple[int, int, int] = _INK) -> Image.Image:
-    """One line of text on paper."""
-    font = _font(size)
-    image = Image.new("RGB", (round(font.getlength(text)) + 2, round(1.35 * size)), _PAPER)
-    ImageDraw.Draw(image).text((0, 0), text, colour, font)
-    return image
-
-
-def _shortened(text: str, size: int, width: int) -> str:
-    """The text, its middle left out where it is wider than `width` pixels."""
-    font, kept = _font(size), text
-    while font.getlength(kept) > width and len(text) > 2:
-        text = text[: len(text) // 2 - 1] + text[len(text) // 2 + 1 :]
-        kept = text[: len(text) // 2] + "…" + text[len(text) // 2 :]
-    return kept
-
-
 def _card(
     pictures: Sequence[Image.Image], heading: Sequence[str], columns: Sequence[Sequence[str]]
 ) -> Image.Image:
     """Pictures side by side, lines above, and below each of them a column of lines."""
     width = sum(p.width for p in pictures) + _GAP * (len(pictures) - 1)
-    line = round(1.35 * _TEXT)
+    line = round(1.35 * TEXT)
     above = line * len(heading) + 2
     below = line * max((len(c) for c in columns), default=0) + 4
     height = above + max(p.height for p in pictures)
-    card = Image.new("RGB", (width, height + below), _PAPER)
+    card = Image.new("RGB", (width, height + below), PAPER)
     for row, text in enumerate(heading):
-        card.paste(_words(_shortened(text, _TEXT, width), _TEXT), (0, row * line))
+        card.paste(words(shortened(text, TEXT, width), TEXT), (0, row * line))
     x = 0
     for place, picture in enumerate(pictures):
         card.paste(picture, (x, above))
         last = place == len(columns) - 1
         room = width - x if last else picture.width
         for row, text in enumerate(columns[place] if place < len(columns) else ()):
-            words = _words(_shortened(text, _TEXT, room), _TEXT, _PALE)
-            card.paste(words, (x, height + 3 + row * line))
+            caption = words(shortened(text, TEXT, room), TEXT, PALE)
+            card.paste(caption, (x, height + 3 + row * line))
         x += picture.width + _GAP
     return card
 
@@ -292,37 +260,18 @@ def _grid(cards: Sequence[Image.Image], columns: int) -> Image.Image:
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     cell = max(card.width for card in cards) + _CARD_GAP
     heights = [max(card.height for card in row) + _CARD_GAP // 2 for row in rows]
-    grid = Image.new("RGB", (cell * min(columns, len(cards)) - _CARD_GAP, sum(heights)), _PAPER)
+    grid = Image.new("RGB", (cell * min(columns, len(cards)) - _CARD_GAP, sum(heights)), PAPER)
     for number, row in enumerate(rows):
         for column, card in enumerate(row):
             grid.paste(card, (column * cell, sum(heights[:number])))
     return grid
 
 
-def _legend(dataset: sources.Dataset) -> Image.Image:
-    """Each class's colour and name, in rows."""
-    swatch, line, width = 18, 28, 1500
-    entries = list(zip(dataset.classes, dataset.palette, strict=True))
-    font, places, x, y = _font(_TEXT), [], 0, 0
-    for name, _ in entries:
-        needed = swatch + 6 + round(font.getlength(name)) + 22
-        if x and x + needed > width:
-            x, y = 0, y + line
-        places.append((x, y))
-        x += needed
-    legend = Image.new("RGB", (width, y + line), _PAPER)
-    draw = ImageDraw.Draw(legend)
-    for (name, colour), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y + 1, x + swatch, y + 1 + swatch), tuple(colour), _PALE)
-        draw.text((x + swatch + 6, y), name, _INK, font)
-    return legend
-
-
 def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
     """Blocks one below the other, with margins."""
     width = max(block.width for block in blocks) + 2 * _MARGIN
     height = sum(block.height + 8 for block in blocks) + 2 * _MARGIN
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    sheet = Image.new("RGB", (width, height), PAPER)
     y = _MARGIN
     for block in blocks:
         sheet.paste(block, (_MARGIN, y))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semiseg_jax.data import labels, pipeline, preview, sda, sources, streams
+from semiseg_jax.data import labels, pictures, pipeline, preview, sda, sources, streams
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_a_sheet_holds_views_and_their_labels_enlarged_by_whole_pixels(data, vie
     sheet = preview.contact_sheet([("Weak", "", views["weak"][:2])], data, "title")
     factor = round(300 / 40)
     for view in views["weak"][:2]:
-        for picture in (view.image, preview.overlay(view.image, view.label, data.palette)):
+        for picture in (view.image, pictures.overlay(view.image, view.label, data.palette)):
             enlarged = np.kron(picture, np.ones((factor, factor, 1), np.uint8))
             assert found_in(sheet, enlarged)
     other = np.kron(views["strong"][0].image, np.ones((factor, factor, 1), np.uint8))
@@ -119,7 +119,7 @@ def test_a_sheet_holds_views_and_their_labels_enlarged_by_whole_pixels(data, vie
 
 def test_an_overlay_mixes_class_colours_and_leaves_unlabelled_pixels():
     image = np.full((1, 3, 3), 100, np.uint8)
-    mixed = preview.overlay(image, np.array([[0, 1, 255]], np.uint8), ((0, 0, 0), (200, 100, 0)))
+    mixed = pictures.overlay(image, np.array([[0, 1, 255]], np.uint8), ((0, 0, 0), (200, 100, 0)))
     # 45 % of the image and 55 % of the class's colour.
     assert mixed.tolist() == [[[45, 45, 45], [155, 100, 45], [100, 100, 100]]]
 

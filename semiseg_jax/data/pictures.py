@@ -1,0 +1,115 @@
+"""Pictures for people: label maps laid over images, words, and the legend of classes."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from semiseg_jax.data import labels
+
+INK, PALE, PAPER = (28, 30, 34), (112, 117, 125), (255, 255, 255)
+# Height of a legend's letters, in pixels.
+TEXT = 17
+# Share of a class's colour in what is laid over an image.
+_OPACITY = 0.55
+# A picture's longest side at most, and its shortest width if enlarging by so much gives it.
+_LARGEST, _SMALLEST, _MOST_ENLARGED = 2048, 480, 8
+# Around a legend, in pixels.
+_GAP = 6
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+
+def overlay(
+    image: Picture, label: UInt8[np.ndarray, "h w"], palette: Sequence[Sequence[int]]
+) -> Picture:
+    """The image with its labels' colours over it; unlabelled pixels as they are."""
+    colours = labels.full_palette(palette)[label]
+    mixed = image + _OPACITY * (colours - image.astype(np.float32))
+    labelled = (label != labels.IGNORE)[..., None]
+    return np.where(labelled, np.round(mixed), image).astype(np.uint8)
+
+
+def font(size: int) -> Any:
+    """Pillow's own, so that pictures are the same everywhere; `size` in pixels."""
+    return ImageFont.load_default(size)
+
+
+def words(text: str, size: int, colour: tuple[int, int, int] = INK) -> Image.Image:
+    """One line of text on paper."""
+    letters = font(size)
+    image = Image.new("RGB", (round(letters.getlength(text)) + 2, round(1.35 * size)), PAPER)
+    ImageDraw.Draw(image).text((0, 0), text, colour, letters)
+    return image
+
+
+def shortened(text: str, size: int, width: int) -> str:
+    """The text, its middle left out where it is wider than `width` pixels."""
+    letters, kept = font(size), text
+    while letters.getlength(kept) > width and len(text) > 2:
+        text = text[: len(text) // 2 - 1] + text[len(text) // 2 + 1 :]
+        kept = text[: len(text) // 2] + "…" + text[len(text) // 2 :]
+    return kept
+
+
+def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int) -> Image.Image:
+    """Colours, each with what it stands for, in rows of at most `width` pixels."""
+    swatch, line = 18, 28
+    letters, places, x, y = font(TEXT), [], 0, 0
+    for name, colour in entries:
+        name = shortened(name, TEXT, width - swatch - 6)
+        needed = swatch + 6 + round(letters.getlength(name)) + 22
+        if x and x + needed > width:
+            x, y = 0, y + line
+        places.append((name, colour, x, y))
+        x += needed
+    image = Image.new("RGB", (width, y + line), PAPER)
+    draw = ImageDraw.Draw(image)
+    for name, colour, x, y in places:
+        draw.rectangle((x, y + 1, x + swatch, y + 1 + swatch), tuple(colour), PALE)
+        draw.text((x + swatch + 6, y), name, INK, letters)
+    return image
+
+
+def with_legend(
+    image: Picture,
+    classes: UInt8[np.ndarray, "h w"],
+    names: Sequence[str],
+    palette: Sequence[Sequence[int]],
+) -> Image.Image:
+    """A picture to look at: the classes' colours over the image, above their names and shares.
+
+    Images of more than 2,048 pixels a side are shown smaller, and small ones enlarged by whole
+    pixels, so that the legend has room.
+    """
+    counts = np.bincount(classes.ravel(), minlength=len(names))
+    factor = -(-max(classes.shape) // _LARGEST)
+    if factor > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
+        # The middle of each block of pixels that became one.
+        rows, columns = (
+            np.minimum(np.arange(n) * factor + factor // 2, full - 1)
+            for n, full in zip(image.shape, classes.shape, strict=False)
+        )
+        classes = classes[rows[:, None], columns]
+    picture = Image.fromarray(overlay(image, classes, palette))
+    enlarged = min(-(-_SMALLEST // picture.width), _MOST_ENLARGED)
+    size = (picture.width * enlarged, picture.height * enlarged)
+    picture = picture.resize(size, Image.Resampling.NEAREST)
+    entries = [
+        (f"{names[i]} {_percent(count / counts.sum())}", palette[i])
+        for i, count in enumerate(counts)
+        if count
+    ]
+    below = legend(entries, max(picture.width, _SMALLEST) - 2 * _GAP)
+    size = (below.width + 2 * _GAP, picture.height + below.height + 2 * _GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    sheet.paste(picture, (0, 0))
+    sheet.paste(below, (_GAP, picture.height + _GAP))
+    return sheet
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
