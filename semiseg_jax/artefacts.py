@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
+from etils import epath
 from flax import traverse_util
 from jax import export as jax_export
 from jax.experimental import jax2tf
@@ -27,7 +28,7 @@ from jaxtyping import Array, UInt8
 from semiseg_jax import __version__, deployed
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import streets
-from semiseg_jax.data.examples import IMAGE_SUFFIXES, files_below
+from semiseg_jax.data.examples import IMAGE_SUFFIXES, files_below, is_image
 from semiseg_jax.data.labels import read_image
 from semiseg_jax.errors import UserError
 from semiseg_jax.inference import Predictor
@@ -48,7 +49,7 @@ MAX_DIFFERENCE = 1e-4  # of a probability
 # Photographs that are looked at, at most; each is a size to compile for, once on either side.
 MAX_PHOTOGRAPHS = 4
 
-Images = UInt8[np.ndarray, "n h w 3"]
+Images = UInt8[np.ndarray, "_ _ _ 3"]  # batches of several sizes stand side by side
 Run = Callable[[Images], Mapping[str, Any]]
 
 
@@ -287,7 +288,7 @@ def from_folder(folder: Path) -> list[Images]:
     """
     if not folder.is_dir():
         raise UserError(f"The folder {folder} of --images is missing.")
-    files = [f for f in files_below(folder) if f.name.lower().endswith(IMAGE_SUFFIXES)]
+    files = [f for f in files_below(epath.Path(folder)) if is_image(f.name)]
     if not files:
         raise UserError(f"--images={folder} has no image ({', '.join(IMAGE_SUFFIXES)}) in it.")
     images = [read_image(file)[None] for file in files[:MAX_PHOTOGRAPHS]]

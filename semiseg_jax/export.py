@@ -13,7 +13,7 @@ from semiseg_jax import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run that has ended.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-_FORMAT = flags.DEFINE_string("format", "stablehlo", "stablehlo, for JAX, or saved_model.")
+_FORMAT = flags.DEFINE_string("format", None, "stablehlo, for JAX, or saved_model.")
 _IMAGES = flags.DEFINE_string(
     "images", None, "A folder with photographs to compare on; built-in scenes unless given."
 )
@@ -22,10 +22,9 @@ _IMAGES = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Makes an artefact of the model in a workdir."""
     command_line.options_only(argv)
-    if not _WORKDIR.value or not _OUTPUT.value:
-        sys.exit(
-            "Error: Say what to export and where to, as --workdir=runs/streets --output=served."
-        )
+    for flag in (_WORKDIR, _OUTPUT, _FORMAT):
+        if not flag.value:
+            sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
     if importlib.util.find_spec("tensorflow") is None:
         sys.exit("Error: TensorFlow is missing: install what requirements.txt names.")
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
