@@ -22,9 +22,10 @@ _IMAGES = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Makes an artefact of the model in a workdir."""
     command_line.options_only(argv)
-    for flag in (_WORKDIR, _OUTPUT, _FORMAT):
-        if not flag.value:
-            sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
+    workdir, output, format_ = (
+        flag.value or sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
+        for flag in (_WORKDIR, _OUTPUT, _FORMAT)
+    )
     if importlib.util.find_spec("tensorflow") is None:
         sys.exit("Error: TensorFlow is missing: install what requirements.txt names.")
     # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
@@ -39,9 +40,9 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     try:
         artefacts.export(
-            Path(_WORKDIR.value),
-            Path(_OUTPUT.value),
-            _FORMAT.value,
+            Path(workdir),
+            Path(output),
+            format_,
             Path(_IMAGES.value) if _IMAGES.value else None,
             say=print,
         )

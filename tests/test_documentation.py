@@ -197,7 +197,7 @@ def test_ranges_of_the_operations_are_those_drawn_from():
 
 
 def end_is_a_number(value):
-    return not value.dtype.is_bool and value.shape.rank == 0 or value.dtype.is_floating
+    return (not value.dtype.is_bool and value.shape.rank == 0) or value.dtype.is_floating
 
 
 def test_what_rows_of_the_papers_tables_change():

@@ -23,7 +23,7 @@ from semiseg_jax import (
     state,
     train,
 )
-from semiseg_jax.data import inputs, labels, pictures, sources
+from semiseg_jax.data import inputs, pictures, sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from tests import mains
