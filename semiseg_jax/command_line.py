@@ -43,6 +43,8 @@ def define_processes() -> None:
     flags.DEFINE_integer(
         "process_id", None, "Which of them this is, from 0 on; else $SEMISEG_PROCESS_ID."
     )
+    for name in ("coordinator", "num_processes", "process_id"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def start_processes(on_cpu: bool) -> None:

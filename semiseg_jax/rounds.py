@@ -248,7 +248,9 @@ class Job:
         say(f"{stage.steps} steps")
         variables = self._train(stage, network, teacher, pseudo, say)
         self._score(stage, network, say, stage.steps, variables)
-        _mark_done(stage, self._workdir)
+        _mark_done(stage)
+        if distributed.is_main():
+            report.write(self._workdir)
         return Trained(stage, variables, network)
 
     def _train(
@@ -332,7 +334,7 @@ class Job:
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
         self._score(stage, network, say, stage.steps, variables)
-        _mark_done(stage, self._workdir)
+        _mark_done(stage)
 
     def label(self, teacher: Trained) -> epath.Path:
         """The teacher's pseudo-labels, checked; their folder."""
@@ -457,12 +459,11 @@ class Job:
         self._console.print(line, markup=False)
 
 
-def _mark_done(stage: training.Stage, workdir: epath.Path) -> None:
+def _mark_done(stage: training.Stage) -> None:
     """The last thing of a stage, once it is over in every process."""
     distributed.barrier(f"end of {stage.name}")
     if distributed.is_main():
         write_bytes(stage.folder / DONE, b"")
-        report.write(workdir)
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:

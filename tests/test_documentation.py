@@ -69,7 +69,8 @@ def test_links_lead_somewhere(page):
 def test_files_and_keys_that_are_named_are_there(page):
     quoted = re.findall(r"`([^`\n]+)`", page.read_text())
     files = [q for q in quoted if re.fullmatch(r"(semiseg_jax|configs|launch|tests)/[\w/.]+", q)]
-    assert [f for f in files if not (ROOT / f).exists()] == []
+    # configs/mine.py is the reader's own.
+    assert [f for f in files if not (ROOT / f).exists() and f != "configs/mine.py"] == []
     keys = [q for q in quoted if re.fullmatch(rf"({'|'.join(SECTIONS)})\.[a-z_.]*[a-z_]", q)]
     known = {prefix for key in KEYS for prefix in (key, key.rpartition(".")[0])}
     assert [k for k in keys if k not in known] == []
@@ -188,16 +189,12 @@ def test_ranges_of_the_operations_are_those_drawn_from():
             drawn = {
                 key: [float(np.ravel(end[key])[0]) for end in ends]
                 for key in ends[0]
-                if key != "seed" and end_is_a_number(ends[0][key])
+                if key not in ("seed", "permutation") and not ends[0][key].dtype.is_bool
             }
             assert drawn.keys() == {key for key, *_ in pairs}, name
             for key, low, high in pairs:
                 expected = [float(low), float(high or low)]
                 np.testing.assert_allclose(drawn[key], expected, rtol=1e-6, err_msg=name)
-
-
-def end_is_a_number(value):
-    return (not value.dtype.is_bool and value.shape.rank == 0) or value.dtype.is_floating
 
 
 def test_what_rows_of_the_papers_tables_change():

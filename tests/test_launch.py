@@ -38,7 +38,8 @@ class StandIns:
         shutil.copytree(ROOT / "launch", self.project / "launch")
         self.folder = folder / "stand-ins"
         self.folder.mkdir()
-        self.environment = os.environ | {
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        self.environment = kept | {
             "PATH": f"{self.folder}:{os.environ['PATH']}",
             "STAND_INS": str(self.folder),
             "HOME": str(folder),

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -131,7 +132,7 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
     rounds.run(config, killed)
     same(whole, killed)
     for stage in ("round_0/teacher", "round_1/student", "round_2/student", "round_2/control"):
-        steps = [[line["step"] for line in history.read(w / stage)] for w in (whole, killed)]
+        steps = [[line["step"] for line in history.read(epath.Path(w) / stage)] for w in (whole, killed)]
         assert steps[0] == steps[1] == sorted(set(steps[0]))
 
     # asked to stop at several moments, inside stages, labelling and evaluation

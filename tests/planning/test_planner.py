@@ -28,7 +28,7 @@ def test_table_and_json_for_the_cpu(tmp_path, capsys, monkeypatch):
     two = Topology("cpu", tuple(jax.devices()[:2]), 1, None)
     monkeypatch.setattr(chips, "topology", lambda name: two)
     file = tmp_path / "plan.json"
-    planner.run(streets_config(), ["cpu"], str(file), layers=3)
+    planner.run(streets_config(), ["cpu"], str(file), layers=12)
     printed = capsys.readouterr().out
     for what in (
         "16 labelled, 464 unlabelled, 120 evaluation",
