@@ -57,8 +57,8 @@ class Images:
             for example in self.examples:
                 if (output / f"{example.id}.png").exists():
                     raise UserError(
-                        f"{output / example.id}.png is there already, and {output} has no "
-                        f"{RECORD}, which predictions have: give another --output."
+                        f"{output / example.id}.png is there already, and is no prediction: "
+                        f"{output} has no {RECORD}; give another --output."
                     )
 
 

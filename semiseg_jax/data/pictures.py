@@ -1,5 +1,6 @@
 """Pictures for people: label maps laid over images, words, and the legend of classes."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ TEXT = 17
 _OPACITY = 0.55
 # A picture's longest side at most, and its shortest width if enlarging by so much gives it.
 _LARGEST, _SMALLEST, _MOST_ENLARGED = 2048, 480, 8
-# Around a legend, in pixels.
-_GAP = 6
+# Of a legend, in pixels: around it, between entries, a row's height, a patch of colour's side.
+_GAP, _BETWEEN, _LINE, _SWATCH = 6, 22, 28, 18
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
@@ -56,20 +57,28 @@ def shortened(text: str, size: int, width: int) -> str:
 
 def legend(entries: Iterable[tuple[str, Sequence[int]]], width: int) -> Image.Image:
     """Colours, each with what it stands for, in rows of at most `width` pixels."""
-    swatch, line = 18, 28
-    letters, places, x, y = font(TEXT), [], 0, 0
+    places, x, y = [], 0, 0
     for name, colour in entries:
-        name = shortened(name, TEXT, width - swatch - 6)
-        needed = swatch + 6 + round(letters.getlength(name)) + 22
-        if x and x + needed > width:
-            x, y = 0, y + line
-        places.append((name, colour, x, y))
-        x += needed
-    image = Image.new("RGB", (width, y + line), PAPER)
-    draw = ImageDraw.Draw(image)
-    for name, colour, x, y in places:
-        draw.rectangle((x, y + 1, x + swatch, y + 1 + swatch), tuple(colour), PALE)
-        draw.text((x + swatch + 6, y), name, INK, letters)
+        entry = _entry(name, (colour[0], colour[1], colour[2]), width)
+        if x and x + entry.width + _BETWEEN > width:
+            x, y = 0, y + entry.height
+        places.append((entry, (x, y)))
+        x += entry.width + _BETWEEN
+    image = Image.new("RGB", (width, y + _LINE), PAPER)
+    for entry, place in places:
+        image.paste(entry, place)
+    return image
+
+
+# Drawing letters takes longer than all else about an overlay, and the same ones come again.
+@functools.lru_cache(maxsize=4096)
+def _entry(name: str, colour: tuple[int, int, int], width: int) -> Image.Image:
+    """A colour and its name."""
+    name = shortened(name, TEXT, width - _SWATCH - 6)
+    text = words(name, TEXT)
+    image = Image.new("RGB", (_SWATCH + 6 + text.width, _LINE), PAPER)
+    ImageDraw.Draw(image).rectangle((0, 1, _SWATCH, 1 + _SWATCH), colour, PALE)
+    image.paste(text, (_SWATCH + 6, 0))
     return image
 
 
