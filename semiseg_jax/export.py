@@ -11,9 +11,9 @@ from absl import app, flags
 
 from semiseg_jax import command_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run that has ended.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
-_FORMAT = flags.DEFINE_string("format", None, "stablehlo, for JAX, or saved_model.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Of a run that has ended.")
+_OUTPUT = flags.DEFINE_string("output", "", "The folder to make.")
+_FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model.")
 _IMAGES = flags.DEFINE_string(
     "images", None, "A folder with photographs to compare on; built-in scenes unless given."
 )
