@@ -1,6 +1,7 @@
 """The step compiled for a TPU slice held to bounds, and predicted against measured memory."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -33,13 +34,13 @@ def test_student_step_for_v5e_within_its_bounds():
     assert isinstance(cost, programs.Cost)
     assert set(cost.collectives) == {"all-reduce"}
     assert not any("f32" in types for types in cost.convolved)
-    print(cost)
-    # Measured when this was written; a change that moves more has a reason or is a mistake.
-    assert cost.traffic < 1e9
-    assert cost.main_traffic < 1e9
-    assert cost.memory.total < 1e9
-    # Of a step, forward and two gradients of every convolution.
-    assert cost.flops == pytest.approx(cost.compiler_flops, rel=0.2)
+    # About an eighth above what was compiled when this was written (5.76 GB, 2.13 GB and 0.39 GB):
+    # a change that needs more has a reason or is a mistake.
+    assert cost.traffic < 6.5e9
+    assert cost.main_traffic < 2.4e9
+    assert cost.memory.total < 0.44e9
+    # The compiler also counts what is elementwise.
+    assert cost.flops < cost.compiler_flops < 1.4 * cost.flops
 
 
 MEASURE = """
@@ -86,7 +87,9 @@ print(predicted, held + 1024 * (kilobytes("VmHWM") - before))
 @pytest.mark.parametrize(("backbone", "size", "batch"), [("tiny", 129, 8), ("resnet18", 129, 4)])
 def test_predicted_memory_is_within_a_quarter_of_the_measured_peak(backbone, size, batch):
     command = [sys.executable, "-c", MEASURE, backbone, str(size), str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # One device, compiled as runs are.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     predicted, measured = map(int, done.stdout.split())
     assert predicted == pytest.approx(measured, rel=0.25)

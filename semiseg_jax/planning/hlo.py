@@ -203,6 +203,12 @@ class Module:
 
 def _moved(instruction: Instruction, types: dict[str, tuple[Type, ...]]) -> tuple[int, int]:
     """Bytes of operands and results: (wherever they lie, in main memory)."""
+    if instruction.opcode in ("slice", "slice-start"):
+        # Of what is sliced the slice is read; what begins one names its source first.
+        source, part = types[instruction.operands[0]][0], instruction.results[-1]
+        if instruction.opcode == "slice-start":
+            part = instruction.results[1]
+        return 2 * part.bytes, part.bytes * ((not source.on_chip) + (not part.on_chip))
     buffers = [t for name in instruction.operands for t in types[name]]
     # What begins a copy names its source among its results.
     buffers += instruction.results[: 1 if instruction.opcode == "copy-start" else None]

@@ -78,7 +78,8 @@ class TooLarge:
     """A program that the compiler could not place.
 
     Attributes:
-        needed: bytes of one chip's main memory; 0 where the compiler did not say.
+        needed: bytes of one chip's main memory, those of temporaries at least; 0 where the
+            compiler did not say.
         limit: bytes that there are, likewise.
     """
 
@@ -226,9 +227,12 @@ def _memory(analysis: Any) -> Memory:
 
 
 def too_large(message: str) -> TooLarge:
-    """What the compiler says of a program that does not fit: "Used 20.1G of 15.7G hbm"."""
-    found = re.search(rf"Used {_NUMBER} of {_NUMBER}", message)
+    """What the TPU's compiler says of a program that does not fit, in one of its two sentences."""
+    found = re.search(
+        rf"Used {_NUMBER} of {_NUMBER}|temporaries \({_NUMBER}\) exceeds [^(]*\({_NUMBER}\)",
+        message,
+    )
     if not found:
         return TooLarge(0, 0)
-    used, unit, limit, unit_of_limit = found.groups()
+    used, unit, limit, unit_of_limit = (text for text in found.groups() if text is not None)
     return TooLarge(round(float(used) * _UNITS[unit]), round(float(limit) * _UNITS[unit_of_limit]))

@@ -55,7 +55,7 @@ class Plan:
         return forecast.floors(program.cost, self.topology.chip, len(self.topology.devices))
 
     def bounds_by_chips(self) -> dict[int, float]:
-        """Seconds of the student's step at its bound, by the number of chips, each loaded as now.
+        """Seconds of the student's step at its bound by chips, with as many images on each.
 
         Arithmetic and memory traffic of a chip stay what they are, and so do the bytes that
         collectives reduce; what a chip sends of them grows as 2 (n - 1) / n (see `forecast.sent`).

@@ -36,6 +36,8 @@ ENTRY %main.1 (x.1: bf16[33,16,5,8], k.1: bf16[3,3,8,8], m.1: f32[2,2,16]) -> f3
   %m.1 = f32[2,2,16]{2,1,0:T(2,128)S(1)} parameter(2)
   %copy-start.1 = (bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)}, bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x.1)
   %copy-done.1 = bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %slice-start.2 = ((bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)}), bf16[11,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x.1), slice={[0:11], [0:16], [0:5], [0:8]}
+  %slice-done.2 = bf16[11,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.2)
   %fusion.476 = bf16[17,16,3,8]{1,3,2,0:T(8,128)(2,1)S(1)} fusion(%copy-done.1, %k.1), kind=kOutput, calls=%fused_computation.873, metadata={op_name="jit(step)/stem/conv"}
   %all-reduce.84 = (f32[2,2,16]{2,1,0:T(2,128)S(1)}, f32[2,2,16]{2,1,0:T(2,128)S(1)}) all-reduce(%m.1, /*index=1*/%m.1), channel_id=7, to_apply=%sum
   %custom-call.1 = f32[8,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
@@ -71,6 +73,7 @@ def test_traffic_by_instruction_and_what_stays_on_the_chip():
     moved = {t.instruction.name: (t.total, t.main) for t in hlo.Module(TEXT).traffic()}
     assert moved == {
         "copy-start.1": (2 * IMAGES, IMAGES),
+        "slice-start.2": (2 * IMAGES // 3, IMAGES // 3),
         "fusion.476": (IMAGES + KERNEL + FEATURES, KERNEL),
         "all-reduce.84": (4 * MOMENTS, 0),
         "custom-call.2": (2 * BLOCK + MOMENTS, 2 * BLOCK),

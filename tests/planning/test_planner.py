@@ -168,12 +168,24 @@ def test_hours_of_the_whole_schedule():
 # ---- what does not fit
 
 
-def test_what_the_compiler_says_of_a_program_that_does_not_fit():
-    message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    )
-    assert programs.too_large(message) == TooLarge(round(20.5 * 2**30), round(15.75 * 2**30))
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (19.59G) exceeds available HBM (15.75G).",
+            19.59,
+        ),
+    ],
+)
+def test_what_the_compiler_says_of_a_program_that_does_not_fit(message, needed):
+    found = programs.too_large(message)
+    assert found == TooLarge(round(needed * 2**30), round(15.75 * 2**30))
 
 
 def fake_step(needed):
