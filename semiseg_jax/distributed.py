@@ -36,8 +36,8 @@ START_SECONDS = 300
 BARRIER_SECONDS = 1800
 PREPARE_SECONDS = 24 * 3600
 # A process that was not heard of for so long is gone; the rest ends. JAX finds out after its own.
-LOST_SECONDS = 30
-_HEARTBEAT_SECONDS = 45
+LOST_SECONDS = 40
+_HEARTBEAT_SECONDS = 50
 _TICK_SECONDS = 1.0
 
 _GO_ON = "start the same command again on all of them to go on"
@@ -173,7 +173,10 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
     state = of_jax.global_state
     if state.num_processes == 1:
         return
-    _say_when_aborted(f"Process 0 ended or cannot be reached: {_GO_ON}.")
+    _say_when_aborted(
+        "JAX ended this process, as it does where process 0 ended or cannot be reached (see the "
+        f"lines above): {_GO_ON}."
+    )
     _run = _Run(state.client, state.process_id, state.num_processes)
     _show_life(_run, 0)
     barrier("start")

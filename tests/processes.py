@@ -1,7 +1,7 @@
 """Runs of several processes on this machine, for tests; and what one of them does.
 
     python -m tests.processes main LOG ARGUMENTS …    the command itself; LOG has what it opened
-    python -m tests.processes step OUT                one training step of the smallest network
+    python -m tests.processes step OUT DTYPE          one training step of the smallest network
 
 Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
 """
@@ -83,11 +83,12 @@ def run_main(log, *arguments):
         app.run(main.main, flags_parser=command_line.parse)
 
 
-def run_step(out):
+def run_step(out, dtype):
     """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
+    flags_of_xla = os.environ["XLA_FLAGS"]
     from tests import conftest  # noqa: F401 - it sets eight devices, which are not wanted here
 
-    del os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = flags_of_xla
     import jax
     import numpy as np
     from absl import flags
@@ -105,7 +106,7 @@ def run_step(out):
         assert (batch["label"][: len(batch["label"]) // devices // 2] == 255).all()
         mine = len(batch["label"]) // distributed.count()
         part = slice(distributed.index() * mine, (distributed.index() + 1) * mine)
-        step, made, places = make_step(STUDENT, devices, dtype=np.dtype(sys.argv[3]))
+        step, made, places = make_step(STUDENT, devices, dtype=np.dtype(dtype))
         arrays = mesh.to_devices({k: v[part] for k, v in batch.items()}, places)
         made, metrics = step(made, arrays, jax.random.key(0))
         flat = jax.tree_util.tree_leaves_with_path((made.params, made.opt_state, metrics))
@@ -120,6 +121,4 @@ def events(log, kind):
 
 
 if __name__ == "__main__":
-    {"main": run_main, "step": run_step}[sys.argv[1]](
-        *sys.argv[2 : 3 if sys.argv[1] == "step" else None]
-    )
+    {"main": run_main, "step": run_step}[sys.argv[1]](*sys.argv[2:])

@@ -118,10 +118,12 @@ def test_a_step_of_two_processes_is_that_of_one(tmp_path, dtype, tolerance):
 
 def until(process, text):
     """Reads what a process prints until a line with this text."""
+    printed = []
     for line in process.stdout:
+        printed.append(line)
         if text in line:
             return
-    raise AssertionError(f"the run ended without printing {text!r}")
+    raise AssertionError(f"the run ended without printing {text!r}: {''.join(printed)}")
 
 
 LONG = ("--config.train.teacher_steps=100000", "--config.train.checkpoint_every=20")
