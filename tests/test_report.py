@@ -84,6 +84,7 @@ def run(tmp_path_factory):
         eval__every=2,
         eval__batch=2,
         pseudo__batch=2,
+        sda__ops=("solarize",),
         pseudo__flip=False,
     )
     pages = []

@@ -132,7 +132,8 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
     rounds.run(config, killed)
     same(whole, killed)
     for stage in ("round_0/teacher", "round_1/student", "round_2/student", "round_2/control"):
-        steps = [[line["step"] for line in history.read(epath.Path(w) / stage)] for w in (whole, killed)]
+        folders = [epath.Path(w) / stage for w in (whole, killed)]
+        steps = [[line["step"] for line in history.read(folder)] for folder in folders]
         assert steps[0] == steps[1] == sorted(set(steps[0]))
 
     # asked to stop at several moments, inside stages, labelling and evaluation
