@@ -59,7 +59,8 @@ def commands(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    prose = re.sub(r"^ {4}.*$", "", page.read_text(), flags=re.M)  # code may call what it indexes
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -76,7 +77,7 @@ def test_files_and_keys_that_are_named_are_there(page):
     assert [f for f in files if f != READERS_OWN and not (ROOT / f).exists()] == []
     keys = [q for q in quoted if re.fullmatch(rf"({'|'.join(SECTIONS)})\.[a-z_.]*[a-z_]", q)]
     known = {prefix for key in KEYS for prefix in (key, key.rpartition(".")[0])}
-    assert [k for k in keys if k not in known] == []
+    assert [k for k in keys if k not in known and not k.endswith(".json")] == []
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from semiseg_jax.planning import chips, programs
 pytestmark = pytest.mark.slow
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the TPU's compiler, is not installed (requirements-dev.txt has it)",
+    reason="libtpu, the TPU's compiler, is not installed (pip install libtpu==0.0.42.1)",
 )
 
 

@@ -83,8 +83,8 @@ def topology(name: str) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={name} needs the TPU's compiler, which is not installed: pip install the "
-            "libtpu that requirements-dev.txt names, or look at --topology=cpu."
+            f"--topology={name} needs the TPU's compiler, which is not installed: pip install "
+            "libtpu==0.0.42.1, or look at --topology=cpu."
         )
     chip = CHIPS[version]
     sides = [int(side) for side in shape.split("x")]
