@@ -126,10 +126,10 @@ def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, 3 MB."""
+    """A file system of its own, 8 MB: a whole run with its report fits."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -146,8 +146,8 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     ballast = small_disk / "ballast"
     for free in (0, 40_000, 200_000, 400_000):
         ballast.unlink(missing_ok=True)
-        used = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
-        ballast.write_bytes(bytes(max(3 * 2**20 - free - used, 0) // 4096 * 4096 - 16384))
+        available = shutil.disk_usage(small_disk).free
+        ballast.write_bytes(bytes(max(available - free - 16384, 0)))
         with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
             rounds.run(config, small_disk / "run")
     ballast.unlink()
