@@ -91,7 +91,7 @@ def test_a_topology_that_is_not_known(name):
 
 def test_without_the_tpus_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed: pip install the libtpu that requirements"):
+    with pytest.raises(UserError, match="not installed: pip install libtpu=="):
         chips.topology("v5e:2x2")
 
 
