@@ -87,7 +87,8 @@ def data() -> ConfigDict:
     # Seed of that draw; draws of one seed are nested, and have every class where they can.
     data.split_seed = 0
     # Where there is no evaluation set: images with masks to hold out for it, a count (> 1) or a
-    # share (0..1); 0 for none, which is an error then.
+    # share (0..1); 0 for none, which is an error then. Where eval.select is "holdout": labelled
+    # images to hold out for that.
     data.holdout = 0.0
 
     # Source `streets`: seed, images drawn for training and for evaluation, size in pixels.
@@ -306,6 +307,10 @@ def evaluation() -> ConfigDict:
     evaluation.batch = 8
     # Steps between evaluations inside a stage; 0 for its end alone.
     evaluation.every = 0
+    # The weights of a stage that count, which label and are reported: its last ones; or the best of
+    # those that `every` evaluates: "holdout" on data.holdout of the labelled images, which are then
+    # not trained on; "reported" on the very set that is reported, which flatters. Rows say which.
+    evaluation.select = "last"
     return evaluation
 
 

@@ -167,6 +167,12 @@ def _add(
                 show(Seen(name, batch.image[cut], batch.label[cut], classes[cut]))
 
 
+# By value of eval.select: what a row's protocol says.
+SELECTIONS = {
+    "last": "last",
+    "holdout": "best on a hold-out of the labelled set",
+    "reported": "best on the reported set",
+}
 # What must agree before two mIoU stand in one table; a row's protocol says more.
 COMPARED = ("data", "split", "scales", "flip", "window", "pad_to", "selection", "split_hash")
 
@@ -181,7 +187,7 @@ def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
         "flip": config.eval.flip,
         "window": window if config.eval.window else "whole",
         "pad_to": pad_to,
-        "selection": "last",
+        "selection": SELECTIONS[config.eval.select],
         "split_hash": dataset.split_hash,
         "seed": config.seed,
         "config_hash": provenance.config_hash(config),

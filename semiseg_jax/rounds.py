@@ -47,6 +47,7 @@ from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.models.dsbn import DOMAINS
 from semiseg_jax.pseudo_labels import PSEUDO_LABELS, Labeler
 from semiseg_jax.results import Results, make_row, print_table
+from semiseg_jax.selection import Best
 from semiseg_jax.state import Variables
 from semiseg_jax.train import DONE
 
@@ -137,6 +138,8 @@ class Network:
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         colour = deeplab.input_mean(model_config)
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
+        to_select = dataclasses.replace(dataset, evaluation=dataset.selection)
+        self.select = evaluate.Evaluator(self.model, to_select, config.eval, mesh, colour, asked)
         self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
         self.shapes = state_lib.variable_shapes(self.model)
         self._config = config
@@ -229,6 +232,7 @@ class Job:
         if variables is None:
             say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
             return None
+        variables = self._counting(stage, network, say, variables)
         say("done before")
         if self._row(stage) is None:
             self._score(stage, network, say, stage.steps, variables)
@@ -247,6 +251,7 @@ class Job:
         say = self._sayer(kind, round_)
         say(f"{stage.steps} steps")
         variables = self._train(stage, network, teacher, pseudo, say)
+        variables = self._counting(stage, network, say, variables)
         self._score(stage, network, say, stage.steps, variables)
         _mark_done(stage)
         if distributed.is_main():
@@ -282,7 +287,7 @@ class Job:
             program,
             start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
-            score=functools.partial(self._score, stage, network, say),
+            score=functools.partial(self._look, stage, network, say),
             say=say,
             train_config=config.train,
             eval_every=config.eval.every,
@@ -328,6 +333,10 @@ class Job:
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
+        if theirs := self._best(teacher.stage, network):
+            chosen = theirs.chosen(teacher.network.shapes, self._mesh)
+            ours = dataclasses.replace(theirs, folder=stage.folder)
+            ours.keep(dataclasses.replace(chosen, variables=variables))
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
         for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
@@ -408,13 +417,41 @@ class Job:
     def _protocol(self, network: Network) -> dict[str, Any]:
         return evaluate.protocol(self._config, self.dataset, network.evaluate.pad_to)
 
+    def _best(self, stage: training.Stage, network: Network) -> Best | None:
+        """Where the best weights of a stage are kept; None where its last ones count."""
+        config = self._config.eval
+        if config.select == "last":
+            return None
+        score = network.evaluate if config.select == "reported" else network.select
+        return Best(stage.folder, config.every, lambda variables: score(variables).miou)
+
+    def _look(
+        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
+    ) -> None:
+        """Evaluates at a step inside a stage; writes no second row of it."""
+        if best := self._best(stage, network):
+            best.offer(step, variables)
+        if self._row(stage, step) is None:
+            self._score(stage, network, say, step, variables)
+
+    def _counting(
+        self, stage: training.Stage, network: Network, say: Any, last: Variables
+    ) -> Variables:
+        """The weights of a stage that count, at its end (`eval.select`)."""
+        best = self._best(stage, network)
+        if best is None:
+            return last
+        # Also where the stage was done before: what is there is at least as good, and stays.
+        best.offer(stage.steps, last)
+        chosen = best.chosen(network.shapes, self._mesh)
+        say(f"its weights of step {chosen.step} count, mIoU {100 * chosen.miou:.2f} where chosen")
+        return chosen.variables
+
     def _score(
         self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
     ) -> None:
-        """Evaluates and keeps the row; does nothing where a step inside the stage has one."""
+        """Evaluates and keeps the row."""
         final = step == stage.steps
-        if not final and self._row(stage, step) is not None:
-            return
         pictures = record.Pictures(self._workdir, stage.folder, self.dataset, final)
         score = network.evaluate(variables, pictures.shown, pictures)
         protocol = self._protocol(network)
@@ -469,7 +506,8 @@ def _mark_done(stage: training.Stage) -> None:
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     """Refuses a workdir that belongs to another config.
 
-    What changes no stage's result may differ: FREE keys, and more rounds than there were.
+    What changes no stage's result may differ: FREE keys, those of `eval` unless the weights of a
+    stage were chosen by evaluating, and more rounds than there were.
 
     Raises:
         UserError: naming the keys that differ.
@@ -478,11 +516,13 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     if then is None:
         return
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (then, _plain(config)))
+    chosen = any(tree.get("eval.select", "last") != "last" for tree in (old, new))
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not (key.startswith("eval.") or key in FREE)
+        and not (key.startswith("eval.") and not chosen)
+        and key not in FREE
         and not (key == "rounds.count" and new[key] > old.get(key, 0))
     ]
     if differing:

@@ -12,6 +12,7 @@ from semiseg_jax.data.sources import LAYOUTS
 from semiseg_jax.data.streams import KINDS
 from semiseg_jax.data.tfds_export import PREFIX
 from semiseg_jax.errors import UserError
+from semiseg_jax.evaluate import SELECTIONS
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
 from semiseg_jax.models.dsbn import NORM_KINDS
@@ -136,6 +137,7 @@ RULES: dict[str, Rule] = {
     "eval.batch": _at_least(1),
     "eval.pad_to": _at_least(1),
     "eval.every": _at_least(0),
+    "eval.select": _one_of(*SELECTIONS),
     "rounds.count": _at_least(0),
     "rounds.student_model": _one_of("", *BACKBONES),
     "rounds.student_pretrained": _TEXT,
@@ -178,6 +180,15 @@ def check(config: Any) -> None:
         )
     for name in ("eval", "pseudo"):
         check_window(f"{name}.", config[name].window, config[name].window_stride)
+    if config.eval.select != "last" and not config.eval.every:
+        raise UserError(
+            f"eval.select is {config.eval.select} and eval.every 0: say how many steps lie between "
+            "the evaluations to choose from, or select the last weights."
+        )
+    if config.eval.select == "holdout" and not config.data.holdout:
+        raise UserError(
+            "eval.select is holdout and data.holdout 0: say how many labelled images to hold out."
+        )
     deeplab.check_multi_grid(config.model)
     _check_weights(config)
 

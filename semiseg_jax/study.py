@@ -120,7 +120,8 @@ class Study:
             config.update_from_flattened_dict(dict(run.changes))
             config.seed = seed
             config.rounds.control = run.control
-            if run.curve:
+            # Weights that are chosen by evaluating follow from how often that is done.
+            if run.curve and config.eval.select == "last":
                 config.eval.every = max(config.train.steps // 10, 1)
         return Piece(name, seed, config, self._workdir / name / f"seed_{seed}")
 

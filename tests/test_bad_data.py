@@ -142,6 +142,19 @@ def nothing_to_evaluate_on(root):
     return []
 
 
+def nothing_to_select_from(root):
+    return ["--config.eval.select=reported"]
+
+
+def nothing_to_select_on(root):
+    return ["--config.eval.select=holdout", "--config.eval.every=1"]
+
+
+def selected_on_what_is_reported(root):
+    (root / "images/val").rename(root / "elsewhere")
+    return [*nothing_to_select_on(root), "--config.data.holdout=0.25"]
+
+
 def one_name_twice(root):
     Image.new("RGB", (48, 36)).save(root / "images/train/001.jpg")
     return []
@@ -179,6 +192,9 @@ def no_unlabelled_image(root):
         (too_many, "data.labels=13 asks for 13 of 12 training images: give a count from 2 to 12"),
         (all_held_out, "data.holdout=1 holds out all 12 images with masks: lower it."),
         (nothing_to_evaluate_on, "There is no evaluation image: give data.evaluation_list, a fol"),
+        (nothing_to_select_from, "eval.select is reported and eval.every 0: say how many steps"),
+        (nothing_to_select_on, "eval.select is holdout and data.holdout 0: say how many labelled"),
+        (selected_on_what_is_reported, "the images of data.holdout are those that are reported"),
         (one_name_twice, "001.png have the same name: rename one of them, or say with data.image_"),
         (impossible_map, "makes mask value 1 class 9: mask values are 0 to 255 and class ids 0 to"),
         (no_unlabelled_image, "/more holds no image: put the unlabelled images there."),

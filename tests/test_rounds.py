@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, history, interruption, mesh, report, rounds, train
+from semiseg_jax import checkpoints, history, interruption, mesh, report, rounds, selection, train
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
@@ -250,3 +251,76 @@ def test_other_training_images_are_refused(config, tmp_path):
     fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
     with pytest.raises(UserError, match=r"4 labelled and 8 unlabelled .* then, 4 and 7 of .* now"):
         rounds.refuse_other_data(tmp_path, fewer)
+
+
+def selecting(config, select):
+    """The best of the weights after steps 1 to 4 of each of two stages."""
+    config.eval.select = select
+    config.eval.every = 1
+    config.train.checkpoint_every = 2
+    config.rounds.count = 1
+    config.rounds.control = False
+    return config
+
+
+def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path, monkeypatch):
+    selecting(config, "reported")
+    results = rounds.run(config, tmp_path / "whole")
+    assert {r["protocol"]["selection"] for r in results.rows} == {"best on the reported set"}
+    for row in results.rows:
+        inside = [r["miou"] for r in results.curve if r["stage"] == row["stage"]]
+        assert row["miou"] >= max(inside)
+        assert row["miou"] == max(inside) or row["miou"] not in inside
+    with monkeypatch.context() as patch:
+        kill_at(patch, "teacher", 4)
+        with pytest.raises(Killed):
+            rounds.run(config, tmp_path / "killed")
+    rounds.run(config, tmp_path / "killed")
+    same(tmp_path / "whole", tmp_path / "killed")
+
+    # The same command again reports the same, of the chosen weights; without them, nothing.
+    assert rounds.run(config, tmp_path / "whole").rows == results.rows
+    (tmp_path / "whole/round_0/teacher/best.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best.safetensors, the best weights so far, is missing"):
+        rounds.run(config, tmp_path / "whole")
+
+    # What was chosen by evaluating follows from how that is done.
+    config.eval.flip = True
+    with pytest.raises(UserError, match=r"another config .eval.flip: False there"):
+        rounds.run(config, tmp_path / "killed")
+
+
+def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, monkeypatch):
+    selecting(config, "holdout")
+    config.rounds.count = 0
+    config.data.holdout = 2.0
+    scores = iter([0.1, 0.4, 0.4, 0.3])
+    seen = []
+
+    def scored(best, step, variables, offer=selection.Best.offer):
+        seen.append({k: np.asarray(v) for k, v in flat(variables).items()})
+        offer(dataclasses.replace(best, score=lambda _: next(scores)), step, variables)
+
+    monkeypatch.setattr(selection.Best, "offer", scored)
+    before = sources.load(without_selection(config))
+    now = sources.load(config)
+    rows = rounds.run(config, tmp_path).rows
+    assert len(now.selection) == 2 and len(now.labeled) == len(before.labeled) - 2
+    assert not {e.id for e in now.selection} & {e.id for e in (*now.labeled, *now.unlabeled)}
+    assert now.evaluation == before.evaluation and now.split_hash != before.split_hash
+    assert rows[0]["protocol"]["selection"] == "best on a hold-out of the labelled set"
+    # The second of four, and not the third, which is as good.
+    kept = load_file(tmp_path / "model" / "weights.safetensors")
+    for name, value in kept.items():
+        np.testing.assert_array_equal(value, seen[1][name])
+    assert any((kept[name] != seen[2][name]).any() for name in kept)
+
+
+def without_selection(config):
+    config = config.copy_and_resolve_references()
+    config.eval.select, config.data.holdout = "last", 0.0
+    return config
+
+
+def flat(variables):
+    return traverse_util.flatten_dict(for_inference(variables), sep="/")

@@ -53,7 +53,12 @@ def downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
     with futures.ThreadPoolExecutor() as pool:
         parts = [
             tuple(pool.map(shrink, part))
-            for part in (dataset.labeled, dataset.unlabeled, dataset.evaluation)
+            for part in (
+                dataset.labeled,
+                dataset.unlabeled,
+                dataset.evaluation,
+                dataset.selection,
+            )
         ]
     return dataclasses.replace(
         dataset,
@@ -61,6 +66,7 @@ def downscaled(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
         labeled=parts[0],
         unlabeled=parts[1],
         evaluation=parts[2],
+        selection=parts[3],
         table=labels.id_table(len(dataset.classes)),
     )
 

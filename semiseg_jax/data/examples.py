@@ -38,6 +38,7 @@ class Dataset:
         labeled, unlabeled, evaluation: the three sets of examples.
         evaluated_on: what the evaluation set is, such as "val"; "holdout" where it was set aside
             from the training images.
+        selection: labelled images held out to choose a stage's weights by; mostly none.
     """
 
     name: str
@@ -48,11 +49,13 @@ class Dataset:
     unlabeled: tuple[Example, ...]
     evaluation: tuple[Example, ...]
     evaluated_on: str = "val"
+    selection: tuple[Example, ...] = ()
 
     @property
     def split_hash(self) -> str:
-        """Names the three sets by their ids (see `splits.split_hash`)."""
-        parts = (self.labeled, self.unlabeled, self.evaluation)
+        """Names the sets by their ids (see `splits.split_hash`)."""
+        parts = [self.labeled, self.unlabeled, self.evaluation]
+        parts += [self.selection] if self.selection else []
         return splits.split_hash([[e.id for e in part] for part in parts])
 
 

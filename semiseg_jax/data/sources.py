@@ -104,6 +104,7 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
     if data.evaluation_list:
         evaluation = _listed(data.evaluation_list, layout, layout.evaluation)
     held_out: tuple[Example, ...] = ()
+    selection: tuple[Example, ...] = ()
     if data.holdout and not evaluation:
         candidates, held_out = _hold_out(candidates, layout, data)
         evaluation, evaluated_on = held_out, "holdout"
@@ -111,9 +112,22 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
             f"No evaluation set: {len(held_out)} of {len(candidates) + len(held_out)} images with "
             "masks are held out for it, never trained on (data.holdout)."
         )
+        if config.eval.select == "holdout":
+            raise UserError(
+                "eval.select is holdout, and the images of data.holdout are those that are "
+                "reported, as there are no others: give an evaluation set, or say so with "
+                "eval.select=reported."
+            )
     labeled = candidates
     if not data.labeled_list:
         labeled = _drawn(candidates, data.labels, layout, data)
+    if config.eval.select == "holdout":
+        labeled, selection = _hold_out(labeled, layout, data)
+        held_out = selection
+        say(
+            f"{len(selection)} of {len(labeled) + len(selection)} labelled images are held out to "
+            "choose the weights of each stage by, never trained on (data.holdout)."
+        )
     unlabeled = _unlabeled(data, layout, {_real(e) for e in (*labeled, *held_out)})
     if data.unlabeled_ratio:
         unlabeled = _at_ratio(unlabeled, data, len(labeled))
@@ -127,6 +141,7 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
         unlabeled=tuple(dataclasses.replace(e, mask=None) for e in unlabeled),
         evaluation=evaluation,
         evaluated_on=evaluated_on,
+        selection=selection,
     )
 
 
@@ -277,7 +292,8 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
         check_pair = functools.partial(_check_pair, table=dataset.table)
         labeled = distributed.share(dataset.labeled)
         counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
-        for part, look in ((dataset.evaluation, check_pair), (dataset.unlabeled, _check_image)):
+        masked = (*dataset.evaluation, *dataset.selection)
+        for part, look in ((masked, check_pair), (dataset.unlabeled, _check_image)):
             for _ in pool.map(look, distributed.share(part)):
                 pass
     counts = distributed.total("data checked", counts)
@@ -314,7 +330,8 @@ def refuse_one_class(counts: Int[np.ndarray, "256"], classes: Sequence[str]) -> 
 def _check_sets(dataset: Dataset) -> None:
     """No image stands twice in a set, or in two of them; none of them is empty but by intent."""
     evaluated = {_real(e) for e in dataset.evaluation}
-    for kind, part in (("labelled", dataset.labeled), ("unlabelled", dataset.unlabeled)):
+    labeled = (*dataset.labeled, *dataset.selection)
+    for kind, part in (("labelled", labeled), ("unlabelled", dataset.unlabeled)):
         seen = set()
         for example in part:
             if _real(example) in evaluated:
@@ -324,7 +341,7 @@ def _check_sets(dataset: Dataset) -> None:
             if example.id in seen:
                 raise UserError(f"{example.id} is {kind} twice: list every image once.")
             seen.add(example.id)
-    twice = {_real(e) for e in dataset.labeled} & {_real(e) for e in dataset.unlabeled}
+    twice = {_real(e) for e in labeled} & {_real(e) for e in dataset.unlabeled}
     if twice:
         raise UserError(f"{min(twice)} is labelled and unlabelled: take it out of one list.")
     if not dataset.evaluation:
