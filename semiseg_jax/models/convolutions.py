@@ -276,7 +276,12 @@ def _pointwise_gradients(
     g = _wide(g)
     gx = lax.dot_general(g, _wide(kernel[0, 0]), (((3,), (1,)), ((), ()))).astype(x.dtype)
     gx = _pad(gx, _input_gradient_pads(x, kernel, g, geometry), geometry.stride - 1)
-    gk = lax.dot_general(_wide(met), g, (((0, 1, 2), (0, 1, 2)), ((), ())))
+    over_pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    # The compiler writes the left operand to memory once more, transposed: let it be the smaller.
+    if x.shape[-1] <= g.shape[-1]:
+        gk = lax.dot_general(_wide(met), g, over_pixels)
+    else:
+        gk = lax.dot_general(g, _wide(met), over_pixels).T
     return gx, gk[None, None].astype(kernel.dtype)
 
 
