@@ -113,6 +113,17 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
+# What Pillow raises of files that are no images, or damaged ones.
+_NO_IMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
+
+
+def _reason(path: epath.PathLike, error: Exception) -> str:
+    """What is wrong with a file, in words; Pillow would name the Python object that it read."""
+    if not isinstance(error, UnidentifiedImageError):
+        return str(error)
+    return "of no known kind" if epath.Path(path).stat().length else "the file is empty"
+
+
 def _open(path: epath.PathLike) -> tuple[_File, Image.Image]:
     """The file and its decoded image; a damaged or missing file is one sentence."""
     try:
@@ -120,10 +131,10 @@ def _open(path: epath.PathLike) -> tuple[_File, Image.Image]:
         return file, file.decode()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _NO_IMAGE as error:
         raise UserError(
-            f"{path} cannot be decoded ({error}): it is truncated, corrupt or not an image; "
-            "replace it or take it out of its list."
+            f"{path} cannot be decoded ({_reason(path, error)}): it is truncated, corrupt or not "
+            "an image; replace it or take it out of its list."
         ) from error
 
 
@@ -138,9 +149,10 @@ def image_size(path: epath.PathLike) -> tuple[int, int]:
             file = _File(stream)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _NO_IMAGE as error:
         raise UserError(
-            f"{path} is not an image ({error}): replace it or take it out of its list."
+            f"{path} is not an image ({_reason(path, error)}): replace it or take it out of its "
+            "list."
         ) from error
     _refuse_deep(path, file)
     return file.size
