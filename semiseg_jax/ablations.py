@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags
 
-from semiseg_jax import command_line, interruption, memory, paper
+from semiseg_jax import command_line, interruption, paper, startup
 
 _CONFIG = command_line.define_config("Data, network and recipe of every row")
 _TABLE = flags.DEFINE_enum(
@@ -34,20 +34,10 @@ def main(argv: list[str]) -> None:
     config_path = command_line.config_path(argv)
     if _TABLE.value is None:
         sys.exit(f"Error: Say which table, as --table=1; there are {', '.join(paper.TABLES)}.")
-    on_cpu = memory.cpu_computes()
-    if on_cpu:
-        memory.keep_freed()
-    # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
-    from semiseg_jax.data import sources  # isort: skip
-    from semiseg_jax import mesh, settings, study
+    with startup.of_a_run(_CONFIG.value):
+        from semiseg_jax import settings, study
 
-    with command_line.one_sentence():
-        settings.check(_CONFIG.value)
-        if on_cpu:
-            mesh.one_step_at_a_time()
-        mesh.keep_compiled_programs(sources.cache_dir(_CONFIG.value.data) / "compiled")
         workdir = _WORKDIR.value or f"runs/ablations_{settings.run_name(config_path)}"
-        command_line.start_processes(on_cpu)
         plan = study.Study(
             _CONFIG.value, _TABLE.value, study.seeds(_SEEDS.value), workdir, _RUNS.value
         )

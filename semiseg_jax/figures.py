@@ -5,7 +5,7 @@ Each is small and stands alone, so that a phone shows it as wide as its screen.
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,15 @@ from jaxtyping import Int64, UInt8
 from matplotlib import figure
 from PIL import Image
 
+from semiseg_jax.data import pictures
 from semiseg_jax.data.labels import IGNORE
 from semiseg_jax.tables import COLOURS
 
 # Inches; at 96 pixels an inch somewhat wider than a phone.
 _WIDTH, _HEIGHT = 4.3, 2.7
 _TEXT = 8
+# Pixels between the pictures of a sheet.
+_GAP = 6
 # More classes than these leave no room for the figures in a matrix.
 _MOST_NUMBERED = 24
 # What is right or wrong on either side: both right, only the later one, only the earlier, both
@@ -170,6 +173,36 @@ def changes(before: UInt8[np.ndarray, "h w"], now: UInt8[np.ndarray, "h w"]) -> 
     """A PNG of the pixels whose label changed, in blue on grey."""
     colours = list(DIFFERENCES.values())
     return _palette_png((before != now).astype(np.uint8), colours[:2])
+
+
+def sheet(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
+    classes: Iterable[tuple[str, Sequence[int]]],
+) -> bytes:
+    """A PNG of pictures in rows, below the titles of their columns and above the classes' legend.
+
+    Args:
+        titles: of the columns.
+        rows: pictures of one size in a row.
+        classes: (name, colour) of each.
+    """
+    wide = max(row[0].shape[1] for row in rows) + _GAP
+    below = pictures.legend(classes, wide * len(titles) - _GAP)
+    headings = [pictures.words(title, pictures.TEXT) for title in titles]
+    top = headings[0].height
+    heights = [row[0].shape[0] + _GAP for row in rows]
+    size = (below.width, top + sum(heights) + below.height)
+    image = Image.new("RGB", size, pictures.PAPER)
+    for column, heading in enumerate(headings):
+        image.paste(heading, (column * wide, 0))
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            image.paste(Image.fromarray(picture), (column * wide, top + sum(heights[:number])))
+    image.paste(below, (0, top + sum(heights)))
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 def _palette_png(

@@ -248,8 +248,7 @@ class Writer:
         if self._overlays:
             picture = pictures.with_legend(image, classes, deployed.classes, deployed.palette)
             buffer = io.BytesIO()
-            # Letters and edges of one pixel stay sharp without subsampled colours.
-            picture.save(buffer, "JPEG", quality=90, subsampling=0)
+            picture.save(buffer, "JPEG", quality=90)
             labels.write_bytes(self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue())
         if self._probabilities:
             buffer = io.BytesIO()

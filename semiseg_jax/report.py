@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from configs import default
 from semiseg_jax import command_line, figures, history, record
 from semiseg_jax.data import labels
+from semiseg_jax.data.streams import stage_name
 from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import comparable
 from semiseg_jax.health import HEALTH
@@ -34,6 +35,8 @@ FILE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 # Images of the gallery that are best, median and worst; and that gained or lost most.
 _OF_A_KIND, _OF_A_CHANGE = 2, 1
+# Images of the picture that stands alone.
+_IN_A_PICTURE = 4
 _MOST_CONFUSED = 8
 
 # Scalars that are drawn: name, title, factor, and whether students alone have them.
@@ -77,7 +80,7 @@ class Stage:
     @property
     def name(self) -> str:
         """For people."""
-        return _name(self.kind, self.round)
+        return stage_name(self.kind, self.round)
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -146,10 +149,6 @@ def _stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[Stage]:
         evaluation = record.read_json(folder / record.EVALUATION)
         done = (folder / DONE).exists()
         yield Stage(number, kind, round_, begins, folder, done, evaluation)
-
-
-def _name(kind: str, round_: int) -> str:
-    return kind if kind == "teacher" else f"{kind} {round_}"
 
 
 def write(workdir: epath.PathLike) -> list[str]:
@@ -249,7 +248,7 @@ def _table(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         control = controls.get(row["round"]) if row["stage"] == "student" else None
         lines.append(
             {
-                "name": _name(row["stage"], row["round"]),
+                "name": stage_name(row["stage"], row["round"]),
                 "steps": row["step"],
                 "miou": f"{100 * row['miou']:.2f}",
                 "over_teacher": _gain(row, teacher) if row is not teacher else "",
@@ -264,7 +263,7 @@ def _table(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "protocol": _protocol(rows[0]["protocol"]),
         "lines": lines,
         "classes": _by_class(run, rows, teacher, last),
-        "last": last and _name(last["stage"], last["round"]),
+        "last": last and stage_name(last["stage"], last["round"]),
     }
 
 
@@ -556,6 +555,32 @@ def _map_of(path: epath.Path) -> UInt8[np.ndarray, "h w"] | None:
         return None
 
 
+def picture(workdir: epath.PathLike) -> bytes:
+    """A PNG of evaluation images: image, truth, what the teacher and the last student see.
+
+    The images are spaced evenly in the list; none is picked for how it came out.
+
+    Raises:
+        UserError: no stage of the run has ended, or one of its pictures is missing.
+    """
+    run = read(workdir)
+    if not run.scored or run.about is None:
+        raise UserError(f"{workdir} has no stage that has ended: there is nothing to show yet.")
+    first, last = run.scored[0], run.scored[-1]
+    stages = [first] if first is last else [first, last]
+    folder = run.workdir / record.GALLERY / last.evaluation["gallery"]
+    colours = labels.full_palette(run.about["palette"])
+    kept = last.evaluation["kept"]
+    rows = []
+    for name in kept[:: -(-len(kept) // _IN_A_PICTURE)]:
+        maps = [folder / f"{name}.png", *(_seen_by(stage, name) for stage in stages)]
+        coloured = [colours[labels.read_mask(path, _ALL_IDS)] for path in maps]
+        rows.append([labels.read_image(folder / f"{name}.jpg"), *coloured])
+    titles = ["image", "truth", *(stage.name for stage in stages)]
+    classes = zip(run.about["classes"], run.about["palette"], strict=True)
+    return figures.sheet(titles, rows, classes)
+
+
 # --- Health --------------------------------------------------------------------------------------
 
 
@@ -601,13 +626,14 @@ def _uri(content: bytes, kind: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Writes the report of the command line's workdir."""
-    if len(argv) > 1:
-        sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+    command_line.options_only(argv)
     workdir = flags.FLAGS.workdir
     if not workdir:
         sys.exit("Error: Say which run, such as --workdir=runs/streets.")
     try:
         missing = write(workdir)
+        if flags.FLAGS.picture:
+            labels.write_bytes(flags.FLAGS.picture, picture(workdir))
     except UserError as error:
         sys.exit(f"Error: {error}")
     print(epath.Path(workdir) / FILE)
@@ -617,4 +643,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run to report on, such as runs/streets.")
+    flags.DEFINE_string(
+        "picture", None, "A PNG to write as well: some images, what is in them, what is seen."
+    )
     app.run(main, flags_parser=command_line.parse)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from semiseg_jax import distributed, metrics
 from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.data.streams import stage_name
 from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import Score, comparable
 
@@ -101,8 +102,7 @@ def print_table(rows: Sequence[Row], classes: Sequence[str], console: Console) -
     table = Table(box=box.SIMPLE_HEAD, title=f"Results on {split}, in %")
     table.add_column("", no_wrap=True)
     for row in rows:
-        name = row["stage"] if row["stage"] == "teacher" else f"{row['stage']} {row['round']}"
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(stage_name(row["stage"], row["round"]), justify="right", no_wrap=True)
     table.add_row("mIoU", *(f"{100 * row['miou']:.2f}" for row in rows), style="bold")
     if teacher:
         gains = (f"{100 * (row['miou'] - teacher['miou']):+.2f}" for row in rows)

@@ -210,13 +210,8 @@ class Job:
         return student or self._config.model.backbone
 
     def _stage(self, kind: str, round_: int) -> training.Stage:
-        config = self._config
-        num_steps = {
-            "teacher": config.train.teacher_steps,
-            "student": config.train.steps,
-            "control": config.train.steps * round_,
-        }[kind]
-        seed = streams.stage_seed(config.seed, round_, kind)
+        num_steps = streams.stage_steps(self._config.train, kind, round_)
+        seed = streams.stage_seed(self._config.seed, round_, kind)
         folder = self._workdir / f"round_{round_}" / kind
         return training.Stage(kind, round_, num_steps, seed, folder)
 
@@ -489,7 +484,7 @@ class Job:
             "student": student,
             "control": last,
         }
-        name = kind if kind == "teacher" else f"{kind} {round_}"
+        name = streams.stage_name(kind, round_)
         return lambda line: self._say(f"[{number[kind]}/{last}] {name}: {line}")
 
     def _say(self, line: str) -> None:

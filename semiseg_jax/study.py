@@ -200,7 +200,7 @@ class Study:
                 if round_ == 1 and kind == "student" and key in shared:
                     label = 0
                 totals = totals if done else [totals[0] + train, totals[1] + label]
-                name = kind if kind == "teacher" else f"{kind} {round_}"
+                name = streams.stage_name(kind, round_)
                 printed.add_row(
                     piece.name, str(piece.seed), name, f"{train:,}", f"{label:,}", state
                 )
@@ -229,11 +229,7 @@ def _cost(piece: Piece, kind: str, round_: int, unlabeled: int) -> tuple[int, in
     config = piece.config
     taken = streams.of_stage(config, kind)
     size = taken.size("weak") + taken.size("strong")
-    steps = {
-        "teacher": config.train.teacher_steps,
-        "student": config.train.steps,
-        "control": config.train.steps * round_,
-    }[kind]
+    steps = streams.stage_steps(config.train, kind, round_)
     if kind != "student" or "pseudo" not in (*taken.weak, *taken.strong):
         return steps * size, 0
     views = sum(scale**2 for scale in config.pseudo.scales) * (2 if config.pseudo.flip else 1)

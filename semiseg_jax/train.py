@@ -22,7 +22,7 @@ from semiseg_jax import state as state_lib
 from semiseg_jax.checkpoints import Checkpoints
 from semiseg_jax.data import pipeline
 from semiseg_jax.data.labels import write_bytes
-from semiseg_jax.data.streams import Streams
+from semiseg_jax.data.streams import Streams, stage_name
 from semiseg_jax.errors import UserError
 from semiseg_jax.history import History
 from semiseg_jax.state import TrainState, Variables
@@ -56,7 +56,7 @@ class Stage:
     @property
     def name(self) -> str:
         """For people: "student 2", "control 2", "teacher"."""
-        return self.kind if self.kind == "teacher" else f"{self.kind} {self.round}"
+        return stage_name(self.kind, self.round)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from semiseg_jax import mesh
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,3 +87,18 @@ def folder_config(folder_data, tmp_path):
         data__classes=("ground", "thing", "corner"),
         data__labels=4.0,
     )
+
+
+@pytest.fixture
+def config_of_pairs(folder_config):
+    """`folder_config`, two images at a time everywhere."""
+    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
+    folder_config.pseudo.batch = folder_config.eval.batch = 2
+    return folder_config
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one device, for which programs compile fastest."""
+    make = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))

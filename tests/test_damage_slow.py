@@ -4,27 +4,18 @@ import json
 import shutil
 import subprocess
 
-import jax
 import pytest
 
-from semiseg_jax import mesh, rounds
+from semiseg_jax import rounds
 from semiseg_jax.errors import UserError
 from tests.test_rounds import same
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    make = mesh.make_mesh
-    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture
-def config(folder_config):
-    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
-    folder_config.pseudo.batch = folder_config.eval.batch = 2
-    return folder_config
+def config(config_of_pairs):
+    return config_of_pairs
 
 
 def cut(path):

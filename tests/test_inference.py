@@ -1,6 +1,5 @@
 """Averaged probabilities against a plain loop, and mIoU against one made from them."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from semiseg_jax import evaluate, inference, mesh, metrics
 from semiseg_jax.data import labels, sources
 from semiseg_jax.models import deeplab
 from tests.conftest import tiny_config
+from tests.networks import Pointwise
 
 MEAN = np.array([123.675, 116.28, 103.53])
 STD = np.array([58.395, 57.12, 57.375])
@@ -101,19 +101,6 @@ def test_evaluation_counts_every_pixel_once(network, two, folder_config):
 def test_sizes_are_rounded():
     assert inference.scaled_size((31, 45), 0.5) == (16, 22)  # halves to even, as round() does
     assert inference.scaled_size((1, 1), 0.25) == (1, 1)
-
-
-class Pointwise(nn.Module):
-    """Translation-equivariant: what it says of a pixel does not depend on the window."""
-
-    num_classes: int = 3
-    mean: tuple = (0.0, 0.0, 0.0)
-    std: tuple = (255.0, 255.0, 255.0)
-    align_corners: bool = False
-
-    @nn.compact
-    def __call__(self, x, domain="weak", train=False):
-        return nn.Conv(3, (1, 1))(x)
 
 
 @pytest.mark.parametrize("size", [(20, 29), (16, 40), (9, 33), (41, 12)])

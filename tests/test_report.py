@@ -300,6 +300,29 @@ def test_differences_have_a_colour_for_each_case():
     np.testing.assert_array_equal(colours, [*figures.DIFFERENCES.values(), (255, 255, 255)])
 
 
+def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
+    workdir, _ = run
+    evaluation = json.loads((workdir / "round_2/student" / record.EVALUATION).read_text())
+    colours = np.full((256, 3), 255)
+    palette = json.loads((workdir / record.RUN).read_text())["palette"]
+    colours[: len(palette)] = palette
+    sheet = np.asarray(Image.open(io.BytesIO(report.picture(workdir))))
+    top = 23  # The titles; images of 24x40 below them, with 6 pixels between.
+    for row, name in enumerate(evaluation["kept"][::2]):
+        for column, folder in (
+            (1, workdir / record.GALLERY / evaluation["gallery"]),
+            (2, workdir / "round_0/teacher" / record.PREDICTIONS),
+            (3, workdir / "round_2/student" / record.PREDICTIONS),
+        ):
+            ids = np.asarray(Image.open(folder / f"{name}.png"))
+            y, x = top + row * 30, column * 46
+            np.testing.assert_array_equal(sheet[y : y + 24, x : x + 40], colours[ids])
+    for stage in ("round_0/teacher", "round_1/student", "round_2/student"):
+        (copied / stage / "DONE").unlink()
+    with pytest.raises(UserError, match="has no stage that has ended"):
+        report.picture(copied)
+
+
 @pytest.mark.parametrize("domains", [("weak", "strong"), ("weak",)])
 def test_the_layers_of_a_norm_go_from_the_first_to_the_last(domains):
     names = ("exit2", "middle10", "middle2", "stem2", "entry1", "stem", "middle1")

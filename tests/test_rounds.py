@@ -28,13 +28,11 @@ def two_devices(monkeypatch):
 
 
 @pytest.fixture
-def config(folder_config):
-    folder_config.rounds.count = 2
-    folder_config.rounds.control = True
-    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
-    folder_config.pseudo.batch = folder_config.eval.batch = 2
-    folder_config.pseudo.flip = True
-    return folder_config
+def config(config_of_pairs):
+    config_of_pairs.rounds.count = 2
+    config_of_pairs.rounds.control = True
+    config_of_pairs.pseudo.flip = True
+    return config_of_pairs
 
 
 def contents(workdir):

@@ -2,28 +2,20 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from semiseg_jax import interruption, mesh, paper, rounds, study
+from semiseg_jax import interruption, paper, rounds, study
 from semiseg_jax.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    make = mesh.make_mesh
-    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
-def config(folder_config):
-    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
-    folder_config.pseudo.batch = folder_config.eval.batch = 2
-    folder_config.train.steps = 2
-    folder_config.train.teacher_steps = 2
-    return folder_config
+def config(config_of_pairs):
+    config_of_pairs.train.steps = config_of_pairs.train.teacher_steps = 2
+    return config_of_pairs
 
 
 def trained(workdir):

@@ -398,8 +398,7 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     """Prints what was found; exit status 1 where an error was."""
     given = flags.FLAGS
-    if len(argv) > 1:
-        sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+    command_line.options_only(argv)
     paths = {name: given[name].value or "" for name in NAMES}
     if given.config is not None:
         report = examine_config(given.config)

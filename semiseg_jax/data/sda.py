@@ -1,7 +1,7 @@
 """Strong data augmentation (SDA): N operations drawn from a pool of 17.
 
 Yuan et al., "A Simple Baseline for Semi-supervised Semantic Segmentation with Strong Data
-Augmentation", ICCV 2021, section 3.1 and figure 2. The paper names the operations, not their
+Augmentation", ICCV 2021, section 3.2 and figure 2. The paper names the operations, not their
 magnitudes; the ranges here are this project's. `magnitude="released"` draws what the authors'
 released code effectively does instead: constants for most operations.
 

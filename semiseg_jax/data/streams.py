@@ -114,6 +114,26 @@ def slots(streams: Streams, groups: int, process_index: int = 0, process_count: 
     return Slots(*(np.array(column) for column in zip(*joined, strict=True)))
 
 
+def stage_name(stage: str, round_: int) -> str:
+    """For people: "teacher", "student 2", "control 2"."""
+    return stage if stage == "teacher" else f"{stage} {round_}"
+
+
+def stage_steps(train_config: Any, stage: str, round_: int) -> int:
+    """Optimiser steps of a stage; a control has those of all students up to its round.
+
+    Args:
+        train_config: `config.train`.
+        stage: one of STAGES.
+        round_: of the student or control.
+    """
+    return {
+        "teacher": train_config.teacher_steps,
+        "student": train_config.steps,
+        "control": train_config.steps * round_,
+    }[stage]
+
+
 def stage_seed(seed: int, round_: int, stage: str) -> Int[np.ndarray, "2"]:
     """Two integers for one stage of one run, from any integer `seed`."""
     numbers = (seed, round_, STAGES.index(stage))

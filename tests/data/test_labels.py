@@ -84,6 +84,17 @@ def test_a_truncated_image_is_one_sentence(tmp_path):
         labels.read_image(str(tmp_path / "none.png"))
 
 
+@pytest.mark.parametrize("read", [labels.read_image, labels.image_size])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "the file is empty"), (b"no image", "of no known kind")]
+)
+def test_what_is_no_image_is_said_in_words(tmp_path, read, content, reason):
+    (tmp_path / "i.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"i\.jpg [\w ]+ \({reason}\): ") as refused:
+        read(str(tmp_path / "i.jpg"))
+    assert "<" not in str(refused.value)
+
+
 def test_sixteen_bits_are_refused(tmp_path):
     Image.fromarray(np.full((2, 2), 4000, np.uint16)).save(tmp_path / "i.png")
     with pytest.raises(UserError, match="more than 8 bits"):
