@@ -103,6 +103,11 @@ def kill(process):
     process.kill()
 
 
+def kill_member(script, number):
+    """Ends one process of a cluster."""
+    os.kill(members(script)[number], signal.SIGKILL)
+
+
 def members(script):
     """The ids of the processes of a cluster that have not ended, by their numbers."""
     found = {}

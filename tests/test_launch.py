@@ -476,6 +476,17 @@ def test_a_run_is_started_once_told_to_stop_and_started_again(worker):
     until(lambda: "semiseg worker-0 ended 3" in ask(worker, "status"))
 
 
+def test_a_run_is_told_to_stop_in_the_moment_it_starts(worker):
+    (worker.folder / "python.does").write_text(
+        "trap 'exit 75' TERM; for _ in {1..600}; do sleep 0.05; done"
+    )
+    ask(worker, "setup")
+    worker.add("setsid", 'sleep 1; exec "$@"')
+    ask(worker, "run", "--", WORKDIR)
+    ask(worker, "stop")
+    until(lambda: "semiseg worker-0 stopped" in ask(worker, "status"))
+
+
 def test_copy_keeps_data_and_environment_and_leaves_nothing_old(worker):
     semiseg = Path(worker.environment["HOME"]) / "semiseg"
     (semiseg / "data" / "mine").mkdir()
@@ -681,6 +692,13 @@ exit 75
     name = "INT" if number == signal.SIGINT else "TERM"
     told = [line for line in output.splitlines() if line.endswith(("TERM", "INT"))]
     assert sorted(told) == [f"[0] {name}", f"[1] {name}"]
+    assert not left_behind(stand_ins.folder)
+
+
+def test_a_signal_reaches_those_that_are_only_being_started(tmp_path):
+    stand_ins, python = cluster(tmp_path, "((id)) || kill -s TERM $PPID; for_long")
+    _, errors = stand_ins.run("local_cluster.sh", "20", python, "--", "--config=x", status=75)
+    assert "killed" not in errors
     assert not left_behind(stand_ins.folder)
 
 
