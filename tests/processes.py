@@ -1,6 +1,9 @@
 """Runs of several processes on this machine, for tests; and what one of them does.
 
     python -m tests.processes main LOG ARGUMENTS …    the command itself; LOG has what it opened
+    python -m tests.processes store PATTERN PHASE COUNT LOG ARGUMENTS …
+                                                      the same on a store without rename, killed
+                                                      where tests.killed_run would be
     python -m tests.processes step OUT DTYPE          one training step of the smallest network
 
 Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
@@ -183,6 +186,14 @@ def run_main(log, *arguments):
         app.run(main.main, flags_parser=command_line.parse)
 
 
+def run_on_store(pattern, phase, count, *rest):
+    """As `run_main`; ends as kill -9 does at a write whose path matches."""
+    from tests import killed_run
+
+    killed_run.store_without_rename(pattern, phase, int(count))
+    run_main(*rest)
+
+
 def run_step(out, dtype):
     """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
     flags_of_xla = os.environ["XLA_FLAGS"]
@@ -221,4 +232,4 @@ def events(log, kind):
 
 
 if __name__ == "__main__":
-    {"main": run_main, "step": run_step}[sys.argv[1]](*sys.argv[2:])
+    {"main": run_main, "store": run_on_store, "step": run_step}[sys.argv[1]](*sys.argv[2:])

@@ -12,6 +12,7 @@ import pytest
 
 from tests import processes
 from tests.mains import TINY
+from tests.test_main_slow import contents
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +163,38 @@ def test_a_broken_image_that_one_process_reads_ends_all_with_its_sentence(tmp_pa
     assert statuses == [1, 1], "\n".join(outputs)
     for output in outputs:
         assert "cannot be decoded" in processes.sentence(output)
+
+
+# Who is killed where: process 0 commits checkpoints, each writes its share of the label maps.
+KILLS_ON_A_STORE = [
+    (0, "round_0/teacher/checkpoints/4/commit_success", "before"),
+    (1, "round_0/teacher/pseudo_labels/.*png", "half"),
+]
+
+
+def test_two_processes_on_a_store_without_rename_change_no_bit(tmp_path, folder_data):
+    """Killed on the way, and beside those on a file system."""
+    steps = ("--config.train.steps=4", "--config.train.teacher_steps=4")
+    run(2, tmp_path / "whole", folder_data, *steps)
+    command = arguments(tmp_path / "killed", folder_data, *steps)
+
+    def start(killed, *kill):
+        def on_store(i):
+            module, name, _, *rest = command(i)
+            return [module, name, "store", *(kill if i == killed else ("never", "", 1)), *rest]
+
+        return processes.finish(processes.start(2, 2, on_store))
+
+    for killed, *kill in KILLS_ON_A_STORE:
+        statuses, outputs = start(killed, *kill, 1)
+        assert statuses[killed] == -signal.SIGKILL, "\n".join(outputs)
+        assert statuses[1 - killed] == 1
+        assert f"process {killed}" in processes.sentence(outputs[1 - killed]).lower()
+    statuses, outputs = start(None)
+    assert statuses == [0, 0], "\n".join(outputs)
+    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert [k for k in one if one[k] != other[k]] == []
 
 
 LATE = """
