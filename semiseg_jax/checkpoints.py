@@ -18,19 +18,6 @@ from semiseg_jax.errors import UserError
 from semiseg_jax.state import TrainState, Variables
 
 
-class _Manager(ocp.CheckpointManager):
-    """orbax's, which leaves the calls that `distributed.preempted` counts alone.
-
-    It would ask JAX whether to stop by the number of the step, where we ask by that of the call.
-    JAX agrees on the number after the last one asked for: after a restart, or in the next stage, a
-    SIGTERM that came while a checkpoint was being saved would be heard much later, or never.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """No: what is saved when is not orbax's to decide."""
-        return False
-
-
 class Checkpoints:
     """The checkpoints of one stage; written in the background, the newest two kept."""
 
@@ -39,7 +26,7 @@ class Checkpoints:
         # Without rename a file that is written last, commit_success.txt, makes a checkpoint count.
         by_marker = ocp.path.atomicity.CommitFileTemporaryPath
         finishing = None if labels.has_rename(self._folder) else by_marker
-        self._manager = _Manager(
+        self._manager = ocp.CheckpointManager(
             self._folder.resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=2, create=True, temporary_path_class=finishing

@@ -51,6 +51,7 @@ class _Run:
         client: of JAX's coordination service, which process 0 hosts.
         index, count: of the processes.
         numbers: of barriers and messages, the same on all processes.
+        stop: how they agree on where to stop, where they may be asked to.
     """
 
     def __init__(self, client: Any, index: int, count: int):
@@ -58,6 +59,17 @@ class _Run:
         self.index = index
         self.count = count
         self.numbers = itertools.count()
+        self.stop: _Stop | None = None
+
+    def say(self, word: str, text: str = "") -> None:
+        """Has the others know something of this process, under a word."""
+        place = f"semiseg/{word}/{self.index}"
+        self.client.key_value_set(place, text, allow_overwrite=True)
+
+    def told(self, word: str) -> dict[int, str]:
+        """What processes have said under a word, by their numbers."""
+        said = self.client.key_value_dir_get(f"semiseg/{word}/")
+        return {int(key.rpartition("/")[2]): text for key, text in said}
 
 
 _run: _Run | None = None
@@ -156,6 +168,7 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
 
     if on_cpu:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # see _Stop
     nobody = (
         f"Not all processes of this run came to {where} within {START_SECONDS} s: check its "
         "address, that process 0 runs there, and that all were started with the same number of "
@@ -189,7 +202,7 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
     )
     _when_aborted(lambda: _end(aborted))
     _run = _Run(state.client, state.process_id, state.num_processes)
-    _show_life(_run, 0)
+    _run.say("alive", "0")
     barrier("start")
     threading.Thread(target=_watch, args=(_run,), daemon=True).start()
     _connect()
@@ -306,15 +319,60 @@ def main_first(name: str) -> Iterator[None]:
         barrier(name, PREPARE_SECONDS)
 
 
-def preempted() -> Callable[[], bool]:
-    """Tells at each call whether to stop here, where one process had a SIGTERM: all the same.
+class _Stop:
+    """Has all processes stop at one and the same call, after one of them was asked to.
+
+    JAX has such an agreement too (`multihost_utils.reached_preemption_sync_point`), not used here:
+    while it waits for another process, up to three minutes, it keeps Python from running, so that
+    a process beside a lost one does not end; and orbax asks it by numbers of steps, which it would
+    take for those of our calls.
+    """
+
+    def __init__(self, run: _Run, asked: Callable[[], bool]):
+        self._run = run
+        self._asked = asked
+        # Held while the processes compare their numbers of calls, so that these stand still.
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._comparing = False
+        self._at: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether to stop here."""
+        with self._lock:
+            self._calls += 1
+            return self._calls == self._at
+
+    def look(self) -> bool:
+        """Furthers the agreement, again and again in the watch; whether it is under way."""
+        if self._at is None and not self._comparing:
+            if self._asked():
+                self._run.say("asked")
+            if self._asked() or self._run.told("asked"):
+                self._comparing = self._lock.acquire()
+                self._run.say("calls", str(self._calls))
+        if self._comparing:
+            calls = self._run.told("calls")
+            if len(calls) == self._run.count:
+                # The next one of the process that is furthest.
+                self._at = max(map(int, calls.values())) + 1
+                self._comparing = False
+                self._lock.release()
+        return self._comparing
+
+
+def stopping(asked: Callable[[], bool]) -> Callable[[], bool]:
+    """Tells at each call whether to stop here, where a process was asked to: all the same.
 
     Every process must call it equally often; the answer is True at one and the same call.
-    """
-    from jax.experimental import multihost_utils
 
-    calls = itertools.count(1)
-    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    Args:
+        asked: whether this process was.
+    """
+    if _run is None:
+        return asked
+    _run.stop = _Stop(_run, asked)
+    return _run.stop
 
 
 # How they end
@@ -375,7 +433,7 @@ def _end_all(run: _Run, error: BaseException) -> NoReturn:
         traceback.print_exception(error)
         sentence = f"{type(error).__name__}: {_first_line(error)}"
     _ending.set()
-    run.client.key_value_set(f"semiseg/ended/{run.index}", sentence)
+    run.say("ended", sentence)
     if is_main():
         _wait_until_heard(run)
     _end(sentence if is_main() else f"process {run.index}: {sentence}")
@@ -388,13 +446,7 @@ def _wait_until_heard(run: _Run) -> None:
     while others and time.monotonic() < until:
         time.sleep(_TICK_SECONDS / 5)
         for word in ("heard", "ended"):
-            others -= _told(run, word).keys()
-
-
-def _told(run: _Run, word: str) -> dict[int, str]:
-    """What processes have said under a word, by their numbers."""
-    said = run.client.key_value_dir_get(f"semiseg/{word}/")
-    return {int(key.rpartition("/")[2]): text for key, text in said}
+            others -= run.told(word).keys()
 
 
 def _end(sentence: str) -> NoReturn:
@@ -412,23 +464,21 @@ def _exit(status: int, last_words: str = "") -> NoReturn:
     os._exit(status)
 
 
-def _show_life(run: _Run, beat: int) -> None:
-    run.client.key_value_set(f"semiseg/alive/{run.index}", str(beat), allow_overwrite=True)
-
-
 def _watch(run: _Run) -> None:
     """Until the run ends: tells the others that this process lives, and ends it when one does."""
     import jax
 
     seen: dict[int, tuple[str, float]] = {}
+    comparing = False
     for beat in itertools.count(1):
-        if _ending.wait(_TICK_SECONDS):
+        if _ending.wait(_TICK_SECONDS / (10 if comparing else 1)):
             return
         try:
-            _show_life(run, beat)
-            alive, ended = _told(run, "alive"), _told(run, "ended")
+            run.say("alive", str(beat))
+            alive, ended = run.told("alive"), run.told("ended")
             if ended:
-                run.client.key_value_set(f"semiseg/heard/{run.index}", "")
+                run.say("heard")
+            comparing = run.stop is not None and run.stop.look()
         except jax.errors.JaxRuntimeError:
             if _ending.is_set():
                 return

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 from safetensors import safe_open
 
 from semiseg_jax import checkpoints, mesh, state
@@ -54,17 +53,6 @@ def test_another_dtype_or_shape_is_refused_by_name(tmp_path, made, change, sente
         pytest.raises(UserError, match=sentence),
     ):
         kept.restore(1, shapes(other))
-
-
-def test_saving_does_not_touch_what_processes_agree_on_where_to_stop(tmp_path, made, monkeypatch):
-    def asked(step):
-        raise AssertionError(f"orbax asked JAX whether to stop, as step {step}")
-
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
-    with checkpoints.Checkpoints(tmp_path / "c") as kept:
-        kept.save(1, made)
-        kept.save(2, made)
-    assert kept.latest() == 2
 
 
 def test_weights_are_one_file_with_a_description(tmp_path):

@@ -1,5 +1,7 @@
 """Starting, sharing and agreeing; whole runs of two processes are in test_processes_slow.py."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -146,17 +148,43 @@ def test_losing_process_0_once_all_is_done_changes_no_outcome(outcome, status):
     assert statuses == [0, status], "\n".join(outputs)
 
 
+class Client:
+    """Of a coordination service that is a dictionary."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self.said[key] = value
+
+    def key_value_dir_get(self, place):
+        return [(key, value) for key, value in self.said.items() if key.startswith(place)]
+
+
 def test_a_process_that_told_its_own_error_is_not_ended_by_it(monkeypatch):
-    class Client:
-        def key_value_set(self, *_, **__):
-            pass
-
-        def key_value_dir_get(self, place):
-            return [(f"{place}1", "its reason")]
-
     monkeypatch.setattr(distributed, "_TICK_SECONDS", 0.01)
     monkeypatch.setattr(distributed, "_end", pytest.fail)
-    distributed._watch(distributed._Run(Client(), 1, 2))
+    distributed._watch(distributed._Run(Client({"semiseg/ended/1": "its reason"}), 1, 2))
+
+
+def test_all_stop_at_the_call_after_that_of_the_furthest():
+    said, asked = {}, set()
+    one, other = (
+        distributed._Stop(distributed._Run(Client(said), i, 2), lambda i=i: i in asked)
+        for i in range(2)
+    )
+    assert not any([one(), one(), one(), other(), other(), other(), other()])
+    assert not one.look() and not other.look()
+    asked.add(0)
+    assert one.look()  # it waits for the other,
+    waiting = threading.Thread(target=one)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()  # and makes no call meanwhile.
+    assert not other.look() and not one.look()
+    waiting.join()
+    assert one() and other()
+    assert not one() and not other()
 
 
 ALONE = """
