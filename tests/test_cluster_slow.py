@@ -27,8 +27,9 @@ STREETS = (
     "--config.data.labels=8.0",
     "--config.train.batch_labeled=4",
     "--config.train.batch_unlabeled=4",
-    "--config.train.teacher_steps=60",
-    "--config.train.steps=30",
+    "--config.train.teacher_steps=40",
+    "--config.train.steps=20",
+    "--config.train.checkpoint_every=100",
     "--config.pseudo.batch=4",
     "--config.eval.batch=4",
 )
@@ -68,7 +69,7 @@ def test_algorithm_1_by_two_processes_is_that_by_one(tmp_path):
     statuses, outputs = processes.finish(started)
     assert statuses == [0], outputs[0]
 
-    stages = [("teacher", 0, 60), ("student", 1, 30), ("student", 2, 30), ("control", 2, 60)]
+    stages = [("teacher", 0, 40), ("student", 1, 20), ("student", 2, 20), ("control", 2, 40)]
     assert [(r["stage"], r["round"], r["step"]) for r in rows(two)] == stages
     for row, other in zip(rows(one), rows(two), strict=True):
         assert row.keys() == other.keys()

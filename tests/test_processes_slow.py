@@ -90,7 +90,7 @@ def test_one_checkpoint_gives_the_same_labels_and_miou_and_each_opens_its_share(
 
     # Process 0 speaks, and writes.
     assert "4 cpu device(s) of 2 processes" in outputs[0] and "gain over" in outputs[0]
-    assert not [line for line in outputs[1].splitlines() if "Gloo" not in line]
+    assert not [word for word in ("devices", "teacher", "student", "mIoU") if word in outputs[1]]
     writers = {p.name.split(".")[5] for p in two.rglob("events.*")}
     assert len(writers) == 1 + 1  # with that of the run it was copied from
     assert (two / "model/weights.safetensors").exists()
@@ -207,6 +207,7 @@ with command_line.one_sentence():
     command_line.start_processes(on_cpu=True)
     import jax, numpy as np
     from semiseg_jax import checkpoints, mesh
+    jax.devices()
     if distributed.index() == 1:
         time.sleep(35)
     if sys.argv[1] == "checkpoints":
