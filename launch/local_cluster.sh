@@ -83,6 +83,8 @@ forward() {
 start() {
   local i out command
   for ((i = 0; i < count; i++)); do
+    # Those that start after a signal would never hear of it.
+    [[ $forwarded == no ]] || return 0
     command_of "$i"
     # The printer stays until its process has closed its output: Ctrl-C must not end it first.
     exec {out}> >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /")
@@ -148,7 +150,7 @@ trap 'forward INT' INT
 start
 watch
 wait "${printers[@]}" 2>/dev/null || true
-# One that was told to end before it could save, or a second time, ends by the signal: it was
-# interrupted all the same.
-if ((first > 128)) && [[ $forwarded == yes ]]; then first=75; fi
+# One that was told to end before it could save, or a second time, ends by the signal, and some may
+# not have been started any more: that is interrupted all the same.
+if [[ $forwarded == yes ]] && ((first > 128 || ${#printers[@]} < count)); then first=75; fi
 exit "$first"

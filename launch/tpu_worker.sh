@@ -48,11 +48,12 @@ running() {
 
 start() {
   exec 9>run.lock
-  if ! flock --nonblock 9; then
+  # Who asks for the status holds it for an instant.
+  if ! flock --wait 1 9; then
     echo "$(hostname): a run is under way already."
     return
   fi
-  rm -f run.status run.stopped
+  rm -f run.status run.stopped run.pid
   setsid nohup bash "$script" supervise "$@" >>run.log 2>&1 </dev/null &
 }
 
@@ -83,6 +84,8 @@ stop() {
     echo "$(hostname): nothing is running."
     return
   fi
+  # It may have started this very moment.
+  while running && [[ ! -s run.pid ]]; do sleep 0.1; done
   touch run.stopped
   kill -s TERM "$(<run.pid)"
 }

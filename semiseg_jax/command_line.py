@@ -74,7 +74,7 @@ def start_processes(on_cpu: bool) -> None:
 def one_sentence() -> Iterator[None]:
     """What a user can mend ends the command with a sentence, and its other processes too."""
     try:
-        with distributed.together(interruption.Interrupted):
+        with distributed.together({interruption.Interrupted: interruption.EXIT_STATUS}):
             yield
     except UserError as error:
         sys.exit(f"Error: {error}")

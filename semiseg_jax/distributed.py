@@ -10,7 +10,6 @@ of one ends all.
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -39,6 +38,8 @@ PREPARE_SECONDS = 24 * 3600
 LOST_SECONDS = 40
 _HEARTBEAT_SECONDS = 50
 _TICK_SECONDS = 1.0
+# So long process 0, through which the others hear of an error, waits for them to have heard.
+HEARING_SECONDS = 15
 
 _GO_ON = "start the same command again on all of them to go on"
 
@@ -50,6 +51,7 @@ class _Run:
         client: of JAX's coordination service, which process 0 hosts.
         index, count: of the processes.
         numbers: of barriers and messages, the same on all processes.
+        stop: how they agree on where to stop, where they may be asked to.
     """
 
     def __init__(self, client: Any, index: int, count: int):
@@ -57,6 +59,17 @@ class _Run:
         self.index = index
         self.count = count
         self.numbers = itertools.count()
+        self.stop: _Stop | None = None
+
+    def say(self, word: str, text: str = "") -> None:
+        """Has the others know something of this process, under a word."""
+        place = f"semiseg/{word}/{self.index}"
+        self.client.key_value_set(place, text, allow_overwrite=True)
+
+    def told(self, word: str) -> dict[int, str]:
+        """What processes have said under a word, by their numbers."""
+        said = self.client.key_value_dir_get(f"semiseg/{word}/")
+        return {int(key.rpartition("/")[2]): text for key, text in said}
 
 
 _run: _Run | None = None
@@ -134,11 +147,17 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def _may_be_in_a_cluster() -> bool:
-    """A Slurm step of several tasks; or a TPU's machine, of which JAX finds out whether it is."""
+    """A Slurm step of several tasks; or a TPU's machine, which may be one of several.
+
+    That libtpu is installed makes none of it: one can compile for TPUs without having any (see
+    `plan`), and would have to wait for a metadata server, or for Kubernetes, that are not there.
+    """
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return True
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+    from jax._src import cloud_tpu_init  # which looks for chips as JAX is imported
+
+    platforms = (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+    return "tpu" in platforms and cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
@@ -149,11 +168,13 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
 
     if on_cpu:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _say_when_aborted(
+    jax.config.update("jax_enable_preemption_service", False)  # see _Stop
+    nobody = (
         f"Not all processes of this run came to {where} within {START_SECONDS} s: check its "
         "address, that process 0 runs there, and that all were started with the same number of "
         "processes."
     )
+    _when_aborted(lambda: _end(nobody))
     try:
         jax.distributed.initialize(
             **arguments,
@@ -164,6 +185,7 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
     except ValueError as error:
         if arguments or "defined" not in str(error):
             raise
+        _when_aborted(None)
         return  # JAX found no cluster.
     except RuntimeError as error:
         raise UserError(
@@ -172,15 +194,38 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
         ) from error
     state = of_jax.global_state
     if state.num_processes == 1:
+        _when_aborted(None)
         return
-    _say_when_aborted(
+    aborted = (
         "JAX ended this process, as it does where process 0 ended or cannot be reached (see the "
         f"lines above): {_GO_ON}."
     )
+    _when_aborted(lambda: _end(aborted))
     _run = _Run(state.client, state.process_id, state.num_processes)
-    _show_life(_run, 0)
+    _run.say("alive", "0")
     barrier("start")
     threading.Thread(target=_watch, args=(_run,), daemon=True).start()
+    _connect()
+
+
+def _connect() -> None:
+    """Has all devices compute together once, now that the processes stand side by side.
+
+    Devices connect in their first computation together, and CPUs (gloo) wait 30 s for each other
+    then, and no longer: less than one process may be behind another that takes its programs from
+    the cache, while it compiles them on a busy machine. Once connected, they wait half an hour.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import multihost_utils
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    # All devices, as in training; then the n-th of each process, as orbax does.
+    mesh = Mesh(np.array(jax.devices()), ("device",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("device"))
+    ones = jax.make_array_from_callback((mesh.size,), split, lambda index: np.ones(1, np.int32))
+    jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones).block_until_ready()
+    multihost_utils.sync_global_devices("connected")
 
 
 # How they wait and agree
@@ -274,15 +319,60 @@ def main_first(name: str) -> Iterator[None]:
         barrier(name, PREPARE_SECONDS)
 
 
-def preempted() -> Callable[[], bool]:
-    """Tells at each call whether to stop here, where one process had a SIGTERM: all the same.
+class _Stop:
+    """Has all processes stop at one and the same call, after one of them was asked to.
+
+    JAX has such an agreement too (`multihost_utils.reached_preemption_sync_point`), not used here:
+    while it waits for another process, up to three minutes, it keeps Python from running, so that
+    a process beside a lost one does not end; and orbax asks it by numbers of steps, which it would
+    take for those of our calls.
+    """
+
+    def __init__(self, run: _Run, asked: Callable[[], bool]):
+        self._run = run
+        self._asked = asked
+        # Held while the processes compare their numbers of calls, so that these stand still.
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._comparing = False
+        self._at: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether to stop here."""
+        with self._lock:
+            self._calls += 1
+            return self._calls == self._at
+
+    def look(self) -> bool:
+        """Furthers the agreement, again and again in the watch; whether it is under way."""
+        if self._at is None and not self._comparing:
+            if self._asked():
+                self._run.say("asked")
+            if self._asked() or self._run.told("asked"):
+                self._comparing = self._lock.acquire()
+                self._run.say("calls", str(self._calls))
+        if self._comparing:
+            calls = self._run.told("calls")
+            if len(calls) == self._run.count:
+                # The next one of the process that is furthest.
+                self._at = max(map(int, calls.values())) + 1
+                self._comparing = False
+                self._lock.release()
+        return self._comparing
+
+
+def stopping(asked: Callable[[], bool]) -> Callable[[], bool]:
+    """Tells at each call whether to stop here, where a process was asked to: all the same.
 
     Every process must call it equally often; the answer is True at one and the same call.
-    """
-    from jax.experimental import multihost_utils
 
-    calls = itertools.count(1)
-    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+    Args:
+        asked: whether this process was.
+    """
+    if _run is None:
+        return asked
+    _run.stop = _Stop(_run, asked)
+    return _run.stop
 
 
 # How they end
@@ -292,31 +382,43 @@ _ending = threading.Event()
 
 
 @contextlib.contextmanager
-def together(*agreed: type[BaseException]) -> Iterator[None]:
+def together(agreed: Mapping[type[BaseException], int]) -> Iterator[None]:
     """What ends one process inside ends all, each with a sentence; they come to its end together.
 
     Args:
-        agreed: exceptions that all processes raise at the same place.
+        agreed: exceptions that all processes raise at the same place, and the status that the
+            command then ends with.
     """
+    outcome = None
     try:
-        yield
+        try:
+            yield
+        except tuple(agreed) as error:
+            outcome = error
+        barrier("end")
     except BaseException as error:
-        if _run is not None and not isinstance(error, agreed):
+        if _run is not None:
             _end_all(_run, error)
-        _leave()
         raise
-    _leave()
+    _leave(agreed[type(outcome)] if outcome else 0)
+    if outcome:
+        raise outcome
 
 
-def _leave() -> None:
-    """All are done, with the same outcome."""
+def _leave(status: int) -> None:
+    """All are done, and nothing changes the outcome any more.
+
+    Process 0 may be gone before another one has heard that it may go, too. JAX misses its service
+    then, and aborts: the process ends as it would have, without a word.
+    """
     if _run is None:
         return
     import jax
 
-    barrier("end")
     _ending.set()
-    jax.distributed.shutdown()
+    _when_aborted(lambda: _exit(status))
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
 
 
 def _end_all(run: _Run, error: BaseException) -> NoReturn:
@@ -331,51 +433,65 @@ def _end_all(run: _Run, error: BaseException) -> NoReturn:
         traceback.print_exception(error)
         sentence = f"{type(error).__name__}: {_first_line(error)}"
     _ending.set()
-    run.client.key_value_set(f"semiseg/ended/{run.index}", sentence)
+    run.say("ended", sentence)
     if is_main():
-        # The others hear of it through this process.
-        time.sleep(5 * _TICK_SECONDS)
+        _wait_until_heard(run)
     _end(sentence if is_main() else f"process {run.index}: {sentence}")
 
 
+def _wait_until_heard(run: _Run) -> None:
+    """The others hear of an error through process 0; those that ended before never do."""
+    until = time.monotonic() + HEARING_SECONDS
+    others = set(range(run.count)) - {run.index}
+    while others and time.monotonic() < until:
+        time.sleep(_TICK_SECONDS / 5)
+        for word in ("heard", "ended"):
+            others -= run.told(word).keys()
+
+
 def _end(sentence: str) -> NoReturn:
-    """Ends the process, whatever its other threads are at, with one sentence."""
+    """Ends the process with one sentence."""
     if not _speaking.acquire(blocking=False):
         time.sleep(60)  # Another thread is at it.
+    _exit(1, f"Error: {sentence}\n")
+
+
+def _exit(status: int, last_words: str = "") -> NoReturn:
+    """Ends the process, whatever its other threads are at."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    os.write(2, f"Error: {sentence}\n".encode())
-    os._exit(1)
-
-
-def _show_life(run: _Run, beat: int) -> None:
-    run.client.key_value_set(f"semiseg/alive/{run.index}", str(beat), allow_overwrite=True)
+    os.write(2, last_words.encode())
+    os._exit(status)
 
 
 def _watch(run: _Run) -> None:
     """Until the run ends: tells the others that this process lives, and ends it when one does."""
     import jax
 
-    heard: dict[int, tuple[str, float]] = {}
+    seen: dict[int, tuple[str, float]] = {}
+    comparing = False
     for beat in itertools.count(1):
-        if _ending.wait(_TICK_SECONDS):
+        if _ending.wait(_TICK_SECONDS / (10 if comparing else 1)):
             return
         try:
-            _show_life(run, beat)
-            alive = run.client.key_value_dir_get("semiseg/alive/")
-            ended = run.client.key_value_dir_get("semiseg/ended/")
+            run.say("alive", str(beat))
+            alive, ended = run.told("alive"), run.told("ended")
+            if ended:
+                run.say("heard")
+            comparing = run.stop is not None and run.stop.look()
         except jax.errors.JaxRuntimeError:
             if _ending.is_set():
                 return
             _end(f"Process 0 ended or cannot be reached: {_GO_ON}.")
-        for key, reason in ended:
-            _end(f"process {run.index} ends because process {key.rpartition('/')[2]} did: {reason}")
+        if run.index in ended:
+            return  # The main thread is about to tell it.
+        for number, reason in ended.items():
+            _end(f"process {run.index} ends because process {number} did: {reason}")
         now = time.monotonic()
-        for key, life in alive:
-            number = int(key.rpartition("/")[2])
-            if heard.get(number, ("", 0.0))[0] != life:
-                heard[number] = (life, now)
-            elif now - heard[number][1] > LOST_SECONDS:
+        for number, life in alive.items():
+            if seen.get(number, ("", 0.0))[0] != life:
+                seen[number] = (life, now)
+            elif now - seen[number][1] > LOST_SECONDS:
                 _end(f"Process {number} was not heard of for {LOST_SECONDS} s: {_GO_ON}.")
 
 
@@ -383,16 +499,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _say_when_aborted(sentence: str) -> None:
-    """Has the process end with a sentence where JAX aborts it, as it does without process 0.
+def _when_aborted(end: Callable[[], NoReturn] | None) -> None:
+    """What ends the process where JAX aborts it, as it does without process 0; None for nothing.
 
     Python's own handlers run too late for that: the aborting thread calls this one.
     """
-    handler = _handler_type()(lambda number: _end(sentence))
-    _kept.append(handler)  # As long as the process: it must not be collected.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
+    if end is None:
+        libc.signal(signal.SIGABRT, int(signal.SIG_DFL))
+        return
+    handler = _handler_type()(lambda number: end())
+    _kept.append(handler)  # As long as the process: it must not be collected.
     libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
 
 

@@ -4,7 +4,6 @@ Pre-emptible machines are told by SIGTERM some seconds before they go; a person 
 """
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -37,21 +36,8 @@ def by_signals() -> Iterator[Asked]:
     Yields:
         Tells whether there has been one.
     """
-    if distributed.count() > 1:
-        # JAX has a SIGTERM handler of its own, which tells the others; it knows no SIGINT.
-        before = signal.signal(signal.SIGINT, _as_sigterm)
-        try:
-            yield distributed.preempted()
-        finally:
-            signal.signal(signal.SIGINT, before)
-        return
     with _noted() as received:
-        yield lambda: bool(received)
-
-
-def _as_sigterm(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
+        yield distributed.stopping(lambda: bool(received))
 
 
 @contextlib.contextmanager

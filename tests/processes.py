@@ -1,18 +1,42 @@
 """Runs of several processes on this machine, for tests; and what one of them does.
 
     python -m tests.processes main LOG ARGUMENTS …    the command itself; LOG has what it opened
+    python -m tests.processes store PATTERN PHASE COUNT LOG ARGUMENTS …
+                                                      the same on a store without rename, killed
+                                                      where tests.killed_run would be
     python -m tests.processes step OUT DTYPE          one training step of the smallest network
 
 Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
 """
 
+import contextlib
 import os
+import random
+import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def free_port():
+    """As launch/local_cluster.sh has it: not of those that outgoing connections take meanwhile."""
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def clean_environment():
+    """This process's, without what says how runs start; programs are compiled fast."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SEMISEG_", "JAX_"))}
+    return kept | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def start(count, devices, arguments, **environment):
@@ -24,12 +48,9 @@ def start(count, devices, arguments, **environment):
         arguments: from a process's number to what follows python.
         environment: variables to add.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SEMISEG_")}
-    kept |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": str(devices)}
-    kept |= {"JAX_PLATFORMS": "cpu"} | environment
+    port = free_port()
+    kept = clean_environment() | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    kept |= environment
     started = []
     for i in range(count):
         others = {
@@ -55,8 +76,90 @@ def finish(processes, seconds=900):
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            kill(process)
     return [process.returncode for process in processes], outputs
+
+
+@contextlib.contextmanager
+def cluster(count, devices, *arguments):
+    """launch/local_cluster.sh with the command's arguments; what it started ends with the test."""
+    options = [str(count), f"--devices={devices}", f"--python={sys.executable}"]
+    script = subprocess.Popen(
+        [ROOT / "launch/local_cluster.sh", *options, "--", *map(str, arguments)],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield script
+    finally:
+        kill(script)
+        script.communicate(timeout=60)
+
+
+def kill(process):
+    """Ends a process, and those of a cluster with it."""
+    for pid in members(process).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
+def kill_member(script, number):
+    """Ends one process of a cluster."""
+    os.kill(members(script)[number], signal.SIGKILL)
+
+
+def members(script):
+    """The ids of the processes of a cluster that have not ended, by their numbers."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            variables = process.joinpath("environ").read_bytes().decode(errors="replace")
+            if parent == script.pid and (number := _NUMBER.search(variables)):
+                found[int(number[1])] = int(process.name)
+    return found
+
+
+_NUMBER = re.compile(r"(?:^|\0)SEMISEG_PROCESS_ID=(\d+)\0")
+
+
+def until(process, text, seconds=600):
+    """Reads what a process prints until a line matches the pattern; the match.
+
+    Args:
+        process: with its output in a pipe.
+        text: a regular expression.
+        seconds: after which the process is killed.
+    """
+    printed = []
+    timer = threading.Timer(seconds, kill, [process])
+    timer.start()
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            if found := re.search(text, line):
+                return found
+    finally:
+        timer.cancel()
+    raise AssertionError(f"the run ended without printing {text!r}: {''.join(printed)}")
+
+
+def until_there(path, process, seconds=600):
+    """Waits until a file or folder is there, as long as the process runs."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def sentence(output):
+    """The one sentence that a process ended with."""
+    (said,) = re.findall(r"^(?:\[\d+\] )?Error: (.*)$", output, re.M) or [output]
+    return said
 
 
 def run_main(log, *arguments):
@@ -81,6 +184,14 @@ def run_main(log, *arguments):
         checkpoints.Checkpoints.save = noted
         sys.argv = ["main", *arguments]
         app.run(main.main, flags_parser=command_line.parse)
+
+
+def run_on_store(pattern, phase, count, *rest):
+    """As `run_main`; ends as kill -9 does at a write whose path matches."""
+    from tests import killed_run
+
+    killed_run.store_without_rename(pattern, phase, int(count))
+    run_main(*rest)
 
 
 def run_step(out, dtype):
@@ -121,4 +232,4 @@ def events(log, kind):
 
 
 if __name__ == "__main__":
-    {"main": run_main, "step": run_step}[sys.argv[1]](*sys.argv[2:])
+    {"main": run_main, "store": run_on_store, "step": run_step}[sys.argv[1]](*sys.argv[2:])

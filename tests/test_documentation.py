@@ -144,14 +144,33 @@ def sentences():
             if isinstance(node, ast.JoinedStr | ast.Constant):
                 text = "".join(text if isinstance(text, str) else "…" for text in texts)
                 found.append(" ".join(text.split()))
+    for path in sorted((ROOT / "launch").glob("*.sh")):
+        filled_in = r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|%s"
+        found += re.sub(filled_in, "…", path.read_text()).splitlines()
     return found
 
 
-def test_messages_that_are_quoted_are_said():
-    """What stands in backticks in the first column of tables of messages, … for anything."""
-    text = (ROOT / "docs/troubleshooting.md").read_text()
-    cells = re.findall(r"^\| (`.*?) \|", text, re.M)
-    quoted = [q for cell in cells for q in re.findall(r"`([^`]+)`", cell)]
+def messages(page):
+    """What stands in backticks in the first column of tables of our messages, … for anything.
+
+    Those of other programs stand in tables with another heading.
+    """
+    ours = False
+    for line in page.read_text().splitlines():
+        if not line.startswith("|"):
+            ours = False
+        elif line.startswith("| message |"):
+            ours = True
+        elif ours and not line.startswith("|-"):
+            yield from re.findall(r"`([^`]+)`", re.match(r"\| (.*?) \|", line)[1])
+
+
+WITH_MESSAGES = [page for page in PAGES if re.search(r"^\| message \|", page.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("page", WITH_MESSAGES, ids=name)
+def test_messages_that_are_quoted_are_said(page):
+    quoted = list(messages(page))
     assert quoted
     unsaid = []
     for message in quoted:
@@ -159,6 +178,15 @@ def test_messages_that_are_quoted_are_said():
         if not any(re.search(pattern, sentence) for sentence in sentences()):
             unsaid.append(message)
     assert unsaid == []
+
+
+def test_pages_with_messages():
+    """None has fallen out of the test above by another heading."""
+    assert {page.stem for page in WITH_MESSAGES} >= {
+        "gpu_clusters",
+        "tpu_pods",
+        "troubleshooting",
+    }
 
 
 def rows(page):

@@ -70,7 +70,7 @@ class StandIns:
         """What the script prints; it must end with the status."""
         process = self.start(script, *arguments)
         try:
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=100)
         finally:
             process.terminate()
         assert process.returncode == status, errors
@@ -422,7 +422,7 @@ def ask(worker, task, *arguments):
 
 
 def until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.05)
@@ -474,6 +474,17 @@ def test_a_run_is_started_once_told_to_stop_and_started_again(worker):
     (worker.folder / "python.does").write_text("exit 3")
     ask(worker, *run)
     until(lambda: "semiseg worker-0 ended 3" in ask(worker, "status"))
+
+
+def test_a_run_is_told_to_stop_in_the_moment_it_starts(worker):
+    (worker.folder / "python.does").write_text(
+        "trap 'exit 75' TERM; for _ in {1..600}; do sleep 0.05; done"
+    )
+    ask(worker, "setup")
+    worker.add("setsid", 'sleep 1; exec "$@"')
+    ask(worker, "run", "--", WORKDIR)
+    ask(worker, "stop")
+    until(lambda: "semiseg worker-0 stopped" in ask(worker, "status"))
 
 
 def test_copy_keeps_data_and_environment_and_leaves_nothing_old(worker):
@@ -551,7 +562,7 @@ def test_slurm_job_outlives_the_signal_that_its_processes_get(tmp_path):
     job = stand_ins.start("slurm_job.sh", "python", cwd=tmp_path)
     until((tmp_path / "started").exists)
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=20)
+    job.communicate(timeout=100)
     assert job.returncode == 75
     assert stand_ins.recorded()[-1] == ["scontrol", "requeue", "17"]
 
@@ -563,7 +574,15 @@ PROCESS = """
 echo "at $SEMISEG_COORDINATOR $SEMISEG_PROCESS_ID of $SEMISEG_NUM_PROCESSES" \\
   "on ${JAX_PLATFORMS-all} ${JAX_NUM_CPU_DEVICES-all}"
 id=$SEMISEG_PROCESS_ID
-for_long() { for _ in {1..600}; do sleep 0.05; done; }
+for_long() { for _ in {1..2400}; do sleep 0.05; done; }
+# Here, with its traps set; then waits until all are.
+all_here() {
+  touch "$STAND_INS/here.$id"
+  local i
+  for ((i = 0; i < SEMISEG_NUM_PROCESSES; i++)); do
+    until [[ -e $STAND_INS/here.$i ]]; do sleep 0.05; done
+  done
+}
 """
 
 
@@ -613,7 +632,7 @@ def test_cluster_dry_run_prints_what_runs(tmp_path):
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
-    does = "trap 'echo told; exit 75' TERM; ((id != 1)) || { sleep 0.3; exit 3; }; for_long"
+    does = "trap 'echo told; exit 75' TERM; all_here; ((id != 1)) || exit 3; for_long"
     stand_ins, python = cluster(tmp_path, does)
     output, errors = stand_ins.run("local_cluster.sh", "3", python, "--", "--config=x", status=3)
     assert "Process 1 ended with status 3." in errors
@@ -622,7 +641,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path):
-    does = "trap '' TERM; ((id)) || { sleep 0.3; exit 3; }; for_long"
+    does = "trap '' TERM; all_here; ((id)) || exit 3; for_long"
     stand_ins, python = cluster(tmp_path, does)
     _, errors = stand_ins.run(
         "local_cluster.sh", "2", "--grace=1", python, "--", "--config=x", status=3
@@ -666,7 +685,7 @@ exit 75
     send = process.send_signal if number == signal.SIGTERM else lambda n: os.killpg(process.pid, n)
     send(number)
     try:
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=100)
     finally:
         process.terminate()
     assert process.returncode == 75
@@ -676,12 +695,19 @@ exit 75
     assert not left_behind(stand_ins.folder)
 
 
+def test_a_signal_reaches_those_that_are_only_being_started(tmp_path):
+    stand_ins, python = cluster(tmp_path, "((id)) || kill -s TERM $PPID; for_long")
+    _, errors = stand_ins.run("local_cluster.sh", "20", python, "--", "--config=x", status=75)
+    assert "killed" not in errors
+    assert not left_behind(stand_ins.folder)
+
+
 def test_processes_that_a_signal_ended_were_interrupted(tmp_path):
     stand_ins, python = cluster(tmp_path, 'touch "$STAND_INS/ready"; for_long')
     process = stand_ins.start("local_cluster.sh", "1", python, "--", "--config=x")
     until((stand_ins.folder / "ready").exists)
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=100)
     assert process.returncode == 75
 
 

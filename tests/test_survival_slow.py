@@ -49,12 +49,15 @@ KILLS_ON_A_STORE = [
     ("data.json", "before", 1),
     ("round_0/teacher/checkpoints/2", "before", 1),
     ("round_0/teacher/checkpoints/4/commit_success", "before", 1),
+    ("results.json", "before", 1),
+    ("results.json", "after", 1),
     ("round_0/teacher/DONE", "before", 1),
     ("round_0/teacher/pseudo_labels/.*png", "half", 3),
     ("round_0/teacher/pseudo_labels/manifest", "half", 1),
     ("round_1/student/checkpoints/2/commit_success", "after", 1),
     ("round_1/student/DONE", "after", 1),
     ("weights.safetensors", "half", 1),
+    ("model.json", "half", 1),
 ]
 
 
