@@ -82,6 +82,7 @@ class Predictor:
             in_shardings=(split, whole, split),
             out_shardings=split,
             donate_argnums=0,
+            compiler_options=mesh_lib.compiler_options(mesh),
         )
         self._finish = jax.jit(
             self._average, in_shardings=(split,), out_shardings=split, donate_argnums=0

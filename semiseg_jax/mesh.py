@@ -12,6 +12,16 @@ from semiseg_jax.errors import UserError
 
 DATA_AXIS = "data"
 
+# With few images a chip the TPU's compiler turns rows and columns of an image into batch around
+# each convolution, and back for what lies between them; docs/scaling.md says what that moves. It is
+# off only when both options say so.
+_COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
+    "tpu": {
+        "xla_tpu_run_space_to_batch": False,
+        "xla_tpu_run_space_to_batch_on_new_platforms": False,
+    }
+}
+
 
 def keep_compiled_programs(folder: os.PathLike | str) -> None:
     """Keeps what JAX compiles in a folder, so that a restart does not compile again."""
@@ -63,6 +73,11 @@ def check_batches(config: Any, devices: int) -> None:
                 f"{key} is {size}, which does not divide over {devices} devices: make it a "
                 f"multiple of {devices}."
             )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """What programs with convolutions are compiled with on a mesh; for `jax.jit`."""
+    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

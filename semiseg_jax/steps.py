@@ -158,7 +158,11 @@ def make_train_step(
 
     whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
     return jax.jit(
-        step, in_shardings=(whole, split, whole), out_shardings=(whole, whole), donate_argnums=0
+        step,
+        in_shardings=(whole, split, whole),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+        compiler_options=mesh_lib.compiler_options(mesh),
     )
 
 
