@@ -13,8 +13,8 @@ network starts from scratch). Results are on the test list. The teacher of seed 
 (`--config=configs/camvid.py:half --config.rounds.count=0`, those weights, 2 cores) has 38.4 % mIoU.
 
 At half size labels are made at scales .75 and 1: enlarged images were worse. The teacher of seed 0
-on the val list, mirror images averaged in: 40.6 % mIoU at the paper's five scales, 40.6 at 1 and 1.5,
-42.1 at .75, 1 and 1.25, 42.2 at 1 alone, 42.6 at .75 and 1.
+on the val list, mirror images averaged in, has 40.6 % mIoU at the paper's five scales, 40.6 at 1
+and 1.5, 42.1 at .75, 1 and 1.25, 42.2 at 1 alone, 42.6 at .75 and 1.
 """
 
 from ml_collections import ConfigDict
