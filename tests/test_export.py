@@ -23,11 +23,11 @@ PALETTE = ((0, 0, 0), (200, 30, 30), (30, 200, 30))
 PROTOCOL = {"scales": [1.0], "flip": False, "window": "whole", "pad_to": 1}
 
 
-def make_workdir(folder, protocol=PROTOCOL, **changes):
+def make_workdir(folder, protocol=PROTOCOL, weights_of=random_variables, **changes):
     """A workdir as a run leaves it, of the tiny network with a norm that is far from nothing."""
     config = tiny_config(**changes)
     resolved = deeplab.resolve(config.model)
-    weights = random_variables(deeplab.build(resolved, len(CLASSES)))
+    weights = weights_of(deeplab.build(resolved, len(CLASSES)))
     row = {"miou": 0.25, "iou": [0.5, 0.25, None], "protocol": protocol}
     described = deployed.describe(resolved, config.eval, CLASSES, PALETTE, {"data": "folder"}, row)
     checkpoints.save_weights(folder / "model" / deployed.WEIGHTS, weights, described)
