@@ -23,6 +23,9 @@ _MEASURE_INPUT = flags.DEFINE_float(
 _LAYERS = flags.DEFINE_integer(
     "layers", 0, "How many layers of the student's step to list, by the memory they move."
 )
+_STEP_ONLY = flags.DEFINE_bool(
+    "step-only", False, "Compile the student's step alone, and tell no hours."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +42,12 @@ def main(argv: list[str]) -> None:
     try:
         settings.check(_CONFIG.value)
         planner.run(
-            _CONFIG.value, _TOPOLOGY.value, _JSON.value, _MEASURE_INPUT.value, _LAYERS.value
+            _CONFIG.value,
+            _TOPOLOGY.value,
+            _JSON.value,
+            _MEASURE_INPUT.value,
+            _LAYERS.value,
+            _STEP_ONLY.value,
         )
     except UserError as error:
         sys.exit(f"Error: {error}")

@@ -27,6 +27,7 @@ def run(
     json_file: str | None = None,
     measure: float = 0.0,
     layers: int = 0,
+    step_only: bool = False,
 ) -> None:
     """Prints the plan of each topology, and writes them as JSON where that is wanted.
 
@@ -36,6 +37,7 @@ def run(
         json_file: where to write, or None.
         measure: seconds to measure the input pipeline for; 0 for not at all.
         layers: how many layers of the student's step to list, by what they move.
+        step_only: see `make`.
 
     Raises:
         UserError: a topology does not exist or does not suit the batches, or there is nothing to
@@ -49,14 +51,20 @@ def run(
     supplied, why_not = _supplied(config, load, measure)
     plans = []
     for topology in topologies:
-        plans.append(make(config, load, topology, print))
+        plans.append(make(config, load, topology, print, step_only))
         report.show(plans[-1], supplied, why_not, layers)
     if json_file:
         found = [report.as_json(plan, supplied) for plan in plans]
         write_bytes(epath.Path(json_file), (json.dumps(found, indent=1) + "\n").encode())
 
 
-def make(config: Any, load: Workload, topology: Topology, say: Callable[[str], None]) -> Plan:
+def make(
+    config: Any,
+    load: Workload,
+    topology: Topology,
+    say: Callable[[str], None],
+    step_only: bool = False,
+) -> Plan:
     """The plan of one topology.
 
     Args:
@@ -64,11 +72,13 @@ def make(config: Any, load: Workload, topology: Topology, say: Callable[[str], N
         load: from `workload.of`.
         topology: from `chips.topology`.
         say: takes a line before each program that is compiled.
+        step_only: compile the student's step alone; how long the run takes is not known then.
     """
     limit = topology.chip.memory if topology.chip else _memory_here()
     found: list[Program] = []
     tried: dict[str, list[remedies.Remedy]] = {}
-    for kind, make_all in _wanted(config, load, topology):
+    wanted = _wanted(config, load, topology)
+    for kind, make_all in wanted[:1] if step_only else wanted:
         say(f"compiling for {topology.name}: {kind}")
         for program in make_all(config):
             found.append(program)
@@ -81,7 +91,7 @@ def make(config: Any, load: Workload, topology: Topology, say: Callable[[str], N
                 say(f"compiling for {topology.name}: what would make {program.name} fit")
                 tried[program.name] = remedies.tried(config, program.kind, again, topology, limit)
     parts: list[forecast.Part] = []
-    if topology.chip and not tried:
+    if topology.chip and not tried and not step_only:
         parts = forecast.schedule(config, load, found, topology)
     return Plan(topology, load, _parameters(config, load), limit, tuple(found), tried, tuple(parts))
 
@@ -90,7 +100,10 @@ Maker = Callable[[Any], Any]
 
 
 def _wanted(config: Any, load: Workload, topology: Topology) -> list[tuple[str, Maker]]:
-    """(kind, a function that compiles its programs with a config) of all that a run needs."""
+    """(kind, a function that compiles its programs with a config) of all that a run needs.
+
+    The student's step comes first.
+    """
 
     def step(kind: str) -> tuple[str, Maker]:
         return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology)]

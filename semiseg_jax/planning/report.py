@@ -30,7 +30,8 @@ class Plan:
         limit: bytes of memory that a chip has; of the machine, for the CPU.
         programs: as the config has them.
         remedies: by the name of a program that does not fit: what was tried.
-        parts: of the run; empty where a program does not fit, or no rates are published.
+        parts: of the run; empty where a program does not fit or was left out, or no rates are
+            published.
     """
 
     topology: Topology

@@ -250,6 +250,19 @@ def test_the_smallest_change_is_told(monkeypatch, capsys):
     assert printed.count("the smallest change that makes it fit: --config.model.remat=True") == 1
 
 
+def test_the_step_alone_tells_no_hours(monkeypatch):
+    def inference(*arguments):
+        raise AssertionError("labelling or evaluation was compiled")
+
+    made = Program("student step", "tiny", 1.0, 16, (32, 40), cost(flops=197e12))
+    monkeypatch.setattr(programs, "step", lambda *arguments: made)
+    monkeypatch.setattr(programs, "inference", inference)
+    config = streets_config()
+    plan = planner.make(config, workload.of(config), slice_of_four(), print, step_only=True)
+    assert plan.programs == (made,)
+    assert plan.parts == ()
+
+
 def test_a_tpu_mesh_compiles_the_tpus_convolutions():
     """Whatever the default backend is: the form follows from the devices that it is lowered for."""
     if importlib.util.find_spec("libtpu") is None:
