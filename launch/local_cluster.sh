@@ -73,18 +73,18 @@ signal_all() {
   done
 }
 
-forwarded=no
+forwarded=no starting=no pending=''
 # shellcheck disable=SC2329 # the traps call it
 forward() {
   forwarded=yes
-  signal_all "$1"
+  # One that is being started is not known yet.
+  if [[ $starting == yes ]]; then pending=$1; else signal_all "$1"; fi
 }
 
 start() {
   local i out command
-  for ((i = 0; i < count; i++)); do
-    # Those that start after a signal would never hear of it.
-    [[ $forwarded == no ]] || return 0
+  starting=yes
+  for ((i = 0; i < count && ${#pending} == 0; i++)); do
     command_of "$i"
     # The printer stays until its process has closed its output: Ctrl-C must not end it first.
     exec {out}> >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /")
@@ -93,6 +93,8 @@ start() {
     pids+=($!)
     exec {out}>&-
   done
+  starting=no
+  [[ -z $pending ]] || signal_all "$pending"
 }
 
 # Waits for all; sets `first` to the first status that is not 0.

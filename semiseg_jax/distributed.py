@@ -34,9 +34,11 @@ T = TypeVar("T")
 START_SECONDS = 300
 BARRIER_SECONDS = 1800
 PREPARE_SECONDS = 24 * 3600
-# A process that was not heard of for so long is gone; the rest ends. JAX finds out after its own.
+# A process that was not heard of for so long is gone; the rest ends.
 LOST_SECONDS = 40
-_HEARTBEAT_SECONDS = 50
+# JAX finds out by its own beats, which come at half of this: never before us, who know which it is.
+_HEARTBEAT_SECONDS = 100
+_SHUTDOWN_SECONDS = 50
 _TICK_SECONDS = 1.0
 # So long process 0, through which the others hear of an error, waits for them to have heard.
 HEARING_SECONDS = 15
@@ -180,7 +182,7 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
             **arguments,
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except ValueError as error:
         if arguments or "defined" not in str(error):
@@ -197,8 +199,8 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
         _when_aborted(None)
         return
     aborted = (
-        "JAX ended this process, as it does where process 0 ended or cannot be reached (see the "
-        f"lines above): {_GO_ON}."
+        "JAX ended this process, as it does where process 0 or another one is lost (see the lines "
+        f"above): {_GO_ON}."
     )
     _when_aborted(lambda: _end(aborted))
     _run = _Run(state.client, state.process_id, state.num_processes)
