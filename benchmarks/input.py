@@ -84,18 +84,25 @@ def make_data(folder: pathlib.Path, kind: str, count: int) -> pathlib.Path:
     return root
 
 
-# --- One size, in a process of its own -----------------------------------------------------------
-
-
-def batches_of(root: pathlib.Path, kind: str, threads: int) -> Iterator[Any]:
-    """A student's batches from a data set, without end."""
+def config_of(root: pathlib.Path) -> Any:
+    """The default config, on a data set that `make_data` made."""
     from configs import default
-    from semiseg_jax.data import pipeline, sources, streams
 
     config = default.get_config()
     config.data.name = "folder"
     config.data.root = str(root)
     config.data.classes = tuple(f"class {i}" for i in range(CLASSES))
+    return config
+
+
+# --- One size, in a process of its own -----------------------------------------------------------
+
+
+def batches_of(root: pathlib.Path, kind: str, threads: int) -> Iterator[Any]:
+    """A student's batches from a data set, without end."""
+    from semiseg_jax.data import pipeline, sources, streams
+
+    config = config_of(root)
     config.data.labels = 1 / 16
     config.data.crop = KINDS[kind][2]
     config.data.threads = threads

@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import numpy as np
-from input import CLASSES, make_data, resident_megabytes
+from input import CLASSES, config_of, make_data, resident_megabytes
 from workers import ROOT
 
 KIND = "png 240x180"
@@ -39,17 +39,13 @@ def main() -> None:
     memory.keep_freed()  # As main does.
     import jax
 
-    from configs import default
     from semiseg_jax import mesh, state
     from semiseg_jax.data import pipeline, sources
     from semiseg_jax.inference import Predictor
     from semiseg_jax.models import deeplab
     from semiseg_jax.pseudo_labels import Labeler
 
-    config = default.get_config()
-    config.data.name = "folder"
-    config.data.root = str(make_data(pathlib.Path(flags.folder), KIND, flags.images))
-    config.data.classes = tuple(f"class {i}" for i in range(CLASSES))
+    config = config_of(make_data(pathlib.Path(flags.folder), KIND, flags.images))
     config.data.labels = 2.0
     config.model.backbone = flags.backbone
     config.pseudo.batch = flags.batch
