@@ -151,7 +151,7 @@ class Module:
         for instruction, times, types in self._run():
             if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
                 continue
-            if instruction.opcode in ("while", "conditional", "call"):
+            if instruction.opcode in ("while", "conditional", "call", "async-start"):
                 continue  # What they run is counted itself.
             if any(f'"{target}"' in instruction.attributes for target in _RESERVING):
                 continue

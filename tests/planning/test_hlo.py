@@ -87,3 +87,19 @@ def test_traffic_by_layer():
     assert list(layers) == ["outside of layers", "stem"]  # most first
     backward = hlo.Instruction("a", "fusion", (), (), 'op_name="jit(f)/transpose(jvp(N))/stem/mul"')
     assert backward.layer == "stem, backward"
+
+
+def test_a_slice_written_as_a_call_that_is_begun_counts_once():
+    """As the compiler writes it where it dumps a program."""
+    begun = "slice-start(%x.1), slice={[0:11], [0:16], [0:5], [0:8]}"
+    called = """\
+%async (p.3: bf16[33,16,5,8]) -> bf16[11,16,5,8] {
+  %p.3 = bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.4 = bf16[11,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)} slice(%p.3), slice={[0:11], [0:16], [0:5], [0:8]}
+}
+
+ENTRY"""  # noqa: E501
+    text = TEXT.replace(begun, "async-start(%x.1), calls=%async").replace("ENTRY", called)
+    moved = {t.instruction.name: (t.total, t.main) for t in hlo.Module(text).traffic()}
+    assert moved["slice.4"] == (2 * IMAGES // 3, IMAGES // 3)
+    assert "slice-start.2" not in moved
