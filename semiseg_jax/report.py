@@ -268,7 +268,7 @@ def _table(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _gain(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
-    return "" if other is None else f"{100 * (row['miou'] - other['miou']):+.2f}"
+    return "" if other is None else f"{100 * (row['miou'] - other['miou']):+z.2f}"
 
 
 def _minutes(stage: Stage | None) -> str:
@@ -305,7 +305,7 @@ def _by_class(
             and last
             and None not in (new := last["iou"][number], old := teacher["iou"][number])
         ):
-            gain = f"{100 * (new - old):+.1f}"
+            gain = f"{100 * (new - old):+z.1f}"
         texts = ["–" if v is None else f"{100 * v:.1f}" for v in values]
         found.append({"name": name, "colour": colour, "values": texts, "gain": gain})
     return found

@@ -105,7 +105,7 @@ def print_table(rows: Sequence[Row], classes: Sequence[str], console: Console) -
         table.add_column(stage_name(row["stage"], row["round"]), justify="right", no_wrap=True)
     table.add_row("mIoU", *(f"{100 * row['miou']:.2f}" for row in rows), style="bold")
     if teacher:
-        gains = (f"{100 * (row['miou'] - teacher['miou']):+.2f}" for row in rows)
+        gains = (f"{100 * (row['miou'] - teacher['miou']):+z.2f}" for row in rows)
         table.add_row("gain over the teacher", *gains, end_section=True)
     for i, name in enumerate(classes):
         values = [row["iou"][i] for row in rows]

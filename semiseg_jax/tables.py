@@ -73,7 +73,7 @@ class Line:
         if not pairs:
             return ""
         error = f" ± {np.std(pairs, ddof=1) / math.sqrt(len(pairs)):.2f}" if len(pairs) > 1 else ""
-        return f"{np.mean(pairs):+.2f}{error}"
+        return f"{np.mean(pairs):+z.2f}{error}"
 
 
 @dataclasses.dataclass(frozen=True)
