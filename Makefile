@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 # Arguments for quickstart and others: make quickstart ARGS="--config.seed=1"
 ARGS ?=
 
-.PHONY: help setup quickstart test test-slow check bench clean
+.PHONY: help setup quickstart test test-slow test-tpu check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,13 @@ test: setup ## the fast tests
 
 test-slow: setup ## the tests that take minutes
 	$(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=loadfile $(ARGS)
+
+# The TPU's compiler has a folder of its own: where it is installed JAX starts in another way.
+test-tpu: setup ## a step compiled for a TPU that need not be there, held to bounds
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target=.venv-libtpu libtpu==0.0.42.1
+	PYTHONPATH=.venv-libtpu $(RUN) -m pytest -m "slow or not slow" -k "v5e or tpu_mesh" \
+		tests/test_plan_slow.py tests/planning/test_planner.py $(ARGS)
 
 check: setup ## lint, types, layers, shell scripts
 	$(RUN) -m ruff check .

@@ -71,6 +71,15 @@ def test_student_has_all_reduces_alone_and_no_more_than_the_teacher():
     assert 0 < counts["student"]["all-reduce"] <= counts["teacher"]["all-reduce"]
 
 
+def test_rematerialised_norms_reduce_their_moments_once():
+    counts = []
+    for remat in (False, True):
+        step, made, mesh = make_step(TEACHER, 8, model__remat=remat)
+        batch = mesh_lib.to_devices(make_batch(TEACHER, 8), mesh)
+        counts.append(collectives(step.lower(made, batch, jax.random.key(0)).compile()))
+    assert counts[0] == counts[1]
+
+
 def run_steps(devices, count, dtype, batches=None, streams=STUDENT, **changes):
     """Losses and the last state; `batches` different batches, one each step unless given."""
     step, made, mesh = make_step(streams, devices, dtype, **changes)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,10 @@ NormKind = Literal["dsbn", "dsbn_shared_affine", "shared", "frozen"]
 
 DOMAINS = ("weak", "strong")
 NORM_KINDS = ("dsbn", "dsbn_shared_affine", "shared", "frozen")
+
+# The name of a batch's moments, for rematerialised blocks to keep: to make them again would be
+# another all-reduce.
+MOMENTS = "batch_moments"
 
 
 def stats_collection(domain: str) -> str:
@@ -187,6 +192,7 @@ def _batch_moments(
     blocks = per_image.reshape(*membership.shape[:2], 1, 2, x.shape[-1])
     share = jnp.asarray(membership / membership.sum(axis=(0, 1)), x.dtype)
     moments = jnp.sum(blocks * share[..., None, None], axis=(0, 1))
+    moments = checkpoint_name(moments, MOMENTS)
     mean, square = moments[:, 0], moments[:, 1]
     # Rounding can leave a constant channel a little below zero.
     return mean, jnp.maximum(square - mean * mean, 0)

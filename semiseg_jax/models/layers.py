@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from semiseg_jax.models import convolutions
-from semiseg_jax.models.dsbn import Batch, DomainNorm
+from semiseg_jax.models.dsbn import MOMENTS, Batch, DomainNorm
 
 # A partially applied DomainNorm: what differs between networks is bound where they are built.
 NormFactory = Callable[..., DomainNorm]
@@ -180,9 +180,11 @@ class Dropout(nn.Module):
 def rematerialized(block: type[nn.Module], wanted: bool) -> Callable[..., Callable[..., Any]]:
     """The block (called with x and batch), its activations made again in the backward pass.
 
-    What a block computes inside is then not kept from the forward pass; its input is.
+    What a block computes inside is then not kept from the forward pass, but for the moments of its
+    norms; its input is.
     """
-    return nn.remat(block, static_argnums=(2,)) if wanted else block
+    keep = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+    return nn.remat(block, static_argnums=(2,), policy=keep) if wanted else block
 
 
 class Stage(NamedTuple):
