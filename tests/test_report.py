@@ -137,7 +137,7 @@ def test_numbers_are_those_of_the_results(run, number, done):
     column = head.index("gain over the teacher")
     assert [line[column] for line in lines] == [
         "",
-        *(f"{100 * (r['miou'] - rows[0]['miou']):+.2f}" for r in rows[1:]),
+        *(f"{100 * (r['miou'] - rows[0]['miou']):+z.2f}" for r in rows[1:]),
     ]
     _, *by_class = pages[number].tables["classes"][0]
     for i, line in enumerate(by_class):
@@ -151,7 +151,7 @@ def test_the_gain_over_the_control_is_that_of_the_same_length(run):
     _, _, student, control = rows_of(workdir)
     head, *lines = pages[-1].tables["results"][0]
     column = head.index("gain over the control")
-    gain = f"{100 * (student['miou'] - control['miou']):+.2f}"
+    gain = f"{100 * (student['miou'] - control['miou']):+z.2f}"
     assert [line[column] for line in lines] == ["", "", gain, ""]
 
 
