@@ -24,6 +24,8 @@ _FREE = frozenset(
 )
 # Custom calls that only reserve memory.
 _RESERVING = ("AllocateBuffer",)
+# Spaces of memory on the chip: the vector memory, and the 128 MiB that a v4 shares (CMEM).
+_ON_CHIP = ("S(1)", "S(3)")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TYPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -249,7 +251,7 @@ def _type(found: re.Match[str]) -> Type:
         _integers(shape),
         _integers(order or ""),
         _integers(tile[1]) if tile else (),
-        "S(1)" in (layout or ""),
+        any(space in (layout or "") for space in _ON_CHIP),
     )
 
 
