@@ -30,6 +30,12 @@ if [[ -e $STAND_INS/${0##*/}.does ]]; then source "$STAND_INS/${0##*/}.does"; fi
 """
 
 
+def hear_signals():
+    """What ignores signals, as nohup and background jobs do, has its children ignore them too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class StandIns:
     """A copy of the launch scripts in a folder with a space, and programs that only record."""
 
@@ -63,6 +69,7 @@ class StandIns:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear_signals,
             **options,
         )
 
