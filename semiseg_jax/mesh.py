@@ -56,7 +56,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def check_batches(config: Any, devices: int) -> None:
-    """Refuses batches that do not divide over the devices.
+    """Refuses batches that do not divide over the devices, or there into micro-batches.
 
     Args:
         config: the whole config.
@@ -68,10 +68,12 @@ def check_batches(config: Any, devices: int) -> None:
     for key in ("train.batch_labeled", "train.batch_unlabeled", "pseudo.batch", "eval.batch"):
         section, name = key.split(".")
         size = config[section][name]
-        if size % devices:
+        parts = config.train.accumulate if section == "train" else 1
+        if size % (devices * parts):
+            turns = f", {parts} times each" if parts > 1 else ""
             raise UserError(
-                f"{key} is {size}, which does not divide over {devices} devices: make it a "
-                f"multiple of {devices}."
+                f"{key} is {size}, which does not divide over {devices} devices{turns}: make it a "
+                f"multiple of {devices * parts}."
             )
 
 

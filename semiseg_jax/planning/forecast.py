@@ -6,6 +6,7 @@ three is its bound. What overlaps badly, waits for the host or fills the units b
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from semiseg_jax.planning import programs
@@ -96,7 +97,8 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
         parts.append(Part(name, rounds.count * train.steps * student))
     if rounds.count and takes_pseudo_labels(config):
         once = _pass_seconds("labelling", load.label_sizes, found, topology)
-        seconds = once(first) + (rounds.count - 1) * once(later)
+        # The last student labels nothing; an only one's network has no program for it.
+        seconds = sum(map(once, [first] + [later] * (rounds.count - 1)))
         parts.append(Part(f"labelling, {rounds.count} × {load.unlabeled:,} images", seconds))
     control = bool(rounds.control and rounds.count)
     if control:
@@ -133,7 +135,9 @@ def _step_seconds(config: Any, kind: str, found: list[Program], topology: Topolo
     return seconds if own else seconds * config.train.batch_labeled / program.images
 
 
-def _pass_seconds(kind: str, sizes: dict[Size, int], found: list[Program], topology: Topology):
+def _pass_seconds(
+    kind: str, sizes: dict[Size, int], found: list[Program], topology: Topology
+) -> Callable[[str], float]:
     """A function from a backbone to the seconds of one pass over a set.
 
     Images of other sizes than the largest count by their pixels; the tail of a size fills a batch.

@@ -57,7 +57,7 @@ class Cost:
         custom_calls: of `traffic` what custom calls read and write.
         collectives: by kind: (how many, bytes of their operands).
         convolved: how many convolutions and matrix products by the types of their operands.
-        by_layer: (bytes of operands and results, of them in main memory), most first.
+        by_layer: by layer: (bytes of operands and results, of them in main memory), most first.
         seconds: that compiling took.
     """
 

@@ -75,12 +75,14 @@ def _changes(config: Any, kind: str, devices: int) -> list[Change]:
         changes.append({"model.compute_dtype": "bfloat16"})
     if is_step:
         keys = ["train.batch_labeled", "train.batch_unlabeled"]
+        blocks = devices * config.train.accumulate
     else:
         keys = ["pseudo.batch" if kind == "labelling" else "eval.batch"]
+        blocks = devices
     smaller: Change = {}
     for key in keys:
         section, name = key.split(".")
-        half = config[section][name] // 2 // devices * devices
+        half = config[section][name] // 2 // blocks * blocks
         if half:
             smaller[key] = half
     if smaller:

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from semiseg_jax.planning import forecast
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.forecast import Floors, Part
-from semiseg_jax.planning.programs import Cost, Program
+from semiseg_jax.planning.programs import Cost, Program, TooLarge
 from semiseg_jax.planning.remedies import Remedy, fits
 from semiseg_jax.planning.workload import Workload
 
@@ -132,9 +132,9 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
     """What a program's column says, by the name of the row."""
     cost, limit = program.cost, f"{plan.limit / GIB:.1f}"
     fits = {f"fits in {limit} GiB": "yes" if plan.fits(program) else "no"}
+    cells = {"memory, GiB": _memory(cost)} | fits
     if not isinstance(cost, Cost):
-        return {"memory, GiB": f"{cost.needed / GIB:.2f}" if cost.needed else "more"} | fits
-    cells = {"memory, GiB": f"{cost.memory.total / GIB:.2f}"} | fits
+        return cells
     cells["GFLOP of products, counted"] = f"{cost.flops / 1e9:,.1f}"
     cells["GFLOP, the compiler's figure"] = f"{cost.compiler_flops / 1e9:,.1f}"
     cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
@@ -152,6 +152,12 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
         "limited by": found.limited_by,
         "images/s, at most": f"{program.images / found.bound:,.0f}",
     }
+
+
+def _memory(cost: Cost | TooLarge) -> str:
+    """In GiB; "more" where the compiler did not say how much more than there is."""
+    size = cost.memory.total if isinstance(cost, Cost) else cost.needed
+    return f"{size / GIB:.2f}" if size else "more"
 
 
 def _layers_table(plan: Plan, count: int) -> Table:
@@ -180,10 +186,8 @@ def _remedies(plan: Plan) -> list[str]:
     lines = []
     for name, remedies in plan.remedies.items():
         for remedy in remedies:
-            cost = remedy.program.cost
-            size = cost.memory.total if isinstance(cost, Cost) else cost.needed
             lines.append(
-                f"{name} with {remedy}: {size / GIB:.2f} GiB, "
+                f"{name} with {remedy}: {_memory(remedy.program.cost)} GiB, "
                 f"{'fits' if remedy.fits else 'does not fit'}"
             )
         good = next((remedy for remedy in remedies if remedy.fits), None)

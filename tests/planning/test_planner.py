@@ -100,6 +100,14 @@ def test_devices_that_do_not_divide_the_batch():
         planner.run(streets_config(pseudo__batch=12), ["cpu"])
 
 
+def test_micro_batches_that_do_not_divide_the_batch():
+    config = streets_config(train__batch_unlabeled=16, train__accumulate=3)
+    config.train.batch_labeled = 24
+    wanted = r"train.batch_unlabeled is 16, .* 8 devices, 3 times each: make it a multiple of 24"
+    with pytest.raises(UserError, match=wanted):
+        planner.run(config, ["cpu"])
+
+
 # ---- from costs to hours, by hand
 
 DEVICES = 4
@@ -165,6 +173,24 @@ def test_hours_of_the_whole_schedule():
     )
 
 
+def test_an_only_student_of_another_network_labels_nothing():
+    config = tiny_config(rounds__count=1, rounds__student_model="resnet18")
+    config.train.update({"steps": 1, "teacher_steps": 1})
+    load = Workload(5, 10, 20, 30, {(10, 10): 8}, {(10, 10): 8})
+    found = [
+        Program(kind, backbone, 1.0, 8, (10, 10), cost(flops=197e12))
+        for kind, backbone in (
+            ("student step", "resnet18"),
+            ("teacher step", "tiny"),
+            ("labelling", "tiny"),
+            ("evaluation", "tiny"),
+            ("evaluation", "resnet18"),
+        )
+    ]
+    seconds = [part.seconds for part in forecast.schedule(config, load, found, slice_of_four())]
+    assert seconds == pytest.approx([1, 1, 1, 1 + 1])
+
+
 # ---- what does not fit
 
 
@@ -215,6 +241,14 @@ def test_single_changes_are_all_tried_smallest_first():
     ]
 
 
+def test_smaller_batches_still_divide_into_micro_batches():
+    config = tiny_config(train__batch_labeled=48, train__batch_unlabeled=16, train__accumulate=4)
+    step = fake_step(lambda *_: 10)
+    found = remedies.tried(config, "student step", step, slice_of_four(), 2**34)
+    # Half of 48 is no multiple of 4 devices times 4 micro-batches, and of 16 nothing less is.
+    assert found[-1].change == {"train.batch_labeled": 16}
+
+
 def test_where_no_single_change_helps_two_do():
     def needed(remat, dtype, batch):
         return 40 // (1 + remat) // (1 + (dtype == "bfloat16")) * batch // 8
@@ -248,6 +282,14 @@ def test_the_smallest_change_is_told(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "student step with --config.model.compute_dtype=bfloat16: 2.00 GiB, does not" in printed
     assert printed.count("the smallest change that makes it fit: --config.model.remat=True") == 1
+
+
+def test_a_size_that_the_compiler_does_not_say_is_not_told_as_none(capsys):
+    large = Program("student step", "tiny", 1.0, 16, (32, 40), TooLarge(0, 0))
+    load = Workload(5, 10, 20, 30, {}, {})
+    tried = {large.name: [remedies.Remedy({"model.remat": True}, large, False)]}
+    report.show(report.Plan(slice_of_four(), load, 1, 2**34, (large,), tried, ()), None, "")
+    assert "with --config.model.remat=True: more GiB, does not fit" in capsys.readouterr().out
 
 
 def test_the_step_alone_tells_no_hours(monkeypatch):
