@@ -88,7 +88,13 @@ def _read_npz(path: epath.Path) -> File:
 
 def _read_safetensors(path: epath.Path) -> File:
     content = path.read_bytes()
-    tensors = safetensors.numpy.load(content)
+    try:
+        tensors = safetensors.numpy.load(content)
+    except KeyError as error:
+        raise UserError(
+            f"{path} holds tensors of type {error.args[0]}, which NumPy does not have: save them "
+            "as float32."
+        ) from error
     # The header, sound if the tensors could be read: its length in 8 bytes, then JSON.
     (length,) = struct.unpack("<Q", content[:8])
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
@@ -114,11 +120,19 @@ def _read_torch(path: epath.Path) -> File:
             f"{path} holds more than tensors, which reading would run, or is damaged: save the "
             "model's state_dict() alone, best as .safetensors."
         ) from error
+    except (RuntimeError, LookupError) as error:
+        # PyTorch's of an archive that is cut off, and its unpickler's of what is no pickle.
+        raise ValueError(str(error).partition(". ")[0]) from error
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(hasattr(v, "numpy") for v in state.values()):
         raise ValueError("it holds no state dict")
-    return File({name: value.numpy() for name, value in state.items()}, {})
+    return File({name: _from_torch(value, torch) for name, value in state.items()}, {})
+
+
+def _from_torch(value: Any, torch: Any) -> np.ndarray:
+    """A tensor or parameter as NumPy's array; bfloat16, which NumPy does not have, as float32."""
+    return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 
 def _read_tensorflow(path: epath.Path) -> File:

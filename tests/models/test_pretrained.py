@@ -1,4 +1,5 @@
 import functools
+import json
 import pickle
 import re
 import sys
@@ -206,22 +207,71 @@ def test_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
 class Torch(types.SimpleNamespace):
     """Stands for PyTorch: its reader answers as it would for a state dict, or for a module."""
 
+    bfloat16 = "bfloat16"
+
     def load(self, file, map_location, weights_only):
         assert weights_only
-        if file.read() == b"module":
+        content = file.read()
+        if content == b"module":
             raise pickle.UnpicklingError("Unsupported global\nand much more")
+        if content == b"cut off":
+            raise RuntimeError(
+                "PytorchStreamReader failed reading zip archive. Much more. And more"
+            )
+        if content == b"no pickle":
+            raise KeyError(101)
         names = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
-        tensor = types.SimpleNamespace(numpy=lambda: np.zeros(3, np.float32))
+        tensor = Tensor(self.bfloat16 if content == b"bfloat16" else "float32")
         return {"state_dict": dict.fromkeys(names, tensor), "epoch": 3}
+
+
+class Tensor:
+    """Stands for a parameter of PyTorch, of which NumPy takes neither gradients nor bfloat16."""
+
+    def __init__(self, dtype, detached=False):
+        self.dtype, self._detached = dtype, detached
+
+    def float(self):
+        return Tensor("float32", self._detached)
+
+    def detach(self):
+        return Tensor(self.dtype, True)
+
+    def numpy(self):
+        if self.dtype != "float32" or not self._detached:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return np.zeros(3, np.float32)
 
 
 def test_pth_is_read_by_torch_with_weights_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", Torch())
-    (tmp_path / "weights.pth").write_bytes(b"state dict")
-    assert pretrained.inspect(tmp_path / "weights.pth").layout == "resnet"
+    for content in (b"state dict", b"bfloat16"):
+        (tmp_path / "weights.pth").write_bytes(content)
+        assert pretrained.inspect(tmp_path / "weights.pth").layout == "resnet"
     (tmp_path / "weights.pth").write_bytes(b"module")
     with pytest.raises(UserError, match=r"weights\.pth holds more than tensors, .* state_dict"):
         pretrained.inspect(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(b"cut off", "failed reading zip archive"), (b"no pickle", "101")]
+)
+def test_a_damaged_pth_is_one_sentence(content, why, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", Torch())
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"weights\.pth cannot be read \(.*{why}\): it is truncated"
+    ):
+        pretrained.inspect(tmp_path / "weights.pth")
+
+
+def test_safetensors_of_a_type_that_numpy_lacks_are_one_sentence(tmp_path):
+    entry = {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}
+    header = json.dumps({"conv1.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"tensors of type BF16, .*: save them as float32"):
+        pretrained.inspect(tmp_path / "weights.safetensors")
 
 
 SLIM_LEAVES = {
