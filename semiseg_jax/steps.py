@@ -98,16 +98,6 @@ def from_sums(
     }
 
 
-def batch_loss(
-    logits: Float[Array, "n h w classes"],
-    labels: Integer[Array, "n h w"],
-    is_pseudo: Bool[Array, " n"],
-    loss_config: Any,
-) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, and what is told of it: `loss_sums` and `from_sums`."""
-    return from_sums(loss_sums(logits, labels, is_pseudo, loss_config), loss_config)
-
-
 def valid_pixels(batch: Batch, dtype: Any) -> Float[Array, "2"]:
     """How many pixels of a batch have true labels, and how many pseudo-labels."""
     valid = jnp.sum(batch["label"] != IGNORE, axis=(1, 2), dtype=dtype)

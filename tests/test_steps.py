@@ -213,7 +213,8 @@ def test_loss_follows_is_pseudo_and_each_part_its_own_valid_pixels(two_images):
 
     logits, labels = two_images
     config = tiny_config(loss__unlabeled_weight=0.5).loss
-    total, metrics = steps.batch_loss(logits, labels, jnp.array([False, True]), config)
+    sums = steps.loss_sums(logits, labels, jnp.array([False, True]), config)
+    total, metrics = steps.from_sums(sums, config)
     supervised = np.divide(*losses.cross_entropy(logits[0], labels[0]))
     unsupervised = np.divide(*losses.self_correction(logits[1], labels[1]))
     np.testing.assert_allclose(total, supervised + 0.5 * unsupervised, rtol=1e-6)
@@ -235,7 +236,9 @@ def test_unlabeled_loss_by_name(two_images, kind, expected):
     from semiseg_jax import losses
 
     config = tiny_config(loss__unlabeled=kind).loss
-    total, _ = steps.batch_loss(*two_images, jnp.array([True, True]), config)
+    total, _ = steps.from_sums(
+        steps.loss_sums(*two_images, jnp.array([True, True]), config), config
+    )
     np.testing.assert_allclose(total, np.divide(*expected(losses, *two_images)), rtol=1e-6)
 
 
