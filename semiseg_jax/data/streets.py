@@ -22,6 +22,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
 from semiseg_jax.data.labels import IGNORE, encode_mask
+from semiseg_jax.errors import UserError
 
 # Raise it with every change after which the same arguments draw another scene: caches of drawn
 # data sets are told apart by it.
@@ -916,10 +917,24 @@ def write(
         counts: the number of scenes of each split.
         height: of the images in pixels; at least 32.
         width: of the images in pixels; at least 32.
+
+    Raises:
+        UserError: the disk is full or not writable.
     """
     root = pathlib.Path(root)
-    if root.exists():
-        return
+    try:
+        if not root.exists():
+            _write_at_once(root, seed, counts, height, width)
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written ({error.strerror or error}): free space or give another "
+            "data.cache_dir, and start again."
+        ) from error
+
+
+def _write_at_once(
+    root: pathlib.Path, seed: int, counts: Mapping[str, int], height: int, width: int
+) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
         # A folder inside, because the temporary one itself is closed to other users.

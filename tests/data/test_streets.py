@@ -4,6 +4,7 @@ from PIL import Image
 
 from semiseg_jax.data import streets
 from semiseg_jax.data.streets import CAR, CLASSES, IGNORE, PAVEMENT, ROAD, SKY, Canvas
+from semiseg_jax.errors import UserError
 
 SIZE = (32, 48)
 
@@ -178,6 +179,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         streets.write(tmp_path / "scenes", 0, {"train": 3}, *SIZE)
     assert len(drawn) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"scenes cannot be written \(.*\): .* data\.cache_dir"):
+        streets.write(tmp_path / "file" / "scenes", 0, {"train": 1}, *SIZE)
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
