@@ -239,6 +239,7 @@ def optim() -> ConfigDict:
     optim.reference_batch = 0
     # Share of the last update kept, [0, 1).
     optim.momentum = 0.9
+    # Of the schedule above, > 0.
     optim.poly_power = 0.9
     # On kernels; none on norms and biases.
     optim.weight_decay = 1e-4
@@ -294,6 +295,7 @@ def evaluation() -> ConfigDict:
     evaluation = ConfigDict()
     # Which of the source's sets: val, test, …
     evaluation.split = "val"
+    # As pseudo.scales and pseudo.flip; softmax values are averaged.
     evaluation.scales = (1.0,)
     evaluation.flip = False
     # Scaled images larger than (height, width) pixels are seen through windows of that size whose
@@ -324,7 +326,7 @@ def rounds() -> ConfigDict:
     # Weights that such a student starts from, where it is another backbone than the teacher's; ""
     # for none.
     rounds.student_pretrained = ""
-    # A student starts from the teacher's weights, where it is the same network, or from scratch.
+    # What a student starts from: teacher, its weights where the network is the same; or scratch.
     rounds.student_init = "teacher"
     # Also train the control: the teacher trained on with labels alone, for as many steps as all
     # students together. Without it a gain may be that of longer training.

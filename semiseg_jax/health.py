@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
+from semiseg_jax.pseudo_labels import MANIFEST
 
 HEALTH = "health.json"
 # A class counts as collapsed below this share of what it has among the labelled pixels, or of what
@@ -53,7 +54,7 @@ def check(
     line = f"mean confidence {found['mean_confidence']:.3f}"
     then = None
     if before is not None:
-        then = class_shares(json.loads((before / "manifest.json").read_text()), len(share))
+        then = class_shares(json.loads((before / MANIFEST).read_text()), len(share))
         changes = changed_pixels(folder, before, sorted(manifest["images"]), dataset)
         changed, compared = np.sum(list(changes.values()), axis=0)
         found["changed"] = float(changed / max(compared, 1))

@@ -53,7 +53,8 @@ class Predictor:
         flip: see the mirrored image too.
         average: "softmax" averages probabilities; "logits" logits, one softmax at the end.
         window: (height, width) in pixels of the scaled image; where that is larger, the network
-            sees it through windows of this size, whose logits are averaged. () for never.
+            sees it through windows of this size, whose logits are averaged with the weights of
+            `window_weights`. () for never.
         window_stride: pixels between neighbouring windows, (down, across).
         add_scale: the program of one scale: (total, variables, images, scale) -> total.
     """
@@ -177,7 +178,7 @@ def one_behind(
     write: Callable[[Batch, Any], Iterable[Callable[[], None]]],
     asked: interruption.Asked,
 ) -> Iterator[Batch]:
-    """Batches are read ahead, and results written, while the devices are at another batch.
+    """Reads batches ahead, and writes results, while the devices are at another batch.
 
     Args:
         batches: to work on.

@@ -53,7 +53,16 @@ class Labeler:
         colour: UInt8[np.ndarray, "3"],
         asked: interruption.Asked = interruption.never,
     ):
-        """The whole config is for its hash in the manifest; `pseudo` and `eval.pad_to` are read."""
+        """Of the whole config `pseudo` and `eval.pad_to` are read; its hash is in the manifest.
+
+        Args:
+            model: the teacher's network.
+            dataset: its unlabelled images are labelled.
+            config: the whole config.
+            mesh: images are split over it.
+            colour: of the padding.
+            asked: whether to stop.
+        """
         self._dataset = dataset
         self._config = config.pseudo
         self._config_hash = provenance.config_hash(config)

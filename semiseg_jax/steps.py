@@ -52,6 +52,12 @@ def loss_sums(
     """Sums over the valid pixels, for `from_sums`; those of parts of a batch add up.
 
     An image's loss follows from `is_pseudo` alone, whatever its stream.
+
+    Returns:
+        Cross-entropy of the labelled pixels; loss and largest softmax value (w before
+        `loss.scl.saturate`) of the pseudo-labelled ones; how many of these, and how many of the
+        labelled ones, are predicted as their label says; how many labelled ones there are, and how
+        many pseudo-labelled ones.
     """
     terms = losses.pixel_terms(logits, labels, IGNORE)
     pseudo = is_pseudo[:, None, None] & terms.valid

@@ -119,6 +119,12 @@ def with_legend(
 
     Images of more than 2,048 pixels a side are shown smaller, and small ones enlarged by whole
     pixels, so that the legend has room.
+
+    Args:
+        image: to lay the colours over.
+        classes: ids of all pixels, none of them IGNORE.
+        names: of the classes.
+        palette: their colours.
     """
     counts = np.bincount(classes.ravel(), minlength=len(names))
     factor = -(-max(classes.shape) // _LARGEST)

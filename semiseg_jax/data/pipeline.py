@@ -62,7 +62,7 @@ def train_batches(
     groups: int = 1,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[TrainBatch]:
+) -> Generator[TrainBatch]:
     """This process's batches for the given steps.
 
     Args:
@@ -313,7 +313,7 @@ class ImageBatch:
     total: int
 
 
-def image_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+def image_sizes(examples: Sequence[Example]) -> list[Size]:
     """(height, width) of each image in pixels, from the files' headers.
 
     Each process reads those of its share.

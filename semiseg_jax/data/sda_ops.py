@@ -27,12 +27,11 @@ _BLOCK = 1536
 _PAIR_FIRST = np.array([0, 2, 1])
 _PAIR_SECOND = np.array([1, 0, 2])
 
-# Levels beyond these saturate every pixel, so that larger noise need not be told apart.
+# Shifts and noise of this many levels saturate every pixel: larger ones need not be told apart.
 _MAX_LEVEL = 255
 
-
 # Linear sRGB to XYZ over the white point D65, so that white is (1, 1, 1).
-_LAB_FROM_LINEAR = np.array(
+_XYZ_FROM_LINEAR = np.array(
     [
         [0.412453, 0.357580, 0.180423],
         [0.212671, 0.715160, 0.072169],
@@ -40,7 +39,7 @@ _LAB_FROM_LINEAR = np.array(
     ],
     np.float32,
 ) / np.array([[0.950456], [1.0], [1.088754]], np.float32)
-_LINEAR_FROM_LAB = np.linalg.inv(_LAB_FROM_LINEAR)
+_LINEAR_FROM_XYZ = np.linalg.inv(_XYZ_FROM_LINEAR)
 
 
 # --- Point operations: each grey level of a channel goes to one grey level -----------------------
@@ -128,7 +127,7 @@ def _equalize_lightness(image: tf.Tensor) -> tf.Tensor:
     decoded = tf.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
     pixels = tf.reshape(image, [-1, 3])
     curve = tf.gather(decoded, tf.cast(tf.transpose(pixels), tf.int32))
-    curve = tf.matmul(_LAB_FROM_LINEAR, curve)
+    curve = tf.matmul(_XYZ_FROM_LINEAR, curve)
     curve = tf.where(curve > 0.008856, curve ** (1 / 3), 7.787 * curve + 16 / 116)
     light = 2.55 * (116 * curve[1] - 16)
     levels = tf.cast(tf.clip_by_value(tf.floor(light + 0.5), 0, 255), tf.int32)
@@ -142,7 +141,7 @@ def _equalize_lightness(image: tf.Tensor) -> tf.Tensor:
     # a and b are differences of the curve's components: all three move by as much as L's does.
     curve += brighter / (2.55 * 116)
     curve = tf.where(curve > 0.206893, curve**3, (curve - 16 / 116) / 7.787)
-    linear = tf.clip_by_value(tf.matmul(_LINEAR_FROM_LAB, curve), 0, 1)
+    linear = tf.clip_by_value(tf.matmul(_LINEAR_FROM_XYZ, curve), 0, 1)
     result = tf.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     rounded = tf.cast(255 * result + 0.5, tf.uint8)
     return tf.reshape(tf.transpose(rounded), tf.shape(image))

@@ -57,17 +57,21 @@ def conv2d(
     kernel's gradient is summed across devices.
 
     Args:
-      x: images. Their dtype is the result's. float32 and float64 are computed as they are;
-        narrower types are accumulated in float32, and the result is rounded once.
-      kernel: cast to the images' dtype; its gradient comes back in its own.
-      stride: rows and columns between neighbouring outputs.
-      dilation: rows and columns between neighbouring kernel elements.
-      padding: "same" gives ceil(size / stride) outputs, the odd pixel of padding at the bottom and
-        right (TensorFlow's SAME: where a strided kernel sits then depends on the image's size);
-        "torch" pads dilation * (k - 1) // 2 on every side, whatever the size and stride;
-        or ((top, bottom), (left, right)).
-      groups: 1, or cin for a depthwise convolution. Output channel c then sees input channel
-        c // (cout // cin). The fast CPU form covers cout == cin.
+        x: images. Their dtype is the result's. float32 and float64 are computed as they are;
+            narrower types are accumulated in float32, and the result is rounded once.
+        kernel: cast to the images' dtype; its gradient comes back in its own.
+        stride: rows and columns between neighbouring outputs.
+        dilation: rows and columns between neighbouring kernel elements.
+        padding: "same" gives ceil(size / stride) outputs, the odd pixel of padding at the bottom
+            and right (TensorFlow's SAME: where a strided kernel sits then depends on the image's
+            size); "torch" pads dilation * (k - 1) // 2 on every side, whatever the size and
+            stride; or ((top, bottom), (left, right)), in pixels.
+        groups: 1, or cin for a depthwise convolution. Output channel c then sees input channel
+            c // (cout // cin). The fast CPU form covers cout == cin.
+
+    Raises:
+        ValueError: the kernel does not suit the images' channels or size, or there is no such
+            padding.
     """
     if groups not in (1, x.shape[-1]):
         raise ValueError(f"groups must be 1 or the {x.shape[-1]} input channels, not {groups}")

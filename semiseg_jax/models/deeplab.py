@@ -48,6 +48,16 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: 1x1, dilated separable 3x3, image pooling; then 1x1.
 
     Source: DeepLabV3+, figure 2; dropout as in its authors' code.
+
+    Attributes:
+        features: channels of every branch and of the result.
+        rates: dilation of the 3x3 convolutions, in pixels of the features.
+        norm: makes the norms.
+        dropout: share of the result dropped in training.
+        align_corners: how the pooled features are enlarged.
+        norm_between: see `layers.SeparableConvNorm`.
+        remat: keep no activations from inside the separable convolutions for the backward pass.
+        dtype: of the computation; None for that of input and parameters together.
     """
 
     features: int

@@ -39,6 +39,13 @@ class InvertedResidual(nn.Module):
     """1x1 to `expand` times the channels, depthwise k x k, 1x1 to `features`; linear at the end.
 
     Source: MobileNetV2 (Sandler et al., CVPR 2018), figure 3.
+
+    Attributes:
+        features: output channels.
+        norm: makes the norms.
+        kernel_size, stride, dilation: of the depthwise convolution, in pixels.
+        expand: factor on the input channels inside; 1 for no first 1x1.
+        dtype: of the computation; None for that of input and parameters together.
     """
 
     features: int

@@ -36,7 +36,8 @@ class Conv(nn.Module):
         stride: step in pixels, the same both ways.
         dilation: distance between kernel taps, in pixels.
         depthwise: one filter a channel; `features` must equal the input channels.
-        padding: "torch" (dilation * (k - 1) / 2 on each side) or "same" (TensorFlow's).
+        padding: "torch" (dilation * (k - 1) / 2 on each side), "same" (TensorFlow's) or explicit;
+            see `convolutions.conv2d`.
         use_bias: add a bias [features].
         kernel_init: draws the kernel; None for He's, by what kind of kernel it is.
         dtype: of the computation; None for that of input and kernel together.
@@ -75,7 +76,14 @@ class Conv(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, then the domains' norm, then the activation if there is one."""
+    """Convolution, then the domains' norm, then the activation if there is one.
+
+    Attributes:
+        features, kernel_size, stride, dilation, depthwise, padding: see `Conv`.
+        norm: makes the norm.
+        activation: after the norm; None for none.
+        dtype: of the computation; None for that of input and parameters together.
+    """
 
     features: int
     norm: NormFactory

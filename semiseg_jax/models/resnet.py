@@ -1,4 +1,4 @@
-"""ResNet backbones with dilation, and a tiny one for tests and first runs.
+"""ResNet backbones with dilation, a slim one for first runs, and a tiny one for tests.
 
 Source: He et al., CVPR 2016, with the stride on the 3x3 of a bottleneck, as torchvision has it;
 dilation in place of stride and multi-grid as in DeepLab (Chen et al., 2017). The names with a
@@ -96,7 +96,7 @@ class ResNet(nn.Module):
     Attributes:
         norm: makes the norm of a layer.
         block: residual block.
-        depths: blocks in each of the four stages.
+        depths: blocks in each of the stages, of which there are four but in "tiny".
         width: `features` of the blocks of the first stage; each later stage doubles them.
         output_stride: 8, 16 or 32: input pixels a side of one pixel of the last features.
         first_dilation: see `layers.dilated_stages`.

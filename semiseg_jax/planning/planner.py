@@ -168,5 +168,5 @@ def _supplied(config: Any, load: Workload, seconds: float) -> tuple[float | None
     while time.perf_counter() - began < seconds:
         count += len(next(batches).ids)
     rate = count / (time.perf_counter() - began)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return rate, ""
