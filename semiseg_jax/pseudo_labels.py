@@ -200,10 +200,9 @@ class Labeler:
         for i, name in enumerate(batch.ids):
             height, width = batch.sizes[i]
             cut = (i, slice(height), slice(width))
-            if confidence.size:
-                path = folder.parent / CONFIDENCE / f"{name}.png"
-                yield functools.partial(_write_grey, path, confidence[cut])
-            yield functools.partial(self._write, folder, name, classes[cut], float(means[i]), stamp)
+            grey = confidence[cut] if confidence.size else None
+            of_image = (name, classes[cut], float(means[i]), grey)
+            yield functools.partial(self._write, folder, stamp, *of_image)
 
     def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
         """Sets the devices to work on a batch."""
@@ -228,12 +227,21 @@ class Labeler:
         return classes, mean, kept if self._config.keep_confidence else kept[:, :0, :0]
 
     def _write(
-        self, folder: epath.Path, name: str, classes: np.ndarray, confidence: float, stamp: str
+        self,
+        folder: epath.Path,
+        stamp: str,
+        name: str,
+        classes: UInt8[np.ndarray, "h w"],
+        mean_confidence: float,
+        confidence: UInt8[np.ndarray, "h w"] | None,
     ) -> None:
+        # First, because an image whose label map is there is not labelled again.
+        if confidence is not None:
+            _write_grey(folder.parent / CONFIDENCE / f"{name}.png", confidence)
         counts = np.bincount(classes.ravel(), minlength=256)
         text = {
             "stamp": stamp,
-            "mean_confidence": repr(confidence),
+            "mean_confidence": repr(mean_confidence),
             "histogram": json.dumps({str(i): int(counts[i]) for i in np.flatnonzero(counts)}),
         }
         png = labels.encode_mask(classes, self._dataset.palette, text)

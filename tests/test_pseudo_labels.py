@@ -1,0 +1,62 @@
+"""Label maps and what is kept beside them, of probabilities by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.data import labels, sources
+from semiseg_jax.errors import UserError
+from semiseg_jax.models import deeplab
+from semiseg_jax.pseudo_labels import Labeler
+
+# 255 * 0.6 is 153.
+PROBABILITIES = jnp.array([0.1, 0.6, 0.3])
+
+
+@pytest.fixture
+def label(config_of_pairs, tmp_path):
+    """Labels every pixel with class 1, whatever the network; the folder is labels/maps."""
+    config = config_of_pairs
+    config.pseudo.keep_confidence = True
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    model = deeplab.build(config.model, 3)
+    colour = np.zeros(3, np.uint8)
+    labeler = Labeler(model, sources.load(config), config, mesh, colour)
+    labeler._predictor = lambda _, images: jnp.broadcast_to(PROBABILITIES, (*images.shape[:3], 3))
+    variables = {"params": {}, "batch_stats_weak": {}}
+    folder = tmp_path / "labels" / "maps"
+    return lambda: labeler(variables, "a teacher", folder, lambda *_: None, print)
+
+
+def test_confidence_is_a_grey_image_of_each_pixel(label, tmp_path):
+    manifest = label()
+    kept = sorted((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))
+    assert len(kept) == len(manifest["images"]) == 8
+    for path in kept:
+        name = str(path.relative_to(tmp_path / "labels" / "pseudo_confidence").with_suffix(""))
+        entry = manifest["images"][name]
+        grey = np.asarray(Image.open(path))
+        assert list(grey.shape) == entry["size"] and np.all(grey == 153)
+        assert entry["histogram"] == {"1": grey.size}
+        assert entry["mean_confidence"] == pytest.approx(0.6, rel=1e-5)
+
+
+def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
+    """Else the next start would take the image for done."""
+    write = labels.write_bytes
+
+    def full(path, content):
+        if "pseudo_confidence" in str(path):
+            raise UserError("full")
+        write(path, content)
+
+    monkeypatch.setattr(labels, "write_bytes", full)
+    with pytest.raises(UserError, match="full"):
+        label()
+    assert not list((tmp_path / "labels").rglob("*.png"))
+    monkeypatch.setattr(labels, "write_bytes", write)
+    assert len(label()["images"]) == 8
+    assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
