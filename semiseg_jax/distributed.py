@@ -427,6 +427,9 @@ def _end_all(run: _Run, error: BaseException) -> NoReturn:
     """Tells the others why this process ends, and ends it."""
     import jax
 
+    # It ends already, and is to say why: who started the processes may tell it to, now that one is
+    # gone, and it would obey without a word.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if isinstance(error, jax.errors.JaxRuntimeError):
         # Collectives fail where another process ended; the watch finds out which, and speaks.
         time.sleep(LOST_SECONDS + 5 * _TICK_SECONDS)

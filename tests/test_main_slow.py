@@ -137,6 +137,7 @@ def test_camvid_from_teacher_to_results_on_the_test_list(tmp_path, argument):
     assert [(r["stage"], r["round"], r["split"]) for r in rows] == [
         ("teacher", 0, "test"),
         ("student", 1, "test"),
+        ("control", 1, "test"),
     ]
     factor = 4 if argument else 1
     assert all(len(r["iou"]) == 11 and r["pixels"] * factor > 35e6 for r in rows)
