@@ -14,7 +14,8 @@ network starts from scratch). Results are on the test list. The teacher of seed 
 
 At half size labels are made at scales .75 and 1: enlarged images were worse. The teacher of seed 0
 on the val list, mirror images averaged in, has 40.6 % mIoU at the paper's five scales, 40.6 at 1
-and 1.5, 42.1 at .75, 1 and 1.25, 42.2 at 1 alone, 42.6 at .75 and 1.
+and 1.5, 42.1 at .75, 1 and 1.25, 42.2 at 1 alone, 42.6 at .75 and 1: the teacher's
+command with `--config.eval.split=val --config.eval.flip=True` and each `--config.eval.scales=…`.
 """
 
 from ml_collections import ConfigDict
