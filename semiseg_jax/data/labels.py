@@ -180,12 +180,13 @@ def _read_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
     """A mask's values as they stand in the file: palette indices or grey levels."""
     file, image = _open(path)
     values = np.asarray(image.convert("L") if image.mode == "1" else image)
-    if image.mode.startswith("I") and values.max(initial=0) < 256:
+    # Signed in some TIFF files: cut to 8 bits, -1 would be IGNORE.
+    if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
         values = values.astype(np.uint8)
     elif image.mode not in ("1", "L", "P"):
         raise UserError(
-            f"{path} holds colours or values above 255 (mode {image.mode}) where class ids are "
-            "expected: save masks as palette or grey PNGs whose values are the class ids."
+            f"{path} holds colours or values outside 0 to 255 (mode {image.mode}) where class "
+            "ids are expected: save masks as palette or grey PNGs whose values are the class ids."
         )
     factor = _STRETCHED.get(file.raw_mode)
     return values // factor if factor else values

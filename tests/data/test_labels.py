@@ -73,6 +73,16 @@ def test_a_coloured_mask_is_refused(tmp_path):
         labels.read_mask(str(tmp_path / "m.png"), labels.id_table(2))
 
 
+@pytest.mark.parametrize("value", [-1, -256, 256])
+def test_integers_that_eight_bits_do_not_hold_are_refused(tmp_path, value):
+    path = tmp_path / "m.tif"
+    Image.fromarray(np.array([[0, value], [1, 1]], np.int32)).save(path)
+    with pytest.raises(UserError, match=r"m\.tif holds .* outside 0 to 255 \(mode I\)"):
+        labels.read_mask(path, labels.id_table(2))
+    Image.fromarray(np.array([[0, 255], [1, 1]], np.int32)).save(path)
+    assert labels.read_mask(path, labels.id_table(2)).tolist() == [[0, 255], [1, 1]]
+
+
 def test_a_truncated_image_is_one_sentence(tmp_path):
     path = tmp_path / "i.jpg"
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
