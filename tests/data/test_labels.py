@@ -121,14 +121,23 @@ def test_encoded_masks_come_back_with_their_text(tmp_path, mask):
     assert labels.read_text(str(path)) == {"stamp": "a"}
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 12)])
+def test_other_readers_see_the_colours_of_encoded_masks(size):
+    ids = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 4
+    palette = ((0, 0, 0), (200, 100, 0), (0, 250, 0), (1, 2, 3))
+    content = np.frombuffer(labels.encode_mask(ids, palette), np.uint8)
+    seen = cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1]
+    np.testing.assert_array_equal(seen, np.array(palette, np.uint8)[ids])
+
+
 def test_writing_leaves_the_old_file_or_the_new_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "f"
     labels.write_bytes(path, b"old")
 
-    def full_disk(self, content):
+    def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(labels.epath.Path(path)), "write_bytes", full_disk)
+    monkeypatch.setattr(labels.os, "replace", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         labels.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
