@@ -302,8 +302,20 @@ def agree(name: str, decide: Callable[[], T]) -> T:
     Args:
         name: of the barrier that this is.
         decide: called in process 0 alone.
+
+    Raises:
+        UserError: what `decide` raised, on every process; and as `barrier`.
     """
-    return gather(name, decide() if is_main() else None)[0]
+    decided, refusal = None, None
+    if is_main():
+        try:
+            decided = decide()
+        except UserError as error:
+            refusal = error
+    decided, sentence = gather(name, (decided, refusal and str(refusal)))[0]
+    if sentence is not None:
+        raise UserError(sentence) from refusal
+    return decided
 
 
 def total(name: str, counts: np.ndarray) -> np.ndarray:

@@ -58,14 +58,16 @@ class Best:
         """Keeps the weights of a step where they are better than all before.
 
         Raises:
-            UserError: those before are gone, so that what is best can no longer be told.
+            UserError: those before are gone, so that what is best can no longer be told; on every
+                process.
         """
-        miou = self.score(variables)
-        if distributed.is_main():
-            known = self._read() if step > self.every else None
-            if known is None or miou > known.description["miou"]:
-                self.keep(Chosen(step, miou, variables))
-        distributed.barrier("best weights")
+        offered = Chosen(step, self.score(variables), variables)
+        distributed.agree("best weights", lambda: self._keep_if_better(offered))
+
+    def _keep_if_better(self, offered: Chosen) -> None:
+        known = self._read() if offered.step > self.every else None
+        if known is None or offered.miou > known.description["miou"]:
+            self.keep(offered)
 
     def keep(self, chosen: Chosen) -> None:
         """Writes weights as the best so far, whatever was there."""

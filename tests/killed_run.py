@@ -31,21 +31,21 @@ def die_at(pattern, phase, count):
     matches = 0
 
     def wrap(method):
-        def renamed(self, target):
+        def renamed(source, target):
             nonlocal matches
             found = re.search(pattern, os.fspath(target))
             matches += bool(found)
             if found and matches == count and phase == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = method(self, target)
+            result = method(source, target)
             if found and matches == count:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         return renamed
 
-    cls = type(epath.Path("/"))
-    cls.replace, cls.rename = wrap(cls.replace), wrap(cls.rename)
+    # Which paths of epath and of pathlib call, too.
+    os.replace, os.rename = wrap(os.replace), wrap(os.rename)
 
 
 def store_without_rename(pattern, phase, count):

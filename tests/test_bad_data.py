@@ -181,7 +181,7 @@ def no_unlabelled_image(root):
         (not_turned, "as its EXIF orientation says, and its mask must be too"),
         (unknown_value, "000.png holds the values 9, which are neither a class nor ignored: give "),
         (binary, "map 255 to class 1 with data.id_map=((0,0),(255,1))"),
-        (coloured, "holds colours or values above 255 (mode RGB) where class ids are expected"),
+        (coloured, "holds colours or values outside 0 to 255 (mode RGB) where class ids are "),
         (corrupt, "003.png is not an image ("),
         (corrupt_mask, "000.png cannot be decoded ("),
         (sixteen_bits, "004.png has more than 8 bits a channel (mode I;16B): convert it to 8 bits"),

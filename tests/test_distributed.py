@@ -4,8 +4,9 @@ import threading
 
 import numpy as np
 import pytest
+from etils import epath
 
-from semiseg_jax import distributed
+from semiseg_jax import distributed, selection
 from semiseg_jax.data import pipeline, sources
 from semiseg_jax.errors import UserError
 from tests import mains, processes
@@ -92,8 +93,11 @@ import sys, time
 import numpy as np
 from absl import flags
 from semiseg_jax import command_line, distributed
+from semiseg_jax.errors import UserError
 command_line.define_processes()
 flags.FLAGS(["two"])
+def refuse():
+    raise UserError(f"refused by {distributed.index()}")
 if sys.argv[1] == "1":
     distributed._TICK_SECONDS = 7.0  # as on a machine that has more to do
 with command_line.one_sentence():
@@ -102,6 +106,10 @@ with command_line.one_sentence():
     print(distributed.gather("values", {"of": index}), distributed.agree("it", lambda: index))
     print(distributed.gather_shares("shares", distributed.share([5, 6, 7])))
     print(distributed.total("sum", np.array([[1, index]])).tolist())
+    try:
+        distributed.agree("refusal", refuse)
+    except UserError as error:
+        print(error)
     with distributed.main_first("data"):
         print("alone", flush=True)
     if index == 1:
@@ -118,8 +126,24 @@ def test_two_processes_agree_and_a_barrier_names_itself_and_who_did_not_come():
     for output, whose in zip(outputs, ("", "process 1 ends because process 0 did: "), strict=True):
         lines = output.splitlines()
         assert "[{'of': 0}, {'of': 1}] 0" in lines
-        assert "[5, 6, 7]" in lines and "[[2, 1]]" in lines
+        assert "[5, 6, 7]" in lines and "[[2, 1]]" in lines and "refused by 0" in lines
         assert processes.sentence(output).startswith(whose + said)
+
+
+def test_all_processes_learn_that_the_best_weights_are_gone(monkeypatch, tmp_path):
+    said = []
+
+    def gather(name, value):
+        said.append(value)
+        return [said[0], value]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    best = selection.Best(epath.Path(tmp_path), 10, lambda variables: 0.5)
+    for index in range(2):
+        monkeypatch.setattr(distributed, "is_main", lambda index=index: index == 0)
+        with pytest.raises(UserError, match=r"best\.safetensors, .* is missing or damaged"):
+            best.offer(20, {})
+    assert len(said) == 2 and not any(tmp_path.iterdir())
 
 
 LAST = """

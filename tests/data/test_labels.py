@@ -73,6 +73,16 @@ def test_a_coloured_mask_is_refused(tmp_path):
         labels.read_mask(str(tmp_path / "m.png"), labels.id_table(2))
 
 
+@pytest.mark.parametrize("value", [-1, -256, 256])
+def test_integers_that_eight_bits_do_not_hold_are_refused(tmp_path, value):
+    path = tmp_path / "m.tif"
+    Image.fromarray(np.array([[0, value], [1, 1]], np.int32)).save(path)
+    with pytest.raises(UserError, match=r"m\.tif holds .* outside 0 to 255 \(mode I\)"):
+        labels.read_mask(path, labels.id_table(2))
+    Image.fromarray(np.array([[0, 255], [1, 1]], np.int32)).save(path)
+    assert labels.read_mask(path, labels.id_table(2)).tolist() == [[0, 255], [1, 1]]
+
+
 def test_a_truncated_image_is_one_sentence(tmp_path):
     path = tmp_path / "i.jpg"
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
@@ -111,14 +121,23 @@ def test_encoded_masks_come_back_with_their_text(tmp_path, mask):
     assert labels.read_text(str(path)) == {"stamp": "a"}
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 12)])
+def test_other_readers_see_the_colours_of_encoded_masks(size):
+    ids = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size) % 4
+    palette = ((0, 0, 0), (200, 100, 0), (0, 250, 0), (1, 2, 3))
+    content = np.frombuffer(labels.encode_mask(ids, palette), np.uint8)
+    seen = cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1]
+    np.testing.assert_array_equal(seen, np.array(palette, np.uint8)[ids])
+
+
 def test_writing_leaves_the_old_file_or_the_new_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "f"
     labels.write_bytes(path, b"old")
 
-    def full_disk(self, content):
+    def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(labels.epath.Path(path)), "write_bytes", full_disk)
+    monkeypatch.setattr(labels.os, "replace", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         labels.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
