@@ -49,6 +49,8 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     config.optim.teacher.learning_rate = 0.005
     config.optim.teacher.head_multiplier = 10.0
     config.optim.student.learning_rate = 0.005
+    # Strong augmentation is new to the teacher's network, and its gradient is large at first.
+    config.loss.unlabeled_weight = 0.3
     config.train.teacher_steps = 1500
     config.train.steps = {"full": 1500, "half": 500}[size]
     config.train.batch_labeled = 8
