@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from semiseg_jax import figures, history, mesh, metrics, record, report, rounds
 from semiseg_jax.errors import UserError
+from semiseg_jax.reporting import galleries
+from semiseg_jax.reporting.run import Stage
 from tests.conftest import tiny_config
 
 SECTIONS = ("results", "classes", "curves", "confusion", "gallery", "pseudo", "health", "norms")
@@ -254,7 +256,7 @@ def test_results_of_another_protocol_have_a_table_of_their_own(copied):
 
 def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
     def stage(number, **scores):
-        return report.Stage(
+        return Stage(
             number,
             "student",
             number,
@@ -266,7 +268,7 @@ def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
 
     first = stage(0, a=0.1, b=0.2, c=0.3, d=0.4, e=0.9, f=0.9, g=0.5, h=0.5)
     last = stage(1, a=0.8, b=0.3, c=0.4, d=0.5, e=0.6, f=0.7, g=0.1, h=None)
-    assert report.chosen(first, last) == {
+    assert galleries.chosen(first, last) == {
         "a": ["best", "gained most"],
         "f": ["best"],
         "c": ["median"],
@@ -274,7 +276,7 @@ def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
         "g": ["worst", "lost most"],
         "b": ["worst"],
     }
-    assert list(report.chosen(first, first))[:2] == ["f", "e"]
+    assert list(galleries.chosen(first, first))[:2] == ["f", "e"]
 
 
 def test_a_restart_does_a_step_again_and_history_has_it_once(tmp_path):
@@ -306,7 +308,7 @@ def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
     colours = np.full((256, 3), 255)
     palette = json.loads((workdir / record.RUN).read_text())["palette"]
     colours[: len(palette)] = palette
-    sheet = np.asarray(Image.open(io.BytesIO(report.picture(workdir))))
+    sheet = np.asarray(Image.open(io.BytesIO(galleries.picture(workdir))))
     top = 23  # The titles; images of 24x40 below them, with 6 pixels between.
     for row, name in enumerate(evaluation["kept"][::2]):
         for column, folder in (
@@ -320,7 +322,7 @@ def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
     for stage in ("round_0/teacher", "round_1/student", "round_2/student"):
         (copied / stage / "DONE").unlink()
     with pytest.raises(UserError, match="has no stage that has ended"):
-        report.picture(copied)
+        galleries.picture(copied)
 
 
 @pytest.mark.parametrize("domains", [("weak", "strong"), ("weak",)])
