@@ -46,8 +46,8 @@ from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.models.dsbn import DOMAINS
 from semiseg_jax.pseudo_labels import PSEUDO_LABELS, Labeler
-from semiseg_jax.results import Results, make_row, print_table
-from semiseg_jax.selection import Best
+from semiseg_jax.results import Results, Row, make_row, print_table
+from semiseg_jax.selection import Best, Chosen
 from semiseg_jax.state import Variables
 from semiseg_jax.train import DONE
 
@@ -120,6 +120,16 @@ class Trained:
     network: "Network"
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Weights of a stage evaluated on the reported set: the step that they are of, what it gave."""
+
+    step: int
+    variables: Variables
+    score: evaluate.Score
+    pictures: record.Pictures
+
+
 class Network:
     """A network with what is compiled for it, shared by every stage that uses it."""
 
@@ -138,8 +148,11 @@ class Network:
         self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
         colour = deeplab.input_mean(model_config)
         self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
-        to_select = dataclasses.replace(dataset, evaluation=dataset.selection)
-        self.select = evaluate.Evaluator(self.model, to_select, config.eval, mesh, colour, asked)
+        # By what a stage's weights are chosen, where they are.
+        self.select = self.evaluate
+        if config.eval.select == "holdout":
+            held_out = dataclasses.replace(dataset, evaluation=dataset.selection)
+            self.select = evaluate.Evaluator(self.model, held_out, config.eval, mesh, colour, asked)
         self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
         self.shapes = state_lib.variable_shapes(self.model)
         self._config = config
@@ -227,10 +240,11 @@ class Job:
         if variables is None:
             say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
             return None
-        variables = self._counting(stage, network, say, variables)
+        if best := self._best(stage):
+            variables = self._chosen(best, network, say).variables
         say("done before")
         if self._row(stage) is None:
-            self._score(stage, network, say, stage.steps, variables)
+            self._keep(stage, network, say, self._look(stage, network, stage.steps, variables))
         return Trained(stage, variables, network)
 
     def train(
@@ -245,9 +259,8 @@ class Job:
         network = self._network(self._backbone(kind))
         say = self._sayer(kind, round_)
         say(f"{stage.steps} steps")
-        variables = self._train(stage, network, teacher, pseudo, say)
-        variables = self._counting(stage, network, say, variables)
-        self._score(stage, network, say, stage.steps, variables)
+        last = self._train(stage, network, teacher, pseudo, say)
+        variables = self._conclude(stage, network, say, last)
         _mark_done(stage)
         if distributed.is_main():
             report.write(self._workdir)
@@ -282,7 +295,7 @@ class Job:
             program,
             start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
-            score=functools.partial(self._look, stage, network, say),
+            score=functools.partial(self._score_inside, stage, network, say),
             say=say,
             train_config=config.train,
             eval_every=config.eval.every,
@@ -328,16 +341,15 @@ class Job:
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
-        if theirs := self._best(teacher.stage, network):
+        if (theirs := self._best(teacher.stage)) and (ours := self._best(stage)):
             chosen = theirs.chosen(teacher.network.shapes, self._mesh)
-            ours = dataclasses.replace(theirs, folder=stage.folder)
             ours.keep(dataclasses.replace(chosen, variables=variables))
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
         for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
-        self._score(stage, network, say, stage.steps, variables)
+        self._keep(stage, network, say, self._look(stage, network, stage.steps, variables))
         _mark_done(stage)
 
     def label(self, teacher: Trained) -> epath.Path:
@@ -412,62 +424,82 @@ class Job:
     def _protocol(self, network: Network) -> dict[str, Any]:
         return evaluate.protocol(self._config, self.dataset, network.evaluate.pad_to)
 
-    def _best(self, stage: training.Stage, network: Network) -> Best | None:
+    def _best(self, stage: training.Stage) -> Best | None:
         """Where the best weights of a stage are kept; None where its last ones count."""
         config = self._config.eval
-        if config.select == "last":
-            return None
-        score = network.evaluate if config.select == "reported" else network.select
-        return Best(stage.folder, config.every, lambda variables: score(variables).miou)
+        return None if config.select == "last" else Best(stage.folder, config.every)
 
-    def _look(
+    def _chosen(self, best: Best, network: Network, say: Any) -> Chosen:
+        chosen = best.chosen(network.shapes, self._mesh)
+        say(f"its weights of step {chosen.step} count, mIoU {100 * chosen.miou:.2f} where chosen")
+        return chosen
+
+    def _score_inside(
         self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
     ) -> None:
         """Evaluates at a step inside a stage; writes no second row of it."""
-        if best := self._best(stage, network):
-            best.offer(step, variables)
-        if self._row(stage, step) is None:
-            self._score(stage, network, say, step, variables)
+        best = self._best(stage)
+        by_row = best is not None and network.select is network.evaluate
+        # Where weights are chosen by their row, never by one that a process before made of its own.
+        row = None if by_row else self._row(stage, step)
+        if row is None:
+            row = self._keep(stage, network, say, self._look(stage, network, step, variables))
+        if best:
+            miou = row["miou"] if by_row else network.select(variables).miou
+            best.offer(step, miou, variables)
 
-    def _counting(
+    def _conclude(
         self, stage: training.Stage, network: Network, say: Any, last: Variables
     ) -> Variables:
-        """The weights of a stage that count, at its end (`eval.select`)."""
-        best = self._best(stage, network)
-        if best is None:
-            return last
-        # Also where the stage was done before: what is there is at least as good, and stays.
-        best.offer(stage.steps, last)
-        chosen = best.chosen(network.shapes, self._mesh)
-        say(f"its weights of step {chosen.step} count, mIoU {100 * chosen.miou:.2f} where chosen")
-        return chosen.variables
+        """Keeps the row of a stage's end; the weights that count (`eval.select`), whose it is."""
+        variables, look = last, None
+        if best := self._best(stage):
+            if network.select is network.evaluate:
+                look = self._look(stage, network, stage.steps, last)
+            miou = look.score.miou if look else network.select(last).miou
+            best.offer(stage.steps, miou, last)
+            chosen = self._chosen(best, network, say)
+            variables = chosen.variables
+            if chosen.step != stage.steps:
+                look = None
+        if look is None:
+            look = self._look(stage, network, stage.steps, variables)
+        self._keep(stage, network, say, look)
+        return variables
 
-    def _score(
-        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
-    ) -> None:
-        """Evaluates and keeps the row."""
+    def _look(
+        self, stage: training.Stage, network: Network, step: int, variables: Variables
+    ) -> Look:
+        """Evaluates weights of a stage; at its end, with all pictures that are kept."""
         final = step == stage.steps
         pictures = record.Pictures(self._workdir, stage.folder, self.dataset, final)
         score = network.evaluate(variables, pictures.shown, pictures)
+        return Look(step, variables, score, pictures)
+
+    def _keep(self, stage: training.Stage, network: Network, say: Any, look: Look) -> Row:
+        """Keeps what an evaluation found, as a row and for people; the row."""
+        final = look.step == stage.steps
         protocol = self._protocol(network)
         taken = streams.of_stage(self._config, stage.kind).domain
-        norms = record.norms(variables, DOMAINS if taken == "both" else (taken,))
+        norms = record.norms(look.variables, DOMAINS if taken == "both" else (taken,))
+        score = look.score
         if final and distributed.is_main():
             # Before the row: a stage that has its row is not evaluated again.
             record.keep_evaluation(stage.folder, score, self.dataset, protocol)
             record.keep_norms(stage.folder, norms)
-        row = make_row(stage.kind, stage.round, step, self._config.seed, score, protocol)
+        row = make_row(stage.kind, stage.round, look.step, self._config.seed, score, protocol)
         self.results.add(row, final)
-        place = "" if final else f"step {step}: "
+        place = "" if final else f"step {look.step}: "
         say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
         with_names = zip(self.dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
         writer = metric_writers.create_default_writer(
             stage.folder, just_logging=not distributed.is_main(), asynchronous=False
         )
-        writer.write_scalars(step, scalars)
-        record.summarise(writer, step, pictures, norms)
+        writer.write_scalars(look.step, scalars)
+        record.summarise(writer, look.step, look.pictures, norms)
         writer.close()
+        return row
 
     def _sayer(self, kind: str, round_: int) -> Callable[[str], None]:
         """What prints the lines of a stage, or of the labelling before a student.

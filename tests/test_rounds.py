@@ -12,7 +12,17 @@ from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, history, interruption, mesh, report, rounds, selection, train
+from semiseg_jax import (
+    checkpoints,
+    evaluate,
+    history,
+    interruption,
+    mesh,
+    report,
+    rounds,
+    selection,
+    train,
+)
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
@@ -295,9 +305,9 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
     scores = iter([0.1, 0.4, 0.4, 0.3])
     seen = []
 
-    def scored(best, step, variables, offer=selection.Best.offer):
+    def scored(best, step, miou, variables, offer=selection.Best.offer):
         seen.append({k: np.asarray(v) for k, v in flat(variables).items()})
-        offer(dataclasses.replace(best, score=lambda _: next(scores)), step, variables)
+        offer(best, step, next(scores), variables)
 
     monkeypatch.setattr(selection.Best, "offer", scored)
     before = sources.load(without_selection(config))
@@ -312,6 +322,53 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
     for name, value in kept.items():
         np.testing.assert_array_equal(value, seen[1][name])
     assert any((kept[name] != seen[2][name]).any() for name in kept)
+
+
+@pytest.mark.parametrize(
+    "select, right, reported, held_out",
+    [
+        ("last", (10, 30, 20, 40), 4, None),
+        # A restart evaluates again what it chooses by: the row may be of other weights.
+        ("reported", (10, 30, 30, 20, 40), 5, None),
+        # The best are not the last: they are seen once more, for the pictures of the stage's end.
+        ("reported", (10, 40, 40, 20, 30, 40), 6, None),
+        ("holdout", (10, 30, 20, 40), 4, 5),
+    ],
+)
+def test_one_evaluation_serves_the_choice_and_the_row(
+    config, tmp_path, monkeypatch, select, right, reported, held_out
+):
+    selecting(config, select)
+    config.rounds.count = 0
+    config.data.holdout = 2.0 if held_out else 0.0
+    of_reported = iter(right)
+    built, seen = [], []
+
+    def train_with_a_restart_behind_step_2(stage, program, start, score, **_):
+        variables = start()
+        for step in (1, 2, 2, 3):
+            score(step, variables)
+        return variables
+
+    class Counting(evaluate.Evaluator):
+        def __init__(self, model, dataset, *args):
+            super().__init__(model, dataset, *args)
+            self.images = len(dataset.evaluation)
+            built.append(self.images)
+
+        def __call__(self, *_):
+            seen.append(self.images)
+            count = next(of_reported) if self.images == 5 else 10
+            return evaluate.Score(np.diag([count, 50, 50]) + np.diag([50 - count, 0], 1))
+
+    monkeypatch.setattr(evaluate, "Evaluator", Counting)
+    monkeypatch.setattr(train, "run", train_with_a_restart_behind_step_2)
+    rows = rounds.run(config, tmp_path).rows
+    assert built == ([5, 2] if held_out else [5])
+    assert [seen.count(5), seen.count(2)] == [reported, held_out or 0]
+    assert [row["step"] for row in rows] == [4]
+    # Of 50 pixels of the first class 40 are found, and the others taken for the second.
+    np.testing.assert_allclose(rows[0]["miou"], np.mean([40 / 50, 50 / 60, 1]))
 
 
 def without_selection(config):
