@@ -17,6 +17,7 @@ from semiseg_jax import figures, history, mesh, metrics, record, report, rounds
 from semiseg_jax.errors import UserError
 from semiseg_jax.reporting import galleries
 from semiseg_jax.reporting.run import Stage
+from tests import workdirs
 from tests.conftest import tiny_config
 
 SECTIONS = ("results", "classes", "curves", "confusion", "gallery", "pseudo", "health", "norms")
@@ -110,10 +111,6 @@ def copied(run, tmp_path):
     return epath.Path(tmp_path / "copy")
 
 
-def rows_of(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
-
-
 def test_each_page_stands_alone_and_has_every_section(run):
     workdir, pages = run
     assert len(pages) == 5
@@ -130,7 +127,7 @@ def test_each_page_stands_alone_and_has_every_section(run):
 @pytest.mark.parametrize("number, done", [(0, 1), (1, 2), (2, 3), (3, 4)])
 def test_numbers_are_those_of_the_results(run, number, done):
     workdir, pages = run
-    rows = rows_of(workdir)[:done]
+    rows = workdirs.rows(workdir)[:done]
     head, *lines = pages[number].tables["results"][0]
     assert [line[:2] for line in lines] == [
         [f"{r['stage']} {r['round']}".replace("teacher 0", "teacher"), f"{100 * r['miou']:.2f}"]
@@ -150,7 +147,7 @@ def test_numbers_are_those_of_the_results(run, number, done):
 
 def test_the_gain_over_the_control_is_that_of_the_same_length(run):
     workdir, pages = run
-    _, _, student, control = rows_of(workdir)
+    _, _, student, control = workdirs.rows(workdir)
     head, *lines = pages[-1].tables["results"][0]
     column = head.index("gain over the control")
     gain = f"{100 * (student['miou'] - control['miou']):+z.2f}"
@@ -174,7 +171,7 @@ def test_a_page_in_progress_says_what_is_to_come(run):
 
 def test_what_is_kept_of_an_evaluation_adds_up_to_its_row(run):
     workdir, _ = run
-    row = rows_of(workdir)[2]
+    row = workdirs.rows(workdir)[2]
     kept = json.loads((workdir / "round_2/student" / record.EVALUATION).read_text())
     np.testing.assert_allclose(np.nanmean(metrics.iou(np.array(kept["confusion"]))), row["miou"])
     assert np.sum(kept["confusion"]) == row["pixels"]

@@ -16,6 +16,7 @@ from semiseg_jax import (
     checkpoints,
     evaluate,
     history,
+    identity,
     interruption,
     mesh,
     report,
@@ -27,6 +28,7 @@ from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import for_inference, variable_shapes
+from tests.workdirs import same
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +45,6 @@ def config(config_of_pairs):
     config_of_pairs.rounds.control = True
     config_of_pairs.pseudo.flip = True
     return config_of_pairs
-
-
-def contents(workdir):
-    """Everything a run must reproduce: weights, pseudo-labels, results."""
-    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*")]
-    found = {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
-    weights = load_file(workdir / "model" / "weights.safetensors")
-    return found | {k: v.tobytes() for k, v in weights.items()}
-
-
-def same(workdir, other):
-    """Two runs that ended with the same bits."""
-    one, other = contents(workdir), contents(other)
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
 
 
 def after(times):
@@ -155,12 +142,12 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
 
 
 def test_another_config_is_refused_with_the_difference(config, tmp_path):
-    rounds.refuse_other_config(tmp_path, config)
-    rounds.keep_config(tmp_path, config)
-    rounds.refuse_other_config(tmp_path, config)
+    identity.refuse_other_config(tmp_path, config)
+    identity.keep_config(tmp_path, config)
+    identity.refuse_other_config(tmp_path, config)
     config.train.steps = 5
     with pytest.raises(UserError, match=r"train\.steps: 4 there, 5 here"):
-        rounds.refuse_other_config(tmp_path, config)
+        identity.refuse_other_config(tmp_path, config)
 
 
 def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
@@ -254,11 +241,11 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
 
 def test_other_training_images_are_refused(config, tmp_path):
     data = sources.load(config)
-    rounds.keep_data(tmp_path, data)
-    rounds.refuse_other_data(tmp_path, data)
+    identity.keep_data(tmp_path, data)
+    identity.refuse_other_data(tmp_path, data)
     fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
     with pytest.raises(UserError, match=r"4 labelled and 8 unlabelled .* then, 4 and 7 of .* now"):
-        rounds.refuse_other_data(tmp_path, fewer)
+        identity.refuse_other_data(tmp_path, fewer)
 
 
 def selecting(config, select):

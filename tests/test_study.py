@@ -18,11 +18,6 @@ def config(config_of_pairs):
     return config_of_pairs
 
 
-def trained(workdir):
-    """The stages that were trained there: those with metrics."""
-    return {str(p.parent.relative_to(workdir)) for p in workdir.rglob("events.out.tfevents*")}
-
-
 def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp_path, capsys):
     made = study.Study(config, "2", [0], tmp_path, only=("full", "sda"))
     made.run()
