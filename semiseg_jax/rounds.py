@@ -29,6 +29,7 @@ from semiseg_jax import (
     distributed,
     evaluate,
     health,
+    history,
     identity,
     interruption,
     optim,
@@ -310,7 +311,7 @@ class Job:
         return teacher.variables
 
     def adopt(self, teacher: Trained) -> None:
-        """Takes the finished teacher of another run as this run's own, with its label maps.
+        """Takes the finished teacher of another run as this run's own, with history and label maps.
 
         Made again it would be the same: for runs whose configs differ behind the teacher alone, or
         in its kind of norm, of which a teacher uses the weak one. Label maps that this run's
@@ -328,6 +329,7 @@ class Job:
         if (theirs := self._best(teacher.stage)) and (ours := self._best(stage)):
             chosen = theirs.chosen(teacher.network.shapes, self._mesh)
             ours.keep(dataclasses.replace(chosen, variables=variables))
+        history.copy(teacher.stage.folder, stage.folder)
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
         for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
