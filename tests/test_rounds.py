@@ -28,7 +28,7 @@ from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import for_inference, variable_shapes
-from tests.workdirs import same
+from tests import workdirs
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,8 @@ def kill_at(monkeypatch, stage, step):
     monkeypatch.setattr(train._Log, "dispatched", dies)
 
 
-def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch, capsys):
-    whole = tmp_path / "whole"
-    results = rounds.run(config, whole)
-
-    # results.json: a row a stage, in order
-    rows = json.loads((whole / "results.json").read_text())["rows"]
-    assert rows == results.rows
+def check_rows(rows):
+    """A row a stage, in order."""
     assert [(r["stage"], r["round"], r["step"]) for r in rows] == [
         ("teacher", 0, 4),
         ("student", 1, 4),
@@ -88,9 +83,9 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         assert row["pixels"] == 3 * (36 - 2) * 48 + 2 * (48 - 2) * 36
         assert row["protocol"]["seed"] == row["seed"] == 0
 
-    # pseudo-labels: every unlabelled image, in its size, as palette indices; and the manifest
-    folder = whole / "round_1" / "student" / "pseudo_labels"
-    assert not (whole / "round_2" / "student" / "pseudo_labels").exists()
+
+def check_pseudo_labels(folder):
+    """Every unlabelled image, in its size, as palette indices; and the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["teacher"] == "round_1/student, step 4"
     assert len(manifest["images"]) == 8
@@ -103,8 +98,9 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         assert 1 / 3 <= entry["mean_confidence"] <= 1
         assert entry["size"] == [image.height, image.width]
 
-    # what a person sees
-    printed = capsys.readouterr().out
+
+def check_printed(printed):
+    """What a person sees."""
     for line in ("[1/6] teacher: 4 steps", "[4/6] pseudo-labels for student 2: 8/8 images"):
         assert line in printed
     assert "[5/6] student 2: 4 steps" in printed
@@ -112,13 +108,23 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
     assert "gain over the teacher" in printed
     assert "tiny, output stride 16" in printed and "input imagenet, half-pixel" in printed
 
-    # the same command again does nothing, and says the same
+
+def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    results = rounds.run(config, whole)
+    assert workdirs.rows(whole) == results.rows
+    check_rows(results.rows)
+    check_pseudo_labels(whole / "round_1" / "student" / "pseudo_labels")
+    assert not (whole / "round_2" / "student" / "pseudo_labels").exists()
+    check_printed(capsys.readouterr().out)
+
+    # The same command again does nothing, and says the same
     stages = [p for p in whole.glob("round_*/**/*") if p.is_file()]
     before = {p: p.stat().st_mtime_ns for p in stages}
     rounds.run(config, whole)
     assert {p: p.stat().st_mtime_ns for p in stages} == before
 
-    # killed in every kind of stage, then started again each time
+    # Killed in every kind of stage, then started again each time
     killed = tmp_path / "killed"
     for stage, step in (("teacher", 3), ("student 1", 1), ("student 2", 4), ("control 2", 7)):
         with monkeypatch.context() as patch:
@@ -126,19 +132,19 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
             with pytest.raises(Killed):
                 rounds.run(config, killed)
     rounds.run(config, killed)
-    same(whole, killed)
+    workdirs.same(whole, killed)
     for stage in ("round_0/teacher", "round_1/student", "round_2/student", "round_2/control"):
         folders = [epath.Path(w) / stage for w in (whole, killed)]
         steps = [[line["step"] for line in history.read(folder)] for folder in folders]
         assert steps[0] == steps[1] == sorted(set(steps[0]))
 
-    # asked to stop at several moments, inside stages, labelling and evaluation
+    # Asked to stop at several moments, inside stages, labelling and evaluation
     stopped = tmp_path / "stopped"
     for patience in (1, 2, 6, 9, 10):
         with pytest.raises(interruption.Interrupted):
             rounds.run(config, stopped, asked=after(patience))
     rounds.run(config, stopped)
-    same(whole, stopped)
+    workdirs.same(whole, stopped)
 
 
 def test_another_config_is_refused_with_the_difference(config, tmp_path):
@@ -271,7 +277,7 @@ def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path,
         with pytest.raises(Killed):
             rounds.run(config, tmp_path / "killed")
     rounds.run(config, tmp_path / "killed")
-    same(tmp_path / "whole", tmp_path / "killed")
+    workdirs.same(tmp_path / "whole", tmp_path / "killed")
 
     # The same command again reports the same, of the chosen weights; without them, nothing.
     assert rounds.run(config, tmp_path / "whole").rows == results.rows
