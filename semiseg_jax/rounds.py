@@ -9,16 +9,12 @@ Source: Yuan et al., ICCV 2021, algorithm 1.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers
 from etils import epath
-from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -35,7 +31,6 @@ from semiseg_jax import (
     optim,
     record,
     report,
-    steps,
 )
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
@@ -44,10 +39,10 @@ from semiseg_jax.data import pipeline, sources, streams
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.models.dsbn import DOMAINS
-from semiseg_jax.pseudo_labels import PSEUDO_LABELS, Labeler
-from semiseg_jax.results import Results, Row, make_row, print_table
-from semiseg_jax.selection import Best, Chosen
+from semiseg_jax.network import Network
+from semiseg_jax.pseudo_labels import PSEUDO_LABELS
+from semiseg_jax.results import Results, print_table
+from semiseg_jax.scoring import Say, Scorer
 from semiseg_jax.state import Variables
 from semiseg_jax.train import DONE
 
@@ -102,56 +97,7 @@ class Trained:
 
     stage: training.Stage
     variables: Variables
-    network: "Network"
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """Weights of a stage evaluated on the reported set: the step that they are of, what it gave."""
-
-    step: int
-    variables: Variables
-    score: evaluate.Score
-    pictures: record.Pictures
-
-
-class Network:
-    """A network with what is compiled for it, shared by every stage that uses it."""
-
-    def __init__(
-        self,
-        config: Any,
-        backbone: str,
-        dataset: sources.Dataset,
-        mesh: Mesh,
-        asked: interruption.Asked,
-    ):
-        model_config = deeplab.config_for(config, backbone)
-        # Resolved here, so that model/model.json does not need the file of the weights.
-        self.departures = deeplab.departures(model_config)
-        self.model_config = model_config = deeplab.resolve(model_config)
-        self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
-        colour = deeplab.input_mean(model_config)
-        self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
-        # By what a stage's weights are chosen, where they are.
-        self.select = self.evaluate
-        if config.eval.select == "holdout":
-            held_out = dataclasses.replace(dataset, evaluation=dataset.selection)
-            self.select = evaluate.Evaluator(self.model, held_out, config.eval, mesh, colour, asked)
-        self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
-        self.shapes = state_lib.variable_shapes(self.model)
-        self._config = config
-        self._mesh = mesh
-
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def program(self, kind: str, num_steps: int) -> training.Program:
-        """The compiled step of a kind of stage."""
-        config = self._config
-        factor = optim.rate_factor(config)
-        tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, factor)
-        taken = streams.of_stage(config, kind)
-        step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
-        return training.Program(step, tx, schedule, taken, self.shapes)
+    network: Network
 
 
 class Job:
@@ -173,7 +119,7 @@ class Job:
                 "or train the teacher alone with rounds.count=0."
             )
         mesh_lib.check_batches(config, self._mesh.size)
-        self.results = Results(workdir / "results.json")
+        self._scorer = Scorer(config, workdir, self.dataset, self._mesh)
         d = self.dataset
         several = distributed.count() > 1
         processes = f" of {distributed.count()} processes" if several else ""
@@ -189,6 +135,11 @@ class Job:
                 f"train the outer taps of model.aspp_rates {untrained}, which larger images will "
                 "meet: lower these rates or enlarge data.crop."
             )
+
+    @property
+    def results(self) -> Results:
+        """The rows of results.json."""
+        return self._scorer.results
 
     def keep_run(self) -> None:
         """Writes run.json, what the run is made on, for people."""
@@ -225,11 +176,8 @@ class Job:
         if variables is None:
             say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
             return None
-        if best := self._best(stage):
-            variables = self._chosen(best, network, say).variables
         say("done before")
-        if self._row(stage) is None:
-            self._keep(stage, network, say, self._look(stage, network, stage.steps, variables))
+        variables = self._scorer.again(stage, network, say, variables)
         return Trained(stage, variables, network)
 
     def train(
@@ -245,7 +193,7 @@ class Job:
         say = self._sayer(kind, round_)
         say(f"{stage.steps} steps")
         last = self._train(stage, network, teacher, pseudo, say)
-        variables = self._conclude(stage, network, say, last)
+        variables = self._scorer.end(stage, network, say, last)
         _mark_done(stage)
         if distributed.is_main():
             report.write(self._workdir)
@@ -257,7 +205,7 @@ class Job:
         network: Network,
         teacher: Trained | None,
         pseudo: epath.Path | None,
-        say: Any,
+        say: Say,
     ) -> Variables:
         config = self._config
         program = network.program(stage.kind, stage.steps)
@@ -280,7 +228,7 @@ class Job:
             program,
             start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
-            score=functools.partial(self._score_inside, stage, network, say),
+            score=functools.partial(self._scorer.inside, stage, network, say),
             say=say,
             train_config=config.train,
             eval_every=config.eval.every,
@@ -289,7 +237,7 @@ class Job:
         )
 
     def _start(
-        self, network: Network, stage: training.Stage, teacher: Trained | None, say: Any
+        self, network: Network, stage: training.Stage, teacher: Trained | None, say: Say
     ) -> Variables:
         """Variables of step 0: the teacher's where they fit and are wanted, else fresh ones.
 
@@ -301,8 +249,8 @@ class Job:
             seed = int(stage.seed[1]) & 0xFFFFFFFF
             variables = state_lib.init_variables(network.model, seed, self._mesh)
             if path := network.model_config.pretrained:
-                variables, report = pretrained.load(path, variables)
-                say(f"{path}: {report}")
+                variables, loaded = pretrained.load(path, variables)
+                say(f"{path}: {loaded}")
                 for sentence in network.departures:
                     say(sentence)
             return variables
@@ -326,16 +274,13 @@ class Job:
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
-        if (theirs := self._best(teacher.stage)) and (ours := self._best(stage)):
-            chosen = theirs.chosen(teacher.network.shapes, self._mesh)
-            ours.keep(dataclasses.replace(chosen, variables=variables))
         history.copy(teacher.stage.folder, stage.folder)
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
         for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
-        self._keep(stage, network, say, self._look(stage, network, stage.steps, variables))
+        self._scorer.adopted(stage, network, say, teacher.stage, teacher.network, variables)
         _mark_done(stage)
 
     def label(self, teacher: Trained) -> epath.Path:
@@ -365,7 +310,7 @@ class Job:
         sizes = set(pipeline.image_sizes(self.dataset.evaluation))
         if not distributed.is_main():
             return
-        row = self._row(final.stage)
+        row = self._scorer.row(final.stage, final.network)
         assert row is not None  # every stage that ends has written one
         description = deployed.describe(
             final.network.model_config,
@@ -388,106 +333,11 @@ class Job:
 
     def print_table(self) -> None:
         """The rows of this run, for a person."""
-        protocol = self._protocol(self._network(self._config.model.backbone))
+        protocol = self._scorer.protocol(self._network(self._config.model.backbone))
         rows = [r for r in self.results.rows if evaluate.comparable(r["protocol"], protocol)]
         print_table(rows, self.dataset.classes, self._console)
 
-    def _row(self, stage: training.Stage, step: int | None = None) -> dict[str, Any] | None:
-        """The result of a stage at a step, its end unless given, by the present protocol."""
-        protocol = self._protocol(self._network(self._backbone(stage.kind)))
-        key = (stage.kind, stage.round, stage.steps if step is None else step)
-        rows = self.results.rows if step is None else self.results.curve
-        return next(
-            (
-                row
-                for row in rows
-                if (row["stage"], row["round"], row["step"]) == key
-                and evaluate.comparable(row["protocol"], protocol)
-            ),
-            None,
-        )
-
-    def _protocol(self, network: Network) -> dict[str, Any]:
-        return evaluate.protocol(self._config, self.dataset, network.evaluate.pad_to)
-
-    def _best(self, stage: training.Stage) -> Best | None:
-        """Where the best weights of a stage are kept; None where its last ones count."""
-        config = self._config.eval
-        return None if config.select == "last" else Best(stage.folder, config.every)
-
-    def _chosen(self, best: Best, network: Network, say: Any) -> Chosen:
-        chosen = best.chosen(network.shapes, self._mesh)
-        say(f"its weights of step {chosen.step} count, mIoU {100 * chosen.miou:.2f} where chosen")
-        return chosen
-
-    def _score_inside(
-        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
-    ) -> None:
-        """Evaluates at a step inside a stage; writes no second row of it."""
-        best = self._best(stage)
-        by_row = best is not None and network.select is network.evaluate
-        # Where weights are chosen by their row, never by one that a process before made of its own.
-        row = None if by_row else self._row(stage, step)
-        if row is None:
-            row = self._keep(stage, network, say, self._look(stage, network, step, variables))
-        if best:
-            miou = row["miou"] if by_row else network.select(variables).miou
-            best.offer(step, miou, variables)
-
-    def _conclude(
-        self, stage: training.Stage, network: Network, say: Any, last: Variables
-    ) -> Variables:
-        """Keeps the row of a stage's end; the weights that count (`eval.select`), whose it is."""
-        variables, look = last, None
-        if best := self._best(stage):
-            if network.select is network.evaluate:
-                look = self._look(stage, network, stage.steps, last)
-            miou = look.score.miou if look else network.select(last).miou
-            best.offer(stage.steps, miou, last)
-            chosen = self._chosen(best, network, say)
-            variables = chosen.variables
-            if chosen.step != stage.steps:
-                look = None
-        if look is None:
-            look = self._look(stage, network, stage.steps, variables)
-        self._keep(stage, network, say, look)
-        return variables
-
-    def _look(
-        self, stage: training.Stage, network: Network, step: int, variables: Variables
-    ) -> Look:
-        """Evaluates weights of a stage; at its end, with all pictures that are kept."""
-        final = step == stage.steps
-        pictures = record.Pictures(self._workdir, stage.folder, self.dataset, final)
-        score = network.evaluate(variables, pictures.shown, pictures)
-        return Look(step, variables, score, pictures)
-
-    def _keep(self, stage: training.Stage, network: Network, say: Any, look: Look) -> Row:
-        """Keeps what an evaluation found, as a row and for people; the row."""
-        final = look.step == stage.steps
-        protocol = self._protocol(network)
-        taken = streams.of_stage(self._config, stage.kind).domain
-        norms = record.norms(look.variables, DOMAINS if taken == "both" else (taken,))
-        score = look.score
-        if final and distributed.is_main():
-            # Before the row: a stage that has its row is not evaluated again.
-            record.keep_evaluation(stage.folder, score, self.dataset, protocol)
-            record.keep_norms(stage.folder, norms)
-        row = make_row(stage.kind, stage.round, look.step, self._config.seed, score, protocol)
-        self.results.add(row, final)
-        place = "" if final else f"step {look.step}: "
-        say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
-        with_names = zip(self.dataset.classes, score.iou, strict=True)
-        scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
-        writer = metric_writers.create_default_writer(
-            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
-        )
-        writer.write_scalars(look.step, scalars)
-        record.summarise(writer, look.step, look.pictures, norms)
-        writer.close()
-        return row
-
-    def _sayer(self, kind: str, round_: int) -> Callable[[str], None]:
+    def _sayer(self, kind: str, round_: int) -> Say:
         """What prints the lines of a stage, or of the labelling before a student.
 
         Each line says which it is, and its number in the whole run.
