@@ -39,6 +39,9 @@ KINDS = {
     "png 240x180": ((180, 240), "png", (128, 160), 40),
     "jpeg 1024x512": ((512, 1024), "jpg", (512, 512), 10),
 }
+# Where the files are drawn, unless told otherwise.
+CACHE = os.environ.get("SEMISEG_CACHE") or pathlib.Path.home() / ".cache" / "semiseg_jax"
+FOLDER = pathlib.Path(CACHE) / "benchmark_input"
 BATCH = 8  # images of either stream
 PREFETCH = 2
 
@@ -228,12 +231,11 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--repeats", default=9, type=int)
     parser.add_argument("--threads", default=0, type=int, help="of the pipeline; 0 for all cores")
-    parser.add_argument("--folder", default="", help="for the files; in the cache unless given")
+    parser.add_argument("--folder", default=FOLDER, help="for the files")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     counts = [int(count) for count in flags.counts.split(",")]
-    cache = os.environ.get("SEMISEG_CACHE") or pathlib.Path.home() / ".cache" / "semiseg_jax"
-    folder = pathlib.Path(flags.folder or pathlib.Path(cache) / "benchmark_input")
+    folder = pathlib.Path(flags.folder)
     if flags.serve:
         serve(make_data(folder, flags.serve, counts[0]), flags.serve, flags.threads)
         return

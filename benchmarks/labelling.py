@@ -18,21 +18,20 @@ import tempfile
 import time
 
 import numpy as np
-from input import CLASSES, config_of, make_data, resident_megabytes
+from input import CLASSES, FOLDER, config_of, make_data, resident_megabytes
 from workers import ROOT
 
 KIND = "png 240x180"
 PURE_REPEATS = 4
 
 
-def main() -> None:
-    """Labels a folder of images."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", default=1000, type=int)
-    parser.add_argument("--backbone", default="efficientnet_lite0")
-    parser.add_argument("--batch", default=8, type=int)
-    parser.add_argument("--folder", default=pathlib.Path.home() / ".cache" / "semiseg_jax_bench")
-    flags = parser.parse_args()
+def measure(flags: argparse.Namespace) -> tuple[list[float], list[tuple[int, float, float]]]:
+    """Labels a folder of images.
+
+    Returns:
+        Seconds of the predictor alone on one batch, before and after; and of the stage, after each
+        batch: images done, the clock's seconds, resident megabytes.
+    """
     sys.path.insert(0, str(ROOT))
     from semiseg_jax import memory
 
@@ -67,7 +66,6 @@ def main() -> None:
 
     pure()  # It compiles.
     alone = [pure() for _ in range(PURE_REPEATS)]
-    # Its programs are compiled by labelling the first batch; counting starts behind that.
     seen: list[tuple[int, float, float]] = []
 
     def progress(done: int, total: int) -> None:
@@ -76,8 +74,19 @@ def main() -> None:
     label = Labeler(model, dataset, config, devices, colour)
     with tempfile.TemporaryDirectory() as folder:
         label(variables, "benchmark", folder, progress, print)
-    alone += [pure() for _ in range(PURE_REPEATS)]
+    return alone + [pure() for _ in range(PURE_REPEATS)], seen
 
+
+def main() -> None:
+    """Labels a folder of images, and says how much of the time the devices were busy."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", default=1000, type=int)
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--batch", default=8, type=int)
+    parser.add_argument("--folder", default=FOLDER, help="for the files")
+    flags = parser.parse_args()
+    alone, seen = measure(flags)
+    # Labelling the first batch compiles its programs; counting starts behind that.
     (first, began, _), (last, ended, _) = seen[0], seen[-1]
     rate, possible = (last - first) / (ended - began), flags.batch / statistics.median(alone)
     tenths = [seen[int(i)] for i in np.linspace(0, len(seen) - 1, 11)]

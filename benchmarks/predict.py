@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from input import CLASSES, config_of, make_data, resident_megabytes
+from input import CLASSES, FOLDER, config_of, make_data, resident_megabytes
 from workers import ROOT, compared
 
 KIND = "png 240x180"
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--batch", default=8, type=int)
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--nooverlays", dest="overlays", action="store_false")
-    parser.add_argument("--folder", default=pathlib.Path.home() / ".cache" / "semiseg_jax_bench")
+    parser.add_argument("--folder", default=FOLDER, help="for the files")
     flags = parser.parse_args()
     seen = [(0, 0.0)]
     with tempfile.TemporaryDirectory() as output:

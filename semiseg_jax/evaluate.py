@@ -17,7 +17,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.labels import IGNORE
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset
-from semiseg_jax.inference import Predictor
+from semiseg_jax.inference import Predictor, overlapping
 from semiseg_jax.state import Variables, for_inference
 
 
@@ -114,22 +114,21 @@ class Evaluator:
         variables = for_inference(variables)
         size = len(self._dataset.classes)
         score = Score(np.zeros((size, size), np.int64), {})
-        counting: tuple[ImageBatch, Array, Array, Array] | None = None
         batches = image_batches(
             self._dataset.evaluation, self._dataset, self._batch, self.pad_to, self._colour
         )
-        for batch in batches:
+        # A batch's counts are fetched while the device works on the next one.
+        for batch, counts in overlapping(batches, functools.partial(self._start, variables)):
             interruption.stop_if(self._asked)
-            arrays = mesh_lib.to_devices({"image": batch.image, "label": batch.label}, self._mesh)
-            counts = self._count(self._predictor(variables, arrays["image"]), arrays["label"])
-            # The last batch's counts are fetched while the device works on this one.
-            if counting is not None:
-                _add(score, *counting, shown, show)
-            counting = (batch, *counts)
-        if counting is not None:
-            _add(score, *counting, shown, show)
+            total, by_image, predicted = counts
+            _add(score, batch, total, by_image, predicted, shown, show)
         parts = distributed.gather("scores of images", score.by_image)
         return Score(score.confusion, {k: v for part in parts for k, v in part.items()})
+
+    def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
+        """Sets the devices to work on a batch; see `_count`."""
+        arrays = mesh_lib.to_devices({"image": batch.image, "label": batch.label}, self._mesh)
+        return self._count(self._predictor(variables, arrays["image"]), arrays["label"])
 
 
 def _count(

@@ -24,8 +24,8 @@ _TEXT = 8
 _GAP = 6
 # More classes than these leave no room for the figures in a matrix.
 _MOST_NUMBERED = 24
-# What is right or wrong on either side: both right, only the later one, only the earlier, both
-# wrong; and what has no label. Blue and vermilion are told apart by colour-blind eyes.
+# Which of two label maps is right at a pixel; one without a label is white. Blue and vermilion are
+# told apart by colour-blind eyes.
 DIFFERENCES = {
     "both right": (232, 234, 237),
     "only the later one right": (0, 114, 178),

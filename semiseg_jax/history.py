@@ -39,9 +39,14 @@ class History:
             write_bytes(self._path, content.encode())
 
 
+def copy(source: epath.Path, folder: epath.Path) -> None:
+    """Takes the history of another stage, where it has one, as that of this one."""
+    if distributed.is_main() and (source / FILE).exists():
+        write_bytes(folder / FILE, (source / FILE).read_bytes())
+
+
 def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a stage, in the order of its steps; none where its history is missing, or
-    damaged."""
+    """The lines of a stage, in the order of its steps; none of a missing or damaged history."""
     path = folder / FILE
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -196,7 +196,7 @@ def one_behind(
     """
     with futures.ThreadPoolExecutor() as pool:
         writing: list[futures.Future] = []
-        for batch, started in _pairs(batches, start):
+        for batch, started in overlapping(batches, start):
             for future in writing:
                 future.result()
             interruption.stop_if(asked)
@@ -206,7 +206,9 @@ def one_behind(
             future.result()
 
 
-def _pairs(batches: Iterable[Batch], start: Callable[[Batch], Any]) -> Iterator[tuple[Batch, Any]]:
+def overlapping(
+    batches: Iterable[Batch], start: Callable[[Batch], Any]
+) -> Iterator[tuple[Batch, Any]]:
     """(batch, what was started for it), each once the next one is started too."""
     before = None
     for batch in batches:

@@ -9,17 +9,12 @@ Source: Yuan et al., ICCV 2021, algorithm 1.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers
 from etils import epath
-from flax import traverse_util
-from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -30,41 +25,26 @@ from semiseg_jax import (
     distributed,
     evaluate,
     health,
+    history,
+    identity,
     interruption,
     optim,
     record,
     report,
-    steps,
 )
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax import train as training
 from semiseg_jax.data import pipeline, sources, streams
 from semiseg_jax.data.labels import write_bytes
-from semiseg_jax.data.splits import split_hash
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.models.dsbn import DOMAINS
-from semiseg_jax.pseudo_labels import PSEUDO_LABELS, Labeler
-from semiseg_jax.results import Results, make_row, print_table
-from semiseg_jax.selection import Best
+from semiseg_jax.network import Network
+from semiseg_jax.pseudo_labels import PSEUDO_LABELS
+from semiseg_jax.results import Results, print_table
+from semiseg_jax.scoring import Say, Scorer
 from semiseg_jax.state import Variables
 from semiseg_jax.train import DONE
-
-# Keys beside those of `eval` that may change while a run goes on: no stage's result follows from
-# them. (Images that moved to another root are the same by id, see `refuse_other_data`.)
-FREE = frozenset(
-    {
-        "data.root",
-        "data.cache_dir",
-        "data.prefetch",
-        "data.threads",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.profile_at",
-        "rounds.control",
-    }
-)
 
 
 def run(
@@ -85,12 +65,12 @@ def run(
         Interrupted: that was asked for; the same call goes on.
     """
     workdir = epath.Path(workdir)
-    distributed.agree("config", lambda: refuse_other_config(workdir, config))
+    distributed.agree("config", lambda: identity.refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
     # Only now: a run that could not start leaves the folder to its corrected config.
     if distributed.is_main():
-        keep_config(workdir, config)
-        keep_data(workdir, job.dataset)
+        identity.keep_config(workdir, config)
+        identity.keep_data(workdir, job.dataset)
         job.keep_run()
     first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
     for round_ in range(1, config.rounds.count + 1):
@@ -117,43 +97,7 @@ class Trained:
 
     stage: training.Stage
     variables: Variables
-    network: "Network"
-
-
-class Network:
-    """A network with what is compiled for it, shared by every stage that uses it."""
-
-    def __init__(
-        self,
-        config: Any,
-        backbone: str,
-        dataset: sources.Dataset,
-        mesh: Mesh,
-        asked: interruption.Asked,
-    ):
-        model_config = deeplab.config_for(config, backbone)
-        # Resolved here, so that model/model.json does not need the file of the weights.
-        self.departures = deeplab.departures(model_config)
-        self.model_config = model_config = deeplab.resolve(model_config)
-        self.model: nn.Module = deeplab.build(model_config, len(dataset.classes))
-        colour = deeplab.input_mean(model_config)
-        self.evaluate = evaluate.Evaluator(self.model, dataset, config.eval, mesh, colour, asked)
-        to_select = dataclasses.replace(dataset, evaluation=dataset.selection)
-        self.select = evaluate.Evaluator(self.model, to_select, config.eval, mesh, colour, asked)
-        self.label = Labeler(self.model, dataset, config, mesh, colour, asked)
-        self.shapes = state_lib.variable_shapes(self.model)
-        self._config = config
-        self._mesh = mesh
-
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def program(self, kind: str, num_steps: int) -> training.Program:
-        """The compiled step of a kind of stage."""
-        config = self._config
-        factor = optim.rate_factor(config)
-        tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, factor)
-        taken = streams.of_stage(config, kind)
-        step = steps.make_train_step(self.model, tx, config.loss, taken, self._mesh)
-        return training.Program(step, tx, schedule, taken, self.shapes)
+    network: Network
 
 
 class Job:
@@ -166,7 +110,7 @@ class Job:
         self._mesh = mesh_lib.make_mesh()
         self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         self.dataset = sources.load(config, self._say)
-        distributed.agree("data known", lambda: refuse_other_data(workdir, self.dataset))
+        distributed.agree("data known", lambda: identity.refuse_other_data(workdir, self.dataset))
         both = (*config.data.weak_stream, *config.data.strong_stream)
         self.takes_pseudo_labels = bool(config.rounds.count) and "pseudo" in both
         if self.takes_pseudo_labels and not self.dataset.unlabeled:
@@ -175,7 +119,7 @@ class Job:
                 "or train the teacher alone with rounds.count=0."
             )
         mesh_lib.check_batches(config, self._mesh.size)
-        self.results = Results(workdir / "results.json")
+        self._scorer = Scorer(config, workdir, self.dataset, self._mesh)
         d = self.dataset
         several = distributed.count() > 1
         processes = f" of {distributed.count()} processes" if several else ""
@@ -191,6 +135,11 @@ class Job:
                 f"train the outer taps of model.aspp_rates {untrained}, which larger images will "
                 "meet: lower these rates or enlarge data.crop."
             )
+
+    @property
+    def results(self) -> Results:
+        """The rows of results.json."""
+        return self._scorer.results
 
     def keep_run(self) -> None:
         """Writes run.json, what the run is made on, for people."""
@@ -227,10 +176,8 @@ class Job:
         if variables is None:
             say(f"its checkpoint of step {stage.steps} is missing: it is trained again")
             return None
-        variables = self._counting(stage, network, say, variables)
         say("done before")
-        if self._row(stage) is None:
-            self._score(stage, network, say, stage.steps, variables)
+        variables = self._scorer.again(stage, network, say, variables)
         return Trained(stage, variables, network)
 
     def train(
@@ -245,9 +192,8 @@ class Job:
         network = self._network(self._backbone(kind))
         say = self._sayer(kind, round_)
         say(f"{stage.steps} steps")
-        variables = self._train(stage, network, teacher, pseudo, say)
-        variables = self._counting(stage, network, say, variables)
-        self._score(stage, network, say, stage.steps, variables)
+        last = self._train(stage, network, teacher, pseudo, say)
+        variables = self._scorer.end(stage, network, say, last)
         _mark_done(stage)
         if distributed.is_main():
             report.write(self._workdir)
@@ -259,7 +205,7 @@ class Job:
         network: Network,
         teacher: Trained | None,
         pseudo: epath.Path | None,
-        say: Any,
+        say: Say,
     ) -> Variables:
         config = self._config
         program = network.program(stage.kind, stage.steps)
@@ -282,7 +228,7 @@ class Job:
             program,
             start=functools.partial(self._start, network, stage, teacher, say),
             batches=batches,
-            score=functools.partial(self._look, stage, network, say),
+            score=functools.partial(self._scorer.inside, stage, network, say),
             say=say,
             train_config=config.train,
             eval_every=config.eval.every,
@@ -291,7 +237,7 @@ class Job:
         )
 
     def _start(
-        self, network: Network, stage: training.Stage, teacher: Trained | None, say: Any
+        self, network: Network, stage: training.Stage, teacher: Trained | None, say: Say
     ) -> Variables:
         """Variables of step 0: the teacher's where they fit and are wanted, else fresh ones.
 
@@ -303,8 +249,8 @@ class Job:
             seed = int(stage.seed[1]) & 0xFFFFFFFF
             variables = state_lib.init_variables(network.model, seed, self._mesh)
             if path := network.model_config.pretrained:
-                variables, report = pretrained.load(path, variables)
-                say(f"{path}: {report}")
+                variables, loaded = pretrained.load(path, variables)
+                say(f"{path}: {loaded}")
                 for sentence in network.departures:
                     say(sentence)
             return variables
@@ -313,7 +259,7 @@ class Job:
         return teacher.variables
 
     def adopt(self, teacher: Trained) -> None:
-        """Takes the finished teacher of another run as this run's own, with its label maps.
+        """Takes the finished teacher of another run as this run's own, with history and label maps.
 
         Made again it would be the same: for runs whose configs differ behind the teacher alone, or
         in its kind of norm, of which a teacher uses the weak one. Label maps that this run's
@@ -328,16 +274,13 @@ class Job:
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
         with checkpoints.Checkpoints(stage.folder / "checkpoints") as kept:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
-        if theirs := self._best(teacher.stage, network):
-            chosen = theirs.chosen(teacher.network.shapes, self._mesh)
-            ours = dataclasses.replace(theirs, folder=stage.folder)
-            ours.keep(dataclasses.replace(chosen, variables=variables))
+        history.copy(teacher.stage.folder, stage.folder)
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
         for example in distributed.share(labeled):
             name = f"{PSEUDO_LABELS}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
-        self._score(stage, network, say, stage.steps, variables)
+        self._scorer.adopted(stage, network, say, teacher.stage, teacher.network, variables)
         _mark_done(stage)
 
     def label(self, teacher: Trained) -> epath.Path:
@@ -367,7 +310,7 @@ class Job:
         sizes = set(pipeline.image_sizes(self.dataset.evaluation))
         if not distributed.is_main():
             return
-        row = self._row(final.stage)
+        row = self._scorer.row(final.stage, final.network)
         assert row is not None  # every stage that ends has written one
         description = deployed.describe(
             final.network.model_config,
@@ -390,86 +333,11 @@ class Job:
 
     def print_table(self) -> None:
         """The rows of this run, for a person."""
-        protocol = self._protocol(self._network(self._config.model.backbone))
+        protocol = self._scorer.protocol(self._network(self._config.model.backbone))
         rows = [r for r in self.results.rows if evaluate.comparable(r["protocol"], protocol)]
         print_table(rows, self.dataset.classes, self._console)
 
-    def _row(self, stage: training.Stage, step: int | None = None) -> dict[str, Any] | None:
-        """The result of a stage at a step, its end unless given, by the present protocol."""
-        protocol = self._protocol(self._network(self._backbone(stage.kind)))
-        key = (stage.kind, stage.round, stage.steps if step is None else step)
-        rows = self.results.rows if step is None else self.results.curve
-        return next(
-            (
-                row
-                for row in rows
-                if (row["stage"], row["round"], row["step"]) == key
-                and evaluate.comparable(row["protocol"], protocol)
-            ),
-            None,
-        )
-
-    def _protocol(self, network: Network) -> dict[str, Any]:
-        return evaluate.protocol(self._config, self.dataset, network.evaluate.pad_to)
-
-    def _best(self, stage: training.Stage, network: Network) -> Best | None:
-        """Where the best weights of a stage are kept; None where its last ones count."""
-        config = self._config.eval
-        if config.select == "last":
-            return None
-        score = network.evaluate if config.select == "reported" else network.select
-        return Best(stage.folder, config.every, lambda variables: score(variables).miou)
-
-    def _look(
-        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
-    ) -> None:
-        """Evaluates at a step inside a stage; writes no second row of it."""
-        if best := self._best(stage, network):
-            best.offer(step, variables)
-        if self._row(stage, step) is None:
-            self._score(stage, network, say, step, variables)
-
-    def _counting(
-        self, stage: training.Stage, network: Network, say: Any, last: Variables
-    ) -> Variables:
-        """The weights of a stage that count, at its end (`eval.select`)."""
-        best = self._best(stage, network)
-        if best is None:
-            return last
-        # Also where the stage was done before: what is there is at least as good, and stays.
-        best.offer(stage.steps, last)
-        chosen = best.chosen(network.shapes, self._mesh)
-        say(f"its weights of step {chosen.step} count, mIoU {100 * chosen.miou:.2f} where chosen")
-        return chosen.variables
-
-    def _score(
-        self, stage: training.Stage, network: Network, say: Any, step: int, variables: Variables
-    ) -> None:
-        """Evaluates and keeps the row."""
-        final = step == stage.steps
-        pictures = record.Pictures(self._workdir, stage.folder, self.dataset, final)
-        score = network.evaluate(variables, pictures.shown, pictures)
-        protocol = self._protocol(network)
-        taken = streams.of_stage(self._config, stage.kind).domain
-        norms = record.norms(variables, DOMAINS if taken == "both" else (taken,))
-        if final and distributed.is_main():
-            # Before the row: a stage that has its row is not evaluated again.
-            record.keep_evaluation(stage.folder, score, self.dataset, protocol)
-            record.keep_norms(stage.folder, norms)
-        row = make_row(stage.kind, stage.round, step, self._config.seed, score, protocol)
-        self.results.add(row, final)
-        place = "" if final else f"step {step}: "
-        say(f"{place}mIoU {100 * score.miou:.2f} on {self.dataset.evaluated_on}")
-        with_names = zip(self.dataset.classes, score.iou, strict=True)
-        scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
-        writer = metric_writers.create_default_writer(
-            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
-        )
-        writer.write_scalars(step, scalars)
-        record.summarise(writer, step, pictures, norms)
-        writer.close()
-
-    def _sayer(self, kind: str, round_: int) -> Callable[[str], None]:
+    def _sayer(self, kind: str, round_: int) -> Say:
         """What prints the lines of a stage, or of the labelling before a student.
 
         Each line says which it is, and its number in the whole run.
@@ -496,92 +364,3 @@ def _mark_done(stage: training.Stage) -> None:
     distributed.barrier(f"end of {stage.name}")
     if distributed.is_main():
         write_bytes(stage.folder / DONE, b"")
-
-
-def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
-    """Refuses a workdir that belongs to another config.
-
-    What changes no stage's result may differ: FREE keys, those of `eval` unless the weights of a
-    stage were chosen by evaluating, and more rounds than there were.
-
-    Raises:
-        UserError: naming the keys that differ.
-    """
-    then = _known(epath.Path(workdir), "config.json")
-    if then is None:
-        return
-    old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (then, _plain(config)))
-    chosen = any(tree.get("eval.select", "last") != "last" for tree in (old, new))
-    differing = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not (key.startswith("eval.") and not chosen)
-        and key not in FREE
-        and not (key == "rounds.count" and new[key] > old.get(key, 0))
-    ]
-    if differing:
-        raise UserError(
-            f"The workdir {workdir} belongs to another config ({'; '.join(differing)}): give "
-            "another --workdir, or the config it was made with."
-        )
-
-
-def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None:
-    """Refuses to go on with other training images than a workdir began with.
-
-    Raises:
-        UserError: with the counts of images then and now.
-    """
-    then, now = _known(epath.Path(workdir), "data.json"), _described(dataset)
-    if then is not None and then != now:
-        raise UserError(
-            f"The data changed since {workdir} was begun ({then['labeled']} labelled and "
-            f"{then['unlabeled']} unlabelled images of {then['data']} then, {now['labeled']} and "
-            f"{now['unlabeled']} of {now['data']} now): restore it, or give another --workdir."
-        )
-
-
-def keep_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None:
-    """Writes data.json, by which the workdir knows its images."""
-    _keep(epath.Path(workdir) / "data.json", _described(dataset))
-
-
-def _described(dataset: sources.Dataset) -> dict[str, Any]:
-    return {
-        "data": dataset.name,
-        "labeled": len(dataset.labeled),
-        "unlabeled": len(dataset.unlabeled),
-        "ids_hash": split_hash([[e.id for e in p] for p in (dataset.labeled, dataset.unlabeled)]),
-    }
-
-
-def keep_config(workdir: epath.PathLike, config: Any) -> None:
-    """Writes config.json, by which the workdir knows its config."""
-    _keep(epath.Path(workdir) / "config.json", _plain(config))
-
-
-def _known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
-    """What a file says by which a workdir knows what it is of; None in a new workdir."""
-    path = workdir / name
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        if not (workdir / "round_0").exists():
-            return None  # The run ended as it began: nothing is there that the file is of.
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it, or give another --workdir."
-        ) from error
-
-
-def _keep(path: epath.Path, content: dict[str, Any]) -> None:
-    """Writes such a file, where it does not say so already."""
-    text = json.dumps(content, indent=1) + "\n"
-    if not path.exists() or path.read_text() != text:
-        write_bytes(path, text.encode())
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return json.loads(config.to_json_best_effort())

@@ -5,7 +5,6 @@ Here that is asked for by name (`eval.select`), and every row says it.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -47,21 +46,24 @@ class Best:
     Attributes:
         folder: of the stage.
         every: steps between what is offered, before the stage's last step.
-        score: mIoU in 0..1 of variables, on the set that the choice is made on.
     """
 
     folder: epath.Path
     every: int
-    score: Callable[[Variables], float]
 
-    def offer(self, step: int, variables: Variables) -> None:
+    def offer(self, step: int, miou: float, variables: Variables) -> None:
         """Keeps the weights of a step where they are better than all before.
+
+        Args:
+            step: after which they were had.
+            miou: in 0..1, on the set that the choice is made on.
+            variables: they themselves.
 
         Raises:
             UserError: those before are gone, so that what is best can no longer be told; on every
                 process.
         """
-        offered = Chosen(step, self.score(variables), variables)
+        offered = Chosen(step, miou, variables)
         distributed.agree("best weights", lambda: self._keep_if_better(offered))
 
     def _keep_if_better(self, offered: Chosen) -> None:

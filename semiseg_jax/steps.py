@@ -120,7 +120,7 @@ def make_train_step(
     """The step of a stage: one pass of the network over both streams, loss, update.
 
     The batch is {"image": uint8 [n, h, w, 3], "label": uint8 [n, h, w], "is_pseudo": bool [n]},
-    split by image over the mesh, in blocks as `pipeline.slots` joins them. The state is donated.
+    split by image over the mesh, in blocks as `streams.slots` joins them. The state is donated.
     Statistics and normalisers are those of the global batch, because the program is written for
     it.
 

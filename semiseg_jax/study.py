@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Printed
 
-from semiseg_jax import distributed, interruption, paper, rounds, tables
+from semiseg_jax import distributed, identity, interruption, paper, rounds, tables
 from semiseg_jax.data import sources, streams
 from semiseg_jax.errors import UserError
 
@@ -216,7 +216,7 @@ class Study:
 def of_teacher(config: Any) -> dict[str, Any]:
     """All that a teacher follows from."""
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    kept = flat.keys() - rounds.FREE
+    kept = flat.keys() - identity.FREE
     return {
         key: flat[key]
         for key in kept

@@ -1,6 +1,5 @@
 """Runs of two processes by launch/local_cluster.sh: all of Algorithm 1, interrupted, killed."""
 
-import json
 import shutil
 import signal
 import time
@@ -10,6 +9,7 @@ import pytest
 
 from tests import processes
 from tests.mains import TINY
+from tests.workdirs import rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,10 +49,6 @@ def run_cluster(workdir, *more):
         output = script.communicate(timeout=900)[0]
     assert script.returncode == 0, output
     return output
-
-
-def rows(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
 
 
 def test_algorithm_1_by_two_processes_is_that_by_one(tmp_path):

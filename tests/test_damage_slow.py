@@ -8,7 +8,7 @@ import pytest
 
 from semiseg_jax import rounds
 from semiseg_jax.errors import UserError
-from tests.test_rounds import same
+from tests.workdirs import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 

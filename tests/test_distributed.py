@@ -138,11 +138,11 @@ def test_all_processes_learn_that_the_best_weights_are_gone(monkeypatch, tmp_pat
         return [said[0], value]
 
     monkeypatch.setattr(distributed, "gather", gather)
-    best = selection.Best(epath.Path(tmp_path), 10, lambda variables: 0.5)
+    best = selection.Best(epath.Path(tmp_path), 10)
     for index in range(2):
         monkeypatch.setattr(distributed, "is_main", lambda index=index: index == 0)
         with pytest.raises(UserError, match=r"best\.safetensors, .* is missing or damaged"):
-            best.offer(20, {})
+            best.offer(20, 0.5, {})
     assert len(said) == 2 and not any(tmp_path.iterdir())
 
 

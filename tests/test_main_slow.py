@@ -1,6 +1,5 @@
 """The command itself, as a process of its own: run, killed, started again; and on real images."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 
 from semiseg_jax.paper import TABLES
+from tests import workdirs
 
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -51,14 +50,6 @@ def finish(process):
     return output
 
 
-def contents(workdir):
-    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*.*")]
-    weights = load_file(workdir / "model" / "weights.safetensors")
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in files} | {
-        k: v.tobytes() for k, v in weights.items()
-    }
-
-
 def end_after(process, line, number):
     """Sends the process a signal a moment after it printed a line with this text; its status."""
     for printed in process.stdout:
@@ -94,11 +85,8 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
         assert status == 75, output
         assert "Interrupted: start the same command again to go on." in output
     assert "going on at step" in finish(start(tmp_path / "stopped", *arguments))
-    one = contents(tmp_path / "whole")
     for name in ("killed", "stopped"):
-        other = contents(tmp_path / name)
-        assert one.keys() == other.keys()
-        assert [k for k in one if one[k] != other[k]] == [], name
+        workdirs.same(tmp_path / "whole", tmp_path / name)
 
 
 def test_every_row_of_table_1_on_the_built_in_data(tmp_path):
@@ -133,7 +121,7 @@ def test_camvid_from_teacher_to_results_on_the_test_list(tmp_path, argument):
             "--config.pseudo.flip=False",
         )
     )
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    rows = workdirs.rows(tmp_path / "run")
     assert [(r["stage"], r["round"], r["split"]) for r in rows] == [
         ("teacher", 0, "test"),
         ("student", 1, "test"),

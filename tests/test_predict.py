@@ -66,7 +66,7 @@ def random_weights(path, config):
     checkpoints.save_weights(path, state.for_inference(variables), {})
 
 
-def one_device():
+def mesh_of_one():
     return mesh.make_mesh(jax.devices()[:1])
 
 
@@ -83,7 +83,7 @@ def run(folder, sizes):
     )
     random_weights(folder / "weights.safetensors", config.model)
     config.model.pretrained = str(folder / "weights.safetensors")
-    devices = one_device()
+    devices = mesh_of_one()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make_mesh", lambda: devices)
         # Ends where training would start.
@@ -135,7 +135,7 @@ def test_training_evaluation_and_predicted_files_agree(made, request, tmp_path, 
     assert row["protocol"]["pad_to"] == {"few": 1, "many": 16}[made]
     model = deployed.load(workdir)
     data = sources.load(config)
-    score = evaluate.Evaluator(model.model, data, config.eval, one_device(), model.colour)
+    score = evaluate.Evaluator(model.model, data, config.eval, mesh_of_one(), model.colour)
     images = os.path.join(config.data.root, "images", "val")
     predict(monkeypatch, *flags(workdir, images, tmp_path))
     found = maps(tmp_path)
@@ -307,7 +307,7 @@ def test_an_overlay_names_the_classes_that_are_there():
 def test_it_stops_on_request_and_says_that_it_did_not_end(pointwise, photos, tmp_path):
     images = inputs.Images(photos, tmp_path / "out")
     protocol = dataclasses.replace(seeing.as_evaluated(pointwise, 1), batch=1)
-    writer = predictions.Writer(pointwise, protocol, one_device(), tmp_path / "out")
+    writer = predictions.Writer(pointwise, protocol, mesh_of_one(), tmp_path / "out")
     done = []
     with pytest.raises(interruption.Interrupted):
         writer(images.examples, done.append, asked=lambda: len(done) >= 5)

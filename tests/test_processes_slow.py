@@ -1,7 +1,6 @@
 """Two processes of two devices each against one of four; killed, stopped and started again."""
 
 import collections
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ import pytest
 
 from tests import processes
 from tests.mains import TINY
-from tests.test_main_slow import contents
+from tests.workdirs import rows, same
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +42,6 @@ def run(count, workdir, data, *more):
     statuses, outputs = processes.finish(started)
     assert statuses == [0] * count, "\n".join(outputs)
     return outputs
-
-
-def rows(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
 
 
 def opened(workdir, count, data):
@@ -192,9 +187,7 @@ def test_two_processes_on_a_store_without_rename_change_no_bit(tmp_path, folder_
         assert f"process {killed}" in processes.sentence(outputs[1 - killed]).lower()
     statuses, outputs = start(None)
     assert statuses == [0, 0], "\n".join(outputs)
-    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
+    same(tmp_path / "whole", tmp_path / "killed")
 
 
 LATE = """

@@ -15,6 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from semiseg_jax import figures, history, mesh, metrics, record, report, rounds
 from semiseg_jax.errors import UserError
+from semiseg_jax.reporting import galleries
+from semiseg_jax.reporting.run import Stage
+from tests import workdirs
 from tests.conftest import tiny_config
 
 SECTIONS = ("results", "classes", "curves", "confusion", "gallery", "pseudo", "health", "norms")
@@ -108,10 +111,6 @@ def copied(run, tmp_path):
     return epath.Path(tmp_path / "copy")
 
 
-def rows_of(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
-
-
 def test_each_page_stands_alone_and_has_every_section(run):
     workdir, pages = run
     assert len(pages) == 5
@@ -128,7 +127,7 @@ def test_each_page_stands_alone_and_has_every_section(run):
 @pytest.mark.parametrize("number, done", [(0, 1), (1, 2), (2, 3), (3, 4)])
 def test_numbers_are_those_of_the_results(run, number, done):
     workdir, pages = run
-    rows = rows_of(workdir)[:done]
+    rows = workdirs.rows(workdir)[:done]
     head, *lines = pages[number].tables["results"][0]
     assert [line[:2] for line in lines] == [
         [f"{r['stage']} {r['round']}".replace("teacher 0", "teacher"), f"{100 * r['miou']:.2f}"]
@@ -148,7 +147,7 @@ def test_numbers_are_those_of_the_results(run, number, done):
 
 def test_the_gain_over_the_control_is_that_of_the_same_length(run):
     workdir, pages = run
-    _, _, student, control = rows_of(workdir)
+    _, _, student, control = workdirs.rows(workdir)
     head, *lines = pages[-1].tables["results"][0]
     column = head.index("gain over the control")
     gain = f"{100 * (student['miou'] - control['miou']):+z.2f}"
@@ -172,7 +171,7 @@ def test_a_page_in_progress_says_what_is_to_come(run):
 
 def test_what_is_kept_of_an_evaluation_adds_up_to_its_row(run):
     workdir, _ = run
-    row = rows_of(workdir)[2]
+    row = workdirs.rows(workdir)[2]
     kept = json.loads((workdir / "round_2/student" / record.EVALUATION).read_text())
     np.testing.assert_allclose(np.nanmean(metrics.iou(np.array(kept["confusion"]))), row["miou"])
     assert np.sum(kept["confusion"]) == row["pixels"]
@@ -254,7 +253,7 @@ def test_results_of_another_protocol_have_a_table_of_their_own(copied):
 
 def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
     def stage(number, **scores):
-        return report.Stage(
+        return Stage(
             number,
             "student",
             number,
@@ -266,7 +265,7 @@ def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
 
     first = stage(0, a=0.1, b=0.2, c=0.3, d=0.4, e=0.9, f=0.9, g=0.5, h=0.5)
     last = stage(1, a=0.8, b=0.3, c=0.4, d=0.5, e=0.6, f=0.7, g=0.1, h=None)
-    assert report.chosen(first, last) == {
+    assert galleries.chosen(first, last) == {
         "a": ["best", "gained most"],
         "f": ["best"],
         "c": ["median"],
@@ -274,7 +273,7 @@ def test_images_are_chosen_by_the_last_stage_and_by_what_changed():
         "g": ["worst", "lost most"],
         "b": ["worst"],
     }
-    assert list(report.chosen(first, first))[:2] == ["f", "e"]
+    assert list(galleries.chosen(first, first))[:2] == ["f", "e"]
 
 
 def test_a_restart_does_a_step_again_and_history_has_it_once(tmp_path):
@@ -306,7 +305,7 @@ def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
     colours = np.full((256, 3), 255)
     palette = json.loads((workdir / record.RUN).read_text())["palette"]
     colours[: len(palette)] = palette
-    sheet = np.asarray(Image.open(io.BytesIO(report.picture(workdir))))
+    sheet = np.asarray(Image.open(io.BytesIO(galleries.picture(workdir))))
     top = 23  # The titles; images of 24x40 below them, with 6 pixels between.
     for row, name in enumerate(evaluation["kept"][::2]):
         for column, folder in (
@@ -320,7 +319,7 @@ def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
     for stage in ("round_0/teacher", "round_1/student", "round_2/student"):
         (copied / stage / "DONE").unlink()
     with pytest.raises(UserError, match="has no stage that has ended"):
-        report.picture(copied)
+        galleries.picture(copied)
 
 
 @pytest.mark.parametrize("domains", [("weak", "strong"), ("weak",)])

@@ -12,11 +12,23 @@ from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, history, interruption, mesh, report, rounds, selection, train
+from semiseg_jax import (
+    checkpoints,
+    evaluate,
+    history,
+    identity,
+    interruption,
+    mesh,
+    report,
+    rounds,
+    selection,
+    train,
+)
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import for_inference, variable_shapes
+from tests import workdirs
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +45,6 @@ def config(config_of_pairs):
     config_of_pairs.rounds.control = True
     config_of_pairs.pseudo.flip = True
     return config_of_pairs
-
-
-def contents(workdir):
-    """Everything a run must reproduce: weights, pseudo-labels, results."""
-    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*")]
-    found = {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
-    weights = load_file(workdir / "model" / "weights.safetensors")
-    return found | {k: v.tobytes() for k, v in weights.items()}
-
-
-def same(workdir, other):
-    """Two runs that ended with the same bits."""
-    one, other = contents(workdir), contents(other)
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
 
 
 def after(times):
@@ -72,13 +69,8 @@ def kill_at(monkeypatch, stage, step):
     monkeypatch.setattr(train._Log, "dispatched", dies)
 
 
-def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch, capsys):
-    whole = tmp_path / "whole"
-    results = rounds.run(config, whole)
-
-    # results.json: a row a stage, in order
-    rows = json.loads((whole / "results.json").read_text())["rows"]
-    assert rows == results.rows
+def check_rows(rows):
+    """A row a stage, in order."""
     assert [(r["stage"], r["round"], r["step"]) for r in rows] == [
         ("teacher", 0, 4),
         ("student", 1, 4),
@@ -91,9 +83,9 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         assert row["pixels"] == 3 * (36 - 2) * 48 + 2 * (48 - 2) * 36
         assert row["protocol"]["seed"] == row["seed"] == 0
 
-    # pseudo-labels: every unlabelled image, in its size, as palette indices; and the manifest
-    folder = whole / "round_1" / "student" / "pseudo_labels"
-    assert not (whole / "round_2" / "student" / "pseudo_labels").exists()
+
+def check_pseudo_labels(folder):
+    """Every unlabelled image, in its size, as palette indices; and the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["teacher"] == "round_1/student, step 4"
     assert len(manifest["images"]) == 8
@@ -106,8 +98,9 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
         assert 1 / 3 <= entry["mean_confidence"] <= 1
         assert entry["size"] == [image.height, image.width]
 
-    # what a person sees
-    printed = capsys.readouterr().out
+
+def check_printed(printed):
+    """What a person sees."""
     for line in ("[1/6] teacher: 4 steps", "[4/6] pseudo-labels for student 2: 8/8 images"):
         assert line in printed
     assert "[5/6] student 2: 4 steps" in printed
@@ -115,13 +108,23 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
     assert "gain over the teacher" in printed
     assert "tiny, output stride 16" in printed and "input imagenet, half-pixel" in printed
 
-    # the same command again does nothing, and says the same
+
+def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    results = rounds.run(config, whole)
+    assert workdirs.rows(whole) == results.rows
+    check_rows(results.rows)
+    check_pseudo_labels(whole / "round_1" / "student" / "pseudo_labels")
+    assert not (whole / "round_2" / "student" / "pseudo_labels").exists()
+    check_printed(capsys.readouterr().out)
+
+    # The same command again does nothing, and says the same
     stages = [p for p in whole.glob("round_*/**/*") if p.is_file()]
     before = {p: p.stat().st_mtime_ns for p in stages}
     rounds.run(config, whole)
     assert {p: p.stat().st_mtime_ns for p in stages} == before
 
-    # killed in every kind of stage, then started again each time
+    # Killed in every kind of stage, then started again each time
     killed = tmp_path / "killed"
     for stage, step in (("teacher", 3), ("student 1", 1), ("student 2", 4), ("control 2", 7)):
         with monkeypatch.context() as patch:
@@ -129,28 +132,28 @@ def test_all_of_algorithm_1_and_again_after_kills(config, tmp_path, monkeypatch,
             with pytest.raises(Killed):
                 rounds.run(config, killed)
     rounds.run(config, killed)
-    same(whole, killed)
+    workdirs.same(whole, killed)
     for stage in ("round_0/teacher", "round_1/student", "round_2/student", "round_2/control"):
         folders = [epath.Path(w) / stage for w in (whole, killed)]
         steps = [[line["step"] for line in history.read(folder)] for folder in folders]
         assert steps[0] == steps[1] == sorted(set(steps[0]))
 
-    # asked to stop at several moments, inside stages, labelling and evaluation
+    # Asked to stop at several moments, inside stages, labelling and evaluation
     stopped = tmp_path / "stopped"
     for patience in (1, 2, 6, 9, 10):
         with pytest.raises(interruption.Interrupted):
             rounds.run(config, stopped, asked=after(patience))
     rounds.run(config, stopped)
-    same(whole, stopped)
+    workdirs.same(whole, stopped)
 
 
 def test_another_config_is_refused_with_the_difference(config, tmp_path):
-    rounds.refuse_other_config(tmp_path, config)
-    rounds.keep_config(tmp_path, config)
-    rounds.refuse_other_config(tmp_path, config)
+    identity.refuse_other_config(tmp_path, config)
+    identity.keep_config(tmp_path, config)
+    identity.refuse_other_config(tmp_path, config)
     config.train.steps = 5
     with pytest.raises(UserError, match=r"train\.steps: 4 there, 5 here"):
-        rounds.refuse_other_config(tmp_path, config)
+        identity.refuse_other_config(tmp_path, config)
 
 
 def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
@@ -244,11 +247,11 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
 
 def test_other_training_images_are_refused(config, tmp_path):
     data = sources.load(config)
-    rounds.keep_data(tmp_path, data)
-    rounds.refuse_other_data(tmp_path, data)
+    identity.keep_data(tmp_path, data)
+    identity.refuse_other_data(tmp_path, data)
     fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
     with pytest.raises(UserError, match=r"4 labelled and 8 unlabelled .* then, 4 and 7 of .* now"):
-        rounds.refuse_other_data(tmp_path, fewer)
+        identity.refuse_other_data(tmp_path, fewer)
 
 
 def selecting(config, select):
@@ -274,7 +277,7 @@ def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path,
         with pytest.raises(Killed):
             rounds.run(config, tmp_path / "killed")
     rounds.run(config, tmp_path / "killed")
-    same(tmp_path / "whole", tmp_path / "killed")
+    workdirs.same(tmp_path / "whole", tmp_path / "killed")
 
     # The same command again reports the same, of the chosen weights; without them, nothing.
     assert rounds.run(config, tmp_path / "whole").rows == results.rows
@@ -295,9 +298,9 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
     scores = iter([0.1, 0.4, 0.4, 0.3])
     seen = []
 
-    def scored(best, step, variables, offer=selection.Best.offer):
+    def scored(best, step, miou, variables, offer=selection.Best.offer):
         seen.append({k: np.asarray(v) for k, v in flat(variables).items()})
-        offer(dataclasses.replace(best, score=lambda _: next(scores)), step, variables)
+        offer(best, step, next(scores), variables)
 
     monkeypatch.setattr(selection.Best, "offer", scored)
     before = sources.load(without_selection(config))
@@ -312,6 +315,53 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
     for name, value in kept.items():
         np.testing.assert_array_equal(value, seen[1][name])
     assert any((kept[name] != seen[2][name]).any() for name in kept)
+
+
+@pytest.mark.parametrize(
+    "select, right, reported, held_out",
+    [
+        ("last", (10, 30, 20, 40), 4, None),
+        # A restart evaluates again what it chooses by: the row may be of other weights.
+        ("reported", (10, 30, 30, 20, 40), 5, None),
+        # The best are not the last: they are seen once more, for the pictures of the stage's end.
+        ("reported", (10, 40, 40, 20, 30, 40), 6, None),
+        ("holdout", (10, 30, 20, 40), 4, 5),
+    ],
+)
+def test_one_evaluation_serves_the_choice_and_the_row(
+    config, tmp_path, monkeypatch, select, right, reported, held_out
+):
+    selecting(config, select)
+    config.rounds.count = 0
+    config.data.holdout = 2.0 if held_out else 0.0
+    of_reported = iter(right)
+    built, seen = [], []
+
+    def train_with_a_restart_behind_step_2(stage, program, start, score, **_):
+        variables = start()
+        for step in (1, 2, 2, 3):
+            score(step, variables)
+        return variables
+
+    class Counting(evaluate.Evaluator):
+        def __init__(self, model, dataset, *args):
+            super().__init__(model, dataset, *args)
+            self.images = len(dataset.evaluation)
+            built.append(self.images)
+
+        def __call__(self, *_):
+            seen.append(self.images)
+            count = next(of_reported) if self.images == 5 else 10
+            return evaluate.Score(np.diag([count, 50, 50]) + np.diag([50 - count, 0], 1))
+
+    monkeypatch.setattr(evaluate, "Evaluator", Counting)
+    monkeypatch.setattr(train, "run", train_with_a_restart_behind_step_2)
+    rows = rounds.run(config, tmp_path).rows
+    assert built == ([5, 2] if held_out else [5])
+    assert [seen.count(5), seen.count(2)] == [reported, held_out or 0]
+    assert [row["step"] for row in rows] == [4]
+    # Of 50 pixels of the first class 40 are found, and the others taken for the second.
+    np.testing.assert_allclose(rows[0]["miou"], np.mean([40 / 50, 50 / 60, 1]))
 
 
 def without_selection(config):

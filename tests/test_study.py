@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
-from semiseg_jax import interruption, paper, rounds, study
+from semiseg_jax import history, interruption, paper, rounds, study
 from semiseg_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -16,11 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_device")
 def config(config_of_pairs):
     config_of_pairs.train.steps = config_of_pairs.train.teacher_steps = 2
     return config_of_pairs
-
-
-def trained(workdir):
-    """The stages that were trained there: those with metrics."""
-    return {str(p.parent.relative_to(workdir)) for p in workdir.rglob("events.out.tfevents*")}
 
 
 def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp_path, capsys):
@@ -33,7 +29,9 @@ def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp
     assert all((full / labels / n).read_bytes() == (sda / labels / n).read_bytes() for n in names)
     assert "8/8 images" in capsys.readouterr().out  # once labelled, by the first run
 
-    # One teacher: its row is the same, though its network in the other run has one norm.
+    # One teacher: its curves and its row are the same, though the other network has one norm.
+    curves = [history.read(epath.Path(run) / "round_0/teacher") for run in (full, sda)]
+    assert curves[0] == curves[1] != []
     rows = [json.loads((run / "results.json").read_text())["rows"] for run in (full, sda)]
     assert rows[0][0]["miou"] == rows[1][0]["miou"]
     assert rows[0][0]["iou"] == rows[1][0]["iou"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_main_slow import contents
+from tests.workdirs import same
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,9 +103,7 @@ def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
         assert status == -signal.SIGKILL, f"{pattern} {phase}: {output}"
     status, output = run(tmp_path, tmp_path / "killed")
     assert status == 0, output
-    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
+    same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
@@ -118,6 +116,4 @@ def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
         assert status == -signal.SIGKILL, f"{kill}: {output}"
     status, output = run(tmp_path, tmp_path / "killed", "never", "", 1, "store")
     assert status == 0, output
-    one, other = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    assert one.keys() == other.keys()
-    assert [k for k in one if one[k] != other[k]] == []
+    same(tmp_path / "whole", tmp_path / "killed")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from semiseg_jax import tables
-from semiseg_jax.paper import TABLES, Row, Table, published
+from semiseg_jax.paper import PUBLISHED, RUNS, TABLES, Row, Table, published
 from semiseg_jax.tables import About, Source
 
 PROTOCOL = {
@@ -117,8 +117,6 @@ def test_the_papers_number_is_that_of_its_setting_else_of_the_reference():
 
 
 def test_every_table_names_runs_that_there_are():
-    from semiseg_jax.paper import PUBLISHED, RUNS
-
     rows = [row for table in TABLES.values() for row in table.rows]
     assert {row.run for row in rows} == set(RUNS)
     assert {row.paper for row in rows} - {""} <= {k for v in PUBLISHED.values() for k in v}

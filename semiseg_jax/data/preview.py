@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw
 
@@ -294,7 +295,7 @@ def make_sheets(
         pseudo_labels: the folder of a run's pseudo-labels, if there are any yet.
 
     Raises:
-        UserError: as `sources.load` and `pipeline.train_batches`.
+        UserError: as `sources.load` and `pipeline.train_batches`, or there are no such labels.
     """
     dataset = sources.load(config)
     stage = "student" if config.rounds.count and dataset.unlabeled else "teacher"
@@ -302,7 +303,7 @@ def make_sheets(
     seed = streams.stage_seed(config.seed, int(stage == "student"), stage)
     pseudo: Sequence[sources.Example] = dataset.unlabeled
     if pseudo_labels:
-        pseudo = pipeline.pseudo_examples(dataset, Path(pseudo_labels))
+        pseudo = _pseudo_examples(dataset, pseudo_labels)
     colour = _padding_colour(config, stage)
     shown = views(config, dataset, pseudo, taken, seed, colour, count)
     name = f"{stage} 1" if stage == "student" else stage
@@ -318,6 +319,18 @@ def make_sheets(
         contact_sheet(sections, dataset, f"{title}: what {name} sees, from step 0 on"),
         operations_sheet(some, config, f"{title}: the operations of strong augmentation"),
     )
+
+
+def _pseudo_examples(dataset: sources.Dataset, folder: str) -> tuple[sources.Example, ...]:
+    """The unlabelled images with a run's label maps."""
+    found = pipeline.pseudo_examples(dataset, epath.Path(folder))
+    lost = [e.id for e in found if e.mask and not epath.Path(e.mask).exists()]
+    if lost:
+        raise UserError(
+            f"--pseudo_labels={folder} has no label map of {len(lost)} of {len(found)} unlabelled "
+            f"images, {lost[0]} first: give the folder of a run that has labelled all of them."
+        )
+    return found
 
 
 _EXPLANATIONS = {

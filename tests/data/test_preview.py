@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from semiseg_jax.data import labels, pictures, pipeline, preview, sda, sources, streams
+from semiseg_jax.errors import UserError
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,11 @@ def test_the_command_writes_both_sheets(config, tmp_path):
         assert f"{tmp_path}/{name}" in done.stdout
         with Image.open(tmp_path / name) as sheet:
             assert sheet.width > 800
+
+
+def test_pseudo_labels_that_are_not_there_are_one_sentence(config, tmp_path):
+    with pytest.raises(UserError, match=r"has no label map of 4 of 4 unlabelled images, \d first"):
+        preview.make_sheets(config, "title", 1, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -46,18 +46,18 @@ def weights(tmp_path_factory):
     return made
 
 
-def network(name, path, stride, **changes):
-    """Ours, as the config builds it for these weights, and loaded."""
-    config = tiny_config(
-        model__backbone=name.partition("_")[2],
-        model__pretrained=str(path),
-        model__output_stride=stride,
-        **changes,
-    ).model
+def build(name, **changes):
+    """Ours, as the config builds it for the reference's weights."""
+    config = tiny_config(model__backbone=name.partition("_")[2], **changes).model
     if name.startswith("smp"):
         config.head = "v3plus_smp"
         config.head_features, config.low_level_features, config.aspp_rates = 256, 48, ()
-    model = deeplab.build(config, 5)
+    return deeplab.build(config, 5)
+
+
+def network(name, path, stride, **changes):
+    """The same with the weights: (model, variables, report)."""
+    model = build(name, model__pretrained=str(path), model__output_stride=stride, **changes)
     blank = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), variable_shapes(model))
     variables, report = pretrained.load(path, blank)
     return model, variables, report
@@ -137,12 +137,8 @@ def test_number_of_parameters(name, published):
     """Backbones are published with a classifier of 1000 ImageNet classes, which ours lack."""
     about = fixture(name)
     assert about["parameters"] == published
-    config = tiny_config(model__backbone=name.partition("_")[2], model__norm="shared").model
     whole = name.startswith("smp")
-    if whole:
-        config.head = "v3plus_smp"
-        config.head_features, config.low_level_features, config.aspp_rates = 256, 48, ()
-    made = variable_shapes(deeplab.build(config, 5))["params"]
+    made = variable_shapes(build(name, model__norm="shared"))["params"]
     ours = sum(leaf.size for leaf in jax.tree.leaves(made if whole else made["backbone"]))
     features = next((v[1] for k, v in about["shapes"].items() if k.endswith("fc.weight")), None)
     assert ours == published - (0 if whole else 1000 * features + 1000)

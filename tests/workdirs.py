@@ -1,0 +1,25 @@
+"""What a run leaves in its workdir, for tests that compare two of them."""
+
+import json
+
+from safetensors.numpy import load_file
+
+
+def rows(workdir):
+    """The result rows of the ends of its stages."""
+    return json.loads((workdir / "results.json").read_text())["rows"]
+
+
+def contents(workdir):
+    """Everything a run must reproduce: weights, pseudo-labels, results."""
+    files = [workdir / "results.json", *workdir.rglob("pseudo_labels/**/*")]
+    found = {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
+    weights = load_file(workdir / "model" / "weights.safetensors")
+    return found | {k: v.tobytes() for k, v in weights.items()}
+
+
+def same(workdir, other):
+    """Two runs that ended with the same bits."""
+    one, two = contents(workdir), contents(other)
+    assert one.keys() == two.keys()
+    assert [k for k in one if one[k] != two[k]] == [], other
