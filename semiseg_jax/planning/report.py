@@ -196,6 +196,11 @@ def _remedies(plan: Plan) -> list[str]:
             if good
             else f"{name} does not fit, with none of these changes: take more or larger chips."
         )
+    if any("train.accumulate" in r.change for tried in plan.remedies.values() for r in tried):
+        lines.append(
+            "With train.accumulate batch, loss and update stay what they are, but batch norm sees "
+            "one micro-batch at a time."
+        )
     return lines
 
 

@@ -215,10 +215,11 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit(message, needed):
 
 
 def fake_step(needed):
-    """A compiler by a table: GiB by (remat, dtype, batch), in 16 of them."""
+    """A compiler by a table: GiB by (remat, dtype, images at a time), in 16 of them."""
 
     def make(config):
-        key = (config.model.remat, config.model.compute_dtype, config.train.batch_labeled)
+        at_a_time = config.train.batch_labeled // config.train.accumulate
+        key = (config.model.remat, config.model.compute_dtype, at_a_time)
         size = needed(*key) * 2**30
         memory = Memory(size, 0, size)
         made = (
@@ -237,6 +238,7 @@ def test_single_changes_are_all_tried_smallest_first():
     assert [(str(r), r.fits) for r in found] == [
         ("--config.model.remat=True", False),
         ("--config.model.compute_dtype=bfloat16", True),
+        ("--config.train.accumulate=2", True),
         ("--config.train.batch_labeled=4 --config.train.batch_unlabeled=4", True),
     ]
 
@@ -249,12 +251,38 @@ def test_smaller_batches_still_divide_into_micro_batches():
     assert found[-1].change == {"train.batch_labeled": 16}
 
 
+def test_micro_batches_are_tried_before_fewer_images_and_fit():
+    """12 images on 4 chips, 3 on each: two micro-batches do not divide them, three do."""
+    config = tiny_config(train__batch_labeled=12, train__batch_unlabeled=12)
+    step = fake_step(lambda remat, dtype, at_a_time: 20 if at_a_time > 6 else 10)
+    found = remedies.tried(config, "student step", step, slice_of_four(), 2**34)
+    fit = [str(r) for r in found if r.fits]
+    assert fit == [
+        "--config.train.accumulate=3",
+        "--config.train.batch_labeled=4 --config.train.batch_unlabeled=4",
+    ]
+
+
+def test_no_micro_batches_of_batches_too_small_for_them():
+    """8 images on 4 chips: half of them are one image a chip, and no more to be parted."""
+
+    def needed(remat, dtype, at_a_time):
+        assert at_a_time >= 4
+        return 20
+
+    config = tiny_config()
+    found = remedies.tried(config, "student step", fake_step(needed), slice_of_four(), 2**34)
+    changes = [set(r.change) for r in found]
+    both = {"train.accumulate", "train.batch_labeled"}
+    assert {"train.accumulate"} in changes and not any(both <= change for change in changes)
+
+
 def test_where_no_single_change_helps_two_do():
     def needed(remat, dtype, batch):
         return 40 // (1 + remat) // (1 + (dtype == "bfloat16")) * batch // 8
 
     found = remedies.tried(tiny_config(), "student step", fake_step(needed), slice_of_four(), 2**34)
-    assert [r.fits for r in found] == [False, False, False, True]
+    assert [r.fits for r in found] == [False, False, False, False, True]
     assert found[-1].change == {"model.remat": True, "model.compute_dtype": "bfloat16"}
 
 
