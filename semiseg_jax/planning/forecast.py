@@ -82,6 +82,9 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
     The teacher's step is taken from the student's, by its share of the images, where both have one
     network. Averaging, arg max and counting behind the networks are left out.
 
+    Whenever weights are evaluated, `eval.select=holdout` also sees the images held out to choose
+    them by. `reported` chooses by the very evaluation that is reported, and sees none twice.
+
     Args:
         config: the whole config.
         load: how many images there are.
@@ -104,14 +107,18 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
     if control:
         steps = rounds.count * train.steps
         parts.append(Part(f"control, {steps:,} steps", steps * teacher))
-    once = _pass_seconds("evaluation", load.evaluation_sizes, found, topology)
     of_first = _evaluations(config, train.teacher_steps)
     if control:
         of_first += _evaluations(config, rounds.count * train.steps)
     of_later = rounds.count * _evaluations(config, train.steps)
-    seconds = of_first * once(first) + (of_later * once(later) if of_later else 0)
-    name = f"evaluation, {of_first + of_later} × {load.evaluated:,} images"
-    return [*parts, Part(name, seconds)]
+    sets = {"evaluation": load.evaluation_sizes, "choosing weights": load.selection_sizes}
+    for name, sizes in sets.items():
+        if sizes:
+            once = _pass_seconds("evaluation", sizes, found, topology)
+            seconds = of_first * once(first) + (of_later * once(later) if of_later else 0)
+            images = f"{of_first + of_later} × {sum(sizes.values()):,} images"
+            parts.append(Part(f"{name}, {images}", seconds))
+    return parts
 
 
 KINDS = ("teacher", "student")
@@ -140,14 +147,15 @@ def _pass_seconds(
 ) -> Callable[[str], float]:
     """A function from a backbone to the seconds of one pass over a set.
 
-    Images of other sizes than the largest count by their pixels; the tail of a size fills a batch.
+    Images of other sizes than the program's count by their pixels; the tail of a size fills a
+    batch.
     """
     if not sum(sizes.values()):
         return lambda backbone: 0.0
-    height, width = programs.largest(sizes)
 
     def seconds(backbone: str) -> float:
         mine = [p for p in found if p.kind == kind and p.backbone == backbone]
+        height, width = mine[0].size
         batches = sum(
             -(-count // mine[0].images) * (size[0] * size[1]) / (height * width)
             for size, count in sizes.items()

@@ -120,7 +120,7 @@ def _wanted(config: Any, load: Workload, topology: Topology) -> list[tuple[str, 
         # The last student labels nothing.
         labellers = dict.fromkeys([first, *([later] if rounds > 1 else [])])
         wanted += [inference("labelling", backbone) for backbone in labellers]
-    if load.evaluated:
+    if load.evaluated or load.selected:
         scored = dict.fromkeys([first, *([later] if rounds else [])])
         wanted += [inference("evaluation", backbone) for backbone in scored]
     return wanted

@@ -155,8 +155,9 @@ def inference(
         topology: to compile for.
     """
     protocol = config.pseudo if kind == "labelling" else config.eval
-    sizes = load.label_sizes if kind == "labelling" else load.evaluation_sizes
-    size = largest(sizes)
+    # What weights are chosen by is evaluated with the programs of what is reported.
+    evaluated = load.evaluation_sizes | load.selection_sizes
+    size = largest(load.label_sizes if kind == "labelling" else evaluated)
     mesh = mesh_lib.make_mesh(topology.devices)
     whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
     model = deeplab.build(deeplab.config_for(config, backbone), load.classes)

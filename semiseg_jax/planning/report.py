@@ -86,10 +86,11 @@ def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> N
     console.width = max(console.width, 160)
     devices, hosts = len(plan.topology.devices), plan.topology.hosts
     load = plan.load
+    chosen_by = f", {load.selected:,} to choose weights by" if load.selected else ""
     console.print(
         f"\n{plan.topology.name}: {devices} chip(s) on {hosts} host(s); {plan.parameters:,} "
         f"parameters; {load.labeled:,} labelled, {load.unlabeled:,} unlabelled, "
-        f"{load.evaluated:,} evaluation images, {load.classes} classes"
+        f"{load.evaluated:,} evaluation images{chosen_by}, {load.classes} classes"
     )
     for sentence in load.assumed:
         console.print(sentence)
@@ -218,6 +219,7 @@ def as_json(plan: Plan, supplied: float | None) -> dict[str, Any]:
             "labeled": plan.load.labeled,
             "unlabeled": plan.load.unlabeled,
             "evaluated": plan.load.evaluated,
+            "selected": plan.load.selected,
             "assumed": list(plan.load.assumed),
         },
         "programs": [_program_as_json(plan, program) for program in plan.programs],

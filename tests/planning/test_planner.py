@@ -75,6 +75,22 @@ def test_published_counts_where_the_data_are_not(tmp_path, name, changes, counts
     assert load.assumed[0].startswith("The data are not here")
 
 
+def test_labels_that_are_held_out_are_neither_labelled_nor_unlabelled(tmp_path):
+    config = tiny_config(data__name="cityscapes", data__root=str(tmp_path / "nothing"))
+    config.data.update({"labels": 372.0, "holdout": 0.25, "unlabeled_ratio": 2.0})
+    config.eval.update({"every": 2, "select": "holdout"})
+    load = workload.of(config)
+    assert (load.labeled, load.unlabeled, load.selected) == (279, 558, 93)
+    assert load.selection_sizes == {(1024, 2048): 93}
+
+
+def test_images_held_out_in_the_data_where_they_are(folder_config):
+    folder_config.data.holdout = 1.0 / 4
+    folder_config.eval.update({"every": 2, "select": "holdout"})
+    load = workload.of(folder_config)
+    assert (load.labeled, load.unlabeled, load.evaluated, load.selected) == (3, 8, 5, 1)
+
+
 def test_data_that_nothing_is_known_of(tmp_path):
     config = tiny_config(
         data__name="folder", data__classes=("a", "b"), data__root=str(tmp_path / "nothing")
@@ -171,6 +187,29 @@ def test_hours_of_the_whole_schedule():
             ((1 + 1) + 3 * (1 + 2) + (1 + 7)) * 4,  # at every end, and inside the stages
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("select", "held_out", "chosen"),
+    [
+        # Every evaluation of the 30 images in 4 batches, and each time the 9 held out: two batches
+        # at the program's size, and one at half of it.
+        ("holdout", {(10, 10): 9, (10, 5): 1}, [((1 + 1) + 2 * (1 + 2)) * 2.5]),
+        # One evaluation chooses and is reported.
+        ("reported", {}, []),
+    ],
+)
+def test_hours_of_choosing_weights(select, held_out, chosen):
+    config = tiny_config(rounds__count=2, eval__every=40, eval__select=select, data__holdout=10)
+    config.train.update({"steps": 100, "teacher_steps": 50})
+    load = Workload(5, 10, 0, 30, {(10, 10): 0}, {(10, 10): 30}, held_out)
+    second = cost(flops=197e12)
+    found = [
+        Program(kind, "tiny", 1.0, 8, (10, 10), second)
+        for kind in ("student step", "labelling", "evaluation")
+    ]
+    seconds = [part.seconds for part in forecast.schedule(config, load, found, slice_of_four())]
+    assert seconds[3:] == pytest.approx([((1 + 1) + 2 * (1 + 2)) * 4, *chosen])
 
 
 def test_an_only_student_of_another_network_labels_nothing():
