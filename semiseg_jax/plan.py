@@ -26,6 +26,11 @@ _LAYERS = flags.DEFINE_integer(
 _STEP_ONLY = flags.DEFINE_bool(
     "step-only", False, "Compile the student's step alone, and tell no hours."
 )
+_MACHINE_CODE = flags.DEFINE_bool(
+    "machine-code",
+    False,
+    "Compile for a TPU to the end, which takes far longer: code's size, the compiler's counts.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +53,7 @@ def main(argv: list[str]) -> None:
             _MEASURE_INPUT.value,
             _LAYERS.value,
             _STEP_ONLY.value,
+            _MACHINE_CODE.value,
         )
     except UserError as error:
         sys.exit(f"Error: {error}")

@@ -42,10 +42,12 @@ def floors(cost: Cost, chip: Chip, devices: int) -> Floors:
         chip: its rates.
         devices: over which collectives go.
     """
+    # What stays on the chip does not wait for its main memory.
+    moved = cost.traffic if cost.main_traffic is None else cost.main_traffic
+    assert moved is not None  # one of both is known of every program
     return Floors(
         cost.flops / chip.flops,
-        # What stays on the chip does not wait for its main memory.
-        (cost.traffic if cost.main_traffic is None else cost.main_traffic) / chip.memory_rate,
+        moved / chip.memory_rate,
         sent(cost.collectives, devices) / chip.link_rate,
     )
 

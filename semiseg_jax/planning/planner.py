@@ -28,6 +28,7 @@ def run(
     measure: float = 0.0,
     layers: int = 0,
     step_only: bool = False,
+    machine_code: bool = False,
 ) -> None:
     """Prints the plan of each topology, and writes them as JSON where that is wanted.
 
@@ -37,7 +38,7 @@ def run(
         json_file: where to write, or None.
         measure: seconds to measure the input pipeline for; 0 for not at all.
         layers: how many layers of the student's step to list, by what they move.
-        step_only: see `make`.
+        step_only, machine_code: see `make`.
 
     Raises:
         UserError: a topology does not exist or does not suit the batches, or there is nothing to
@@ -51,7 +52,7 @@ def run(
     supplied, why_not = _supplied(config, load, measure)
     plans = []
     for topology in topologies:
-        plans.append(make(config, load, topology, print, step_only))
+        plans.append(make(config, load, topology, print, step_only, machine_code))
         report.show(plans[-1], supplied, why_not, layers)
     if json_file:
         found = [report.as_json(plan, supplied) for plan in plans]
@@ -64,6 +65,7 @@ def make(
     topology: Topology,
     say: Callable[[str], None],
     step_only: bool = False,
+    machine_code: bool = False,
 ) -> Plan:
     """The plan of one topology.
 
@@ -73,11 +75,12 @@ def make(
         topology: from `chips.topology`.
         say: takes a line before each program that is compiled.
         step_only: compile the student's step alone; how long the run takes is not known then.
+        machine_code: compile to the end, which takes far longer for a TPU (see `drafts`).
     """
     limit = topology.chip.memory if topology.chip else _memory_here()
     found: list[Program] = []
     tried: dict[str, list[remedies.Remedy]] = {}
-    wanted = _wanted(config, load, topology)
+    wanted = _wanted(config, load, topology, machine_code)
     for kind, make_all in wanted[:1] if step_only else wanted:
         say(f"compiling for {topology.name}: {kind}")
         for program in make_all(config):
@@ -99,17 +102,21 @@ def make(
 Maker = Callable[[Any], Any]
 
 
-def _wanted(config: Any, load: Workload, topology: Topology) -> list[tuple[str, Maker]]:
+def _wanted(
+    config: Any, load: Workload, topology: Topology, machine_code: bool
+) -> list[tuple[str, Maker]]:
     """(kind, a function that compiles its programs with a config) of all that a run needs.
 
     The student's step comes first.
     """
 
     def step(kind: str) -> tuple[str, Maker]:
-        return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology)]
+        return f"{kind} step", lambda c: [
+            programs.step(c, kind, load.classes, topology, machine_code)
+        ]
 
     def inference(kind: str, backbone: str) -> tuple[str, Maker]:
-        return kind, lambda c: programs.inference(c, kind, backbone, load, topology)
+        return kind, lambda c: programs.inference(c, kind, backbone, load, topology, machine_code)
 
     first, later = (programs.backbone_of(config, kind) for kind in forecast.KINDS)
     wanted = [step("student")]

@@ -95,6 +95,8 @@ def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> N
     for sentence in load.assumed:
         console.print(sentence)
     console.print(_programs_table(plan))
+    if any(isinstance(p.cost, Cost) and p.cost.traffic is None for p in plan.programs):
+        console.print("Memory is without the programs' code; --machine-code also makes that.")
     for sentence in _remedies(plan):
         console.print(sentence)
     if layers:
@@ -137,9 +139,12 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
     if not isinstance(cost, Cost):
         return cells
     cells["GFLOP of products, counted"] = f"{cost.flops / 1e9:,.1f}"
-    cells["GFLOP, the compiler's figure"] = f"{cost.compiler_flops / 1e9:,.1f}"
-    cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
+    if cost.compiler_flops is not None:
+        cells["GFLOP, the compiler's figure"] = f"{cost.compiler_flops / 1e9:,.1f}"
+    if cost.traffic is not None:
+        cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
     if cost.main_traffic is not None:
+        cells["operands and results, GB"] = f"{cost.moved / 1e9:,.2f}"
         cells["of it with main memory, GB"] = f"{cost.main_traffic / 1e9:,.2f}"
     for kind, (count, size) in cost.collectives.items():
         cells[f"{kind}s, MB"] = f"{size / 1e6:,.2f} in {count}"

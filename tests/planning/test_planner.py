@@ -334,7 +334,7 @@ def test_the_smallest_change_is_told(monkeypatch, capsys):
         (False, "float32"): 3 * 2**30, (True, "float32"): 2**30, (False, "bfloat16"): 2**31,
     }  # fmt: skip
 
-    def step(changed, kind, classes, topology):
+    def step(changed, *arguments):
         size = made[changed.model.remat, changed.model.compute_dtype]
         size //= 16 // (changed.train.batch_labeled + changed.train.batch_unlabeled)
         memory = Memory(size, 0, size)
@@ -357,6 +357,20 @@ def test_a_size_that_the_compiler_does_not_say_is_not_told_as_none(capsys):
     tried = {large.name: [remedies.Remedy({"model.remat": True}, large, False)]}
     report.show(report.Plan(slice_of_four(), load, 1, 2**34, (large,), tried, ()), None, "")
     assert "with --config.model.remat=True: more GiB, does not fit" in capsys.readouterr().out
+
+
+def test_what_a_draft_does_not_know_is_not_told(capsys):
+    counted = Cost(Memory(0, 0, 0), 1, None, None, 2 * GB, 0, {}, {}, {"stem": (3 * GB, 0)}, 0.0)
+    program = Program("student step", "tiny", 1.0, 16, (32, 40), counted)
+    load = Workload(5, 10, 20, 30, {}, {})
+    plan = report.Plan(slice_of_four(), load, 1, 2**34, (program,), {}, ())
+    report.show(plan, None, "")
+    printed = capsys.readouterr().out
+    assert "Memory is without the programs' code" in printed
+    assert "the compiler's figure" not in printed and "memory traffic" not in printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["operands", "and", "results,", "GB", "3.00"] in rows
+    assert ["floor", "of", "memory,", "ms", f"{2 * GB / V5E.memory_rate * 1e3:.2f}"] in rows
 
 
 def test_the_step_alone_tells_no_hours(monkeypatch):
