@@ -24,7 +24,7 @@ _LAYERS = flags.DEFINE_integer(
     "layers", 0, "How many layers of the student's step to list, by the memory they move."
 )
 _STEP_ONLY = flags.DEFINE_bool(
-    "step-only", False, "Compile the student's step alone, and tell no hours."
+    "step-only", False, "Compile the student's step alone; the others' arithmetic is counted."
 )
 _MACHINE_CODE = flags.DEFINE_bool(
     "machine-code",

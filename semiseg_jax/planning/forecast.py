@@ -11,7 +11,7 @@ from typing import Any
 
 from semiseg_jax.planning import programs
 from semiseg_jax.planning.chips import Chip, Topology
-from semiseg_jax.planning.programs import Cost, Program
+from semiseg_jax.planning.programs import Cost, Counted, Program
 from semiseg_jax.planning.workload import Size, Workload
 
 
@@ -34,14 +34,16 @@ class Floors:
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
-def floors(cost: Cost, chip: Chip, devices: int) -> Floors:
+def floors(cost: Cost | Counted, chip: Chip, devices: int) -> Floors:
     """The floors of a program on chips of a kind.
 
     Args:
-        cost: of the program, on one chip.
+        cost: of the program, on one chip; of what was only counted arithmetic is the one floor.
         chip: its rates.
         devices: over which collectives go.
     """
+    if isinstance(cost, Counted):
+        return Floors(cost.flops / chip.flops, 0.0, 0.0)
     # What stays on the chip does not wait for its main memory.
     moved = cost.traffic if cost.main_traffic is None else cost.main_traffic
     assert moved is not None  # one of both is known of every program
@@ -90,7 +92,7 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
     Args:
         config: the whole config.
         load: how many images there are.
-        found: the programs, each of which fits.
+        found: the programs, each of which fits or was only counted.
         topology: with a chip.
     """
     rounds, train = config.rounds, config.train
@@ -168,5 +170,5 @@ def _pass_seconds(
 
 
 def _bound(program: Program, topology: Topology) -> float:
-    assert isinstance(program.cost, Cost) and topology.chip
+    assert isinstance(program.cost, Cost | Counted) and topology.chip
     return floors(program.cost, topology.chip, len(topology.devices)).bound

@@ -74,13 +74,14 @@ def make(
         load: from `workload.of`.
         topology: from `chips.topology`.
         say: takes a line before each program that is compiled.
-        step_only: compile the student's step alone; how long the run takes is not known then.
+        step_only: compile the student's step alone, and count the arithmetic of the others.
         machine_code: compile to the end, which takes far longer for a TPU (see `drafts`).
     """
     limit = topology.chip.memory if topology.chip else _memory_here()
     found: list[Program] = []
     tried: dict[str, list[remedies.Remedy]] = {}
-    wanted = _wanted(config, load, topology, machine_code)
+    how: programs.How = "compiled" if machine_code else "optimised"
+    wanted = _wanted(config, load, topology, how)
     for kind, make_all in wanted[:1] if step_only else wanted:
         say(f"compiling for {topology.name}: {kind}")
         for program in make_all(config):
@@ -93,8 +94,12 @@ def make(
 
                 say(f"compiling for {topology.name}: what would make {program.name} fit")
                 tried[program.name] = remedies.tried(config, program.kind, again, topology, limit)
+    if topology.chip and step_only:
+        for kind, make_all in _wanted(config, load, topology, "counted")[1:]:
+            say(f"counting for {topology.name}: {kind}")
+            found += make_all(config)
     parts: list[forecast.Part] = []
-    if topology.chip and not tried and not step_only:
+    if topology.chip and not tried:
         parts = forecast.schedule(config, load, found, topology)
     return Plan(topology, load, _parameters(config, load), limit, tuple(found), tried, tuple(parts))
 
@@ -103,7 +108,7 @@ Maker = Callable[[Any], Any]
 
 
 def _wanted(
-    config: Any, load: Workload, topology: Topology, machine_code: bool
+    config: Any, load: Workload, topology: Topology, how: programs.How
 ) -> list[tuple[str, Maker]]:
     """(kind, a function that compiles its programs with a config) of all that a run needs.
 
@@ -111,12 +116,10 @@ def _wanted(
     """
 
     def step(kind: str) -> tuple[str, Maker]:
-        return f"{kind} step", lambda c: [
-            programs.step(c, kind, load.classes, topology, machine_code)
-        ]
+        return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology, how)]
 
     def inference(kind: str, backbone: str) -> tuple[str, Maker]:
-        return kind, lambda c: programs.inference(c, kind, backbone, load, topology, machine_code)
+        return kind, lambda c: programs.inference(c, kind, backbone, load, topology, how)
 
     first, later = (programs.backbone_of(config, kind) for kind in forecast.KINDS)
     wanted = [step("student")]

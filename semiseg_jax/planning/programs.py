@@ -9,7 +9,7 @@ import functools
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.workload import Size, Workload
 
 _NUMBER = r"([\d.]+)([KMGT]?)"
+How = Literal["counted", "optimised", "compiled"]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -94,6 +95,17 @@ class TooLarge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Counted:
+    """A program that was not compiled.
+
+    Attributes:
+        flops: as of `Cost`.
+    """
+
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One of a run's programs.
 
@@ -103,7 +115,7 @@ class Program:
         scale: of the images; 1 for steps.
         images: that a run of it takes, over all devices.
         size: (height, width) of those in pixels.
-        cost: or that it does not fit.
+        cost: or that it does not fit, or what was counted where nothing was compiled.
     """
 
     kind: str
@@ -111,7 +123,7 @@ class Program:
     scale: float
     images: int
     size: Size
-    cost: Cost | TooLarge
+    cost: Cost | TooLarge | Counted
 
     @property
     def name(self) -> str:
@@ -120,7 +132,7 @@ class Program:
 
 
 def step(
-    config: Any, kind: str, classes: int, topology: Topology, machine_code: bool = True
+    config: Any, kind: str, classes: int, topology: Topology, how: How = "compiled"
 ) -> Program:
     """The training step of a kind of stage.
 
@@ -129,12 +141,12 @@ def step(
         kind: "teacher" or "student".
         classes: how many.
         topology: to compile for.
-        machine_code: see `cost_of`.
+        how: see `cost_of`.
     """
     taken = streams.of_stage(config, kind)
     images = taken.size("weak") + taken.size("strong")
     trace = functools.partial(_trace_step, _plain(config), kind, classes)
-    cost = cost_of(trace, topology, machine_code)
+    cost = cost_of(trace, topology, how)
     backbone, size = backbone_of(config, kind), tuple(config.data.crop)
     return Program(f"{kind} step", backbone, 1.0, images, size, cost)
 
@@ -169,7 +181,7 @@ def inference(
     backbone: str,
     load: Workload,
     topology: Topology,
-    machine_code: bool = True,
+    how: How = "compiled",
 ) -> Iterator[Program]:
     """The programs of labelling or evaluation, one a scale, on the largest images of the set.
 
@@ -179,7 +191,7 @@ def inference(
         backbone: of the network.
         load: for the sizes.
         topology: to compile for.
-        machine_code: see `cost_of`.
+        how: see `cost_of`.
     """
     protocol = config.pseudo if kind == "labelling" else config.eval
     # What weights are chosen by is evaluated with the programs of what is reported.
@@ -188,7 +200,7 @@ def inference(
     plain = _plain(config)
     for scale in protocol.scales:
         trace = functools.partial(_trace_scale, plain, kind, backbone, load.classes, size, scale)
-        cost = cost_of(trace, topology, machine_code)
+        cost = cost_of(trace, topology, how)
         yield Program(kind, backbone, scale, protocol.batch, size, cost)
 
 
@@ -245,18 +257,23 @@ class _Read:
     bytes_accessed: float | None = None
 
 
-def cost_of(trace: drafts.Trace, topology: Topology, machine_code: bool) -> Cost | TooLarge:
+def cost_of(trace: drafts.Trace, topology: Topology, how: How) -> Cost | TooLarge | Counted:
     """What a program needs.
 
     Args:
         trace: traces it.
         topology: to compile for.
-        machine_code: compile to the end; else, for a TPU, read the program as optimised (`drafts`):
-            memory is then without its code, and there are no counts of the compiler.
+        how: "counted" compiles nothing; "optimised" reads what a TPU's compiler has before machine
+            code (`drafts`), so that memory is without code, and nothing is known of the compiler's
+            counts; "compiled" goes to the end, as it always does for the CPU.
     """
     began = time.perf_counter()
     traced = trace(topology)
-    draft = topology.chip and not machine_code
+    # Every image's work is on one device.
+    counted = flops.count(traced.jaxpr) / len(topology.devices)
+    if how == "counted":
+        return Counted(counted)
+    draft = topology.chip and how == "optimised"
     read = _drafted(trace, traced.fun_name, topology) if draft else _compiled(traced)
     if isinstance(read, TooLarge):
         return read
@@ -264,8 +281,7 @@ def cost_of(trace: drafts.Trace, topology: Topology, machine_code: bool) -> Cost
     custom_calls = module.custom_calls()
     return Cost(
         memory=read.memory,
-        # Every image's work is on one device.
-        flops=flops.count(traced.jaxpr) / len(topology.devices),
+        flops=counted,
         compiler_flops=read.flops,
         traffic=None if read.bytes_accessed is None else read.bytes_accessed + custom_calls,
         main_traffic=sum(t.main for t in module.traffic()) if topology.chip else None,

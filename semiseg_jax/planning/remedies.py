@@ -8,7 +8,7 @@ from typing import Any
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.errors import UserError
 from semiseg_jax.planning.chips import Topology
-from semiseg_jax.planning.programs import Cost, Program, TooLarge
+from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 
 Change = dict[str, Any]  # values by dotted key
 
@@ -26,7 +26,7 @@ class Remedy:
         return " ".join(f"--config.{key}={value}" for key, value in self.change.items())
 
 
-def fits(cost: Cost | TooLarge, limit: int) -> bool:
+def fits(cost: Cost | TooLarge | Counted, limit: int) -> bool:
     """Whether the compiler placed a program, within a limit in bytes."""
     return isinstance(cost, Cost) and cost.memory.total <= limit
 

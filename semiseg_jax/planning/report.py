@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from semiseg_jax.planning import forecast
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.forecast import Floors, Part
-from semiseg_jax.planning.programs import Cost, Program, TooLarge
+from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 from semiseg_jax.planning.remedies import Remedy, fits
 from semiseg_jax.planning.workload import Workload
 
@@ -51,7 +51,7 @@ class Plan:
 
     def floors(self, program: Program) -> Floors | None:
         """Of a program; None for the CPU, and for one that does not fit."""
-        if self.topology.chip is None or not isinstance(program.cost, Cost):
+        if self.topology.chip is None or isinstance(program.cost, TooLarge):
             return None
         return forecast.floors(program.cost, self.topology.chip, len(self.topology.devices))
 
@@ -103,6 +103,8 @@ def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> N
         console.print(_layers_table(plan, layers))
     if plan.parts:
         console.print(_schedule_table(plan))
+        if any(isinstance(p.cost, Counted) for p in plan.programs):
+            console.print("What was not compiled is bound by its arithmetic alone in these hours.")
     if bounds := plan.bounds_by_chips():
         by_chips = ", ".join(f"{n} chips {1e3 * s:,.1f} ms" for n, s in bounds.items())
         console.print(f"The student's step with as many images a chip, at its bound: {by_chips}.")
@@ -134,6 +136,13 @@ def _programs_table(plan: Plan) -> Table:
 def _cells(plan: Plan, program: Program) -> dict[str, str]:
     """What a program's column says, by the name of the row."""
     cost, limit = program.cost, f"{plan.limit / GIB:.1f}"
+    found = plan.floors(program)
+    if isinstance(cost, Counted):
+        assert found is not None  # only for chips is a program counted alone
+        return {
+            "GFLOP of products, counted": f"{cost.flops / 1e9:,.1f}",
+            "floor of arithmetic, ms": f"{1e3 * found.arithmetic:,.2f}",
+        }
     fits = {f"fits in {limit} GiB": "yes" if plan.fits(program) else "no"}
     cells = {"memory, GiB": _memory(cost)} | fits
     if not isinstance(cost, Cost):
@@ -148,7 +157,6 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
         cells["of it with main memory, GB"] = f"{cost.main_traffic / 1e9:,.2f}"
     for kind, (count, size) in cost.collectives.items():
         cells[f"{kind}s, MB"] = f"{size / 1e6:,.2f} in {count}"
-    found = plan.floors(program)
     if found is None:
         return cells
     for name, seconds in dataclasses.asdict(found).items():
@@ -160,9 +168,15 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
     }
 
 
-def _memory(cost: Cost | TooLarge) -> str:
+def _memory(cost: Cost | TooLarge | Counted) -> str:
     """In GiB; "more" where the compiler did not say how much more than there is."""
-    size = cost.memory.total if isinstance(cost, Cost) else cost.needed
+    match cost:
+        case Cost():
+            size = cost.memory.total
+        case TooLarge():
+            size = cost.needed
+        case Counted():
+            return "not known"
     return f"{size / GIB:.2f}" if size else "more"
 
 
@@ -247,4 +261,5 @@ def _program_as_json(plan: Plan, program: Program) -> dict[str, Any]:
     found = plan.floors(program)
     described = dataclasses.asdict(program)
     floors = dataclasses.asdict(found) | {"bound": found.bound} if found else None
-    return described | {"name": program.name, "fits": plan.fits(program), "floors": floors}
+    placed = None if isinstance(program.cost, Counted) else plan.fits(program)
+    return described | {"name": program.name, "fits": placed, "floors": floors}

@@ -67,7 +67,9 @@ def large(topology):
 @needs_libtpu
 def test_a_draft_for_v5e_is_the_program_that_is_compiled():
     topology = chips.topology("v5e:2x2")
-    drafted, compiled = (programs.cost_of(small, topology, code) for code in (False, True))
+    drafted, compiled = (
+        programs.cost_of(small, topology, how) for how in ("optimised", "compiled")
+    )
     assert isinstance(drafted, programs.Cost) and isinstance(compiled, programs.Cost)
     assert drafted.moved == compiled.moved > 0
     assert drafted.main_traffic == compiled.main_traffic > 0
@@ -78,6 +80,6 @@ def test_a_draft_for_v5e_is_the_program_that_is_compiled():
 
 @needs_libtpu
 def test_a_draft_for_v5e_that_does_not_fit():
-    cost = programs.cost_of(large, chips.topology("v5e:2x2"), machine_code=False)
+    cost = programs.cost_of(large, chips.topology("v5e:2x2"), how="optimised")
     assert isinstance(cost, programs.TooLarge)
     assert cost.needed > 16 * 2**30

@@ -373,17 +373,30 @@ def test_what_a_draft_does_not_know_is_not_told(capsys):
     assert ["floor", "of", "memory,", "ms", f"{2 * GB / V5E.memory_rate * 1e3:.2f}"] in rows
 
 
-def test_the_step_alone_tells_no_hours(monkeypatch):
-    def inference(*arguments):
-        raise AssertionError("labelling or evaluation was compiled")
+def test_the_step_alone_is_compiled_and_the_others_counted(monkeypatch, capsys):
+    asked = []
 
-    made = Program("student step", "tiny", 1.0, 16, (32, 40), cost(flops=197e12))
-    monkeypatch.setattr(programs, "step", lambda *arguments: made)
-    monkeypatch.setattr(programs, "inference", inference)
+    def step(config, kind, classes, topology, how):
+        asked.append((kind, how))
+        return Program("student step", "tiny", 1.0, 16, (32, 40), cost(flops=197e12))
+
+    monkeypatch.setattr(programs, "step", step)
+    compiled = []
+    monkeypatch.setattr(programs, "_compiled", compiled.append)
+    monkeypatch.setattr(programs, "_drafted", compiled.append)
     config = streets_config()
     plan = planner.make(config, workload.of(config), slice_of_four(), print, step_only=True)
-    assert plan.programs == (made,)
-    assert plan.parts == ()
+    assert asked == [("student", "optimised")] and not compiled
+    counted = {p.kind: p.cost for p in plan.programs[1:]}
+    # Labelling sees each image mirrored too.
+    assert counted["labelling"].flops == 2 * counted["evaluation"].flops > 0
+    # 120 images, 8 at a time, at the end of teacher and student.
+    floor = counted["evaluation"].flops / V5E.flops
+    assert plan.parts[-1].seconds == pytest.approx(2 * 15 * floor)
+    fits = [p["fits"] for p in report.as_json(plan, None)["programs"]]
+    assert fits == [True, None, None]  # nothing is known of the memory of the others
+    report.show(plan, None, "")
+    assert "bound by its arithmetic alone" in capsys.readouterr().out
 
 
 def test_a_tpu_mesh_compiles_the_tpus_convolutions():
