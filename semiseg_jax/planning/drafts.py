@@ -95,6 +95,8 @@ def _compile(trace: Trace, name: str, saying: Connection) -> None:
     try:
         trace(chips.topology(name)).lower().compile()
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         saying.send(str(error))
 
 
