@@ -44,7 +44,8 @@ test-tpu: setup ## a step compiled for a TPU that need not be there, held to bou
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target=.venv-libtpu libtpu==0.0.42.1
 	PYTHONPATH=.venv-libtpu $(RUN) -m pytest -m "slow or not slow" -k "v5e or tpu_mesh" \
-		tests/test_plan_slow.py tests/planning/test_planner.py $(ARGS)
+		tests/test_plan_slow.py tests/planning/test_planner.py tests/planning/test_drafts.py \
+		$(ARGS)
 
 check: setup ## lint, types, layers, shell scripts
 	$(RUN) -m ruff check .

@@ -24,7 +24,12 @@ _LAYERS = flags.DEFINE_integer(
     "layers", 0, "How many layers of the student's step to list, by the memory they move."
 )
 _STEP_ONLY = flags.DEFINE_bool(
-    "step-only", False, "Compile the student's step alone, and tell no hours."
+    "step-only", False, "Compile the student's step alone; the others' arithmetic is counted."
+)
+_MACHINE_CODE = flags.DEFINE_bool(
+    "machine-code",
+    False,
+    "Compile for a TPU to the end, which takes far longer: code's size, the compiler's counts.",
 )
 
 
@@ -48,6 +53,7 @@ def main(argv: list[str]) -> None:
             _MEASURE_INPUT.value,
             _LAYERS.value,
             _STEP_ONLY.value,
+            _MACHINE_CODE.value,
         )
     except UserError as error:
         sys.exit(f"Error: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from semiseg_jax.planning import programs
 from semiseg_jax.planning.chips import Chip, Topology
-from semiseg_jax.planning.programs import Cost, Program
+from semiseg_jax.planning.programs import Cost, Counted, Program
 from semiseg_jax.planning.workload import Size, Workload
 
 
@@ -34,18 +34,22 @@ class Floors:
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
-def floors(cost: Cost, chip: Chip, devices: int) -> Floors:
+def floors(cost: Cost | Counted, chip: Chip, devices: int) -> Floors:
     """The floors of a program on chips of a kind.
 
     Args:
-        cost: of the program, on one chip.
+        cost: of the program, on one chip; of what was only counted arithmetic is the one floor.
         chip: its rates.
         devices: over which collectives go.
     """
+    if isinstance(cost, Counted):
+        return Floors(cost.flops / chip.flops, 0.0, 0.0)
+    # What stays on the chip does not wait for its main memory.
+    moved = cost.traffic if cost.main_traffic is None else cost.main_traffic
+    assert moved is not None  # one of both is known of every program
     return Floors(
         cost.flops / chip.flops,
-        # What stays on the chip does not wait for its main memory.
-        (cost.traffic if cost.main_traffic is None else cost.main_traffic) / chip.memory_rate,
+        moved / chip.memory_rate,
         sent(cost.collectives, devices) / chip.link_rate,
     )
 
@@ -82,10 +86,13 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
     The teacher's step is taken from the student's, by its share of the images, where both have one
     network. Averaging, arg max and counting behind the networks are left out.
 
+    Whenever weights are evaluated, `eval.select=holdout` also sees the images held out to choose
+    them by. `reported` chooses by the very evaluation that is reported, and sees none twice.
+
     Args:
         config: the whole config.
         load: how many images there are.
-        found: the programs, each of which fits.
+        found: the programs, each of which fits or was only counted.
         topology: with a chip.
     """
     rounds, train = config.rounds, config.train
@@ -104,14 +111,18 @@ def schedule(config: Any, load: Workload, found: list[Program], topology: Topolo
     if control:
         steps = rounds.count * train.steps
         parts.append(Part(f"control, {steps:,} steps", steps * teacher))
-    once = _pass_seconds("evaluation", load.evaluation_sizes, found, topology)
     of_first = _evaluations(config, train.teacher_steps)
     if control:
         of_first += _evaluations(config, rounds.count * train.steps)
     of_later = rounds.count * _evaluations(config, train.steps)
-    seconds = of_first * once(first) + (of_later * once(later) if of_later else 0)
-    name = f"evaluation, {of_first + of_later} × {load.evaluated:,} images"
-    return [*parts, Part(name, seconds)]
+    sets = {"evaluation": load.evaluation_sizes, "choosing weights": load.selection_sizes}
+    for name, sizes in sets.items():
+        if sizes:
+            once = _pass_seconds("evaluation", sizes, found, topology)
+            seconds = of_first * once(first) + (of_later * once(later) if of_later else 0)
+            images = f"{of_first + of_later} × {sum(sizes.values()):,} images"
+            parts.append(Part(f"{name}, {images}", seconds))
+    return parts
 
 
 KINDS = ("teacher", "student")
@@ -140,14 +151,15 @@ def _pass_seconds(
 ) -> Callable[[str], float]:
     """A function from a backbone to the seconds of one pass over a set.
 
-    Images of other sizes than the largest count by their pixels; the tail of a size fills a batch.
+    Images of other sizes than the program's count by their pixels; the tail of a size fills a
+    batch.
     """
     if not sum(sizes.values()):
         return lambda backbone: 0.0
-    height, width = programs.largest(sizes)
 
     def seconds(backbone: str) -> float:
         mine = [p for p in found if p.kind == kind and p.backbone == backbone]
+        height, width = mine[0].size
         batches = sum(
             -(-count // mine[0].images) * (size[0] * size[1]) / (height * width)
             for size, count in sizes.items()
@@ -158,5 +170,5 @@ def _pass_seconds(
 
 
 def _bound(program: Program, topology: Topology) -> float:
-    assert isinstance(program.cost, Cost) and topology.chip
+    assert isinstance(program.cost, Cost | Counted) and topology.chip
     return floors(program.cost, topology.chip, len(topology.devices)).bound

@@ -28,6 +28,7 @@ def run(
     measure: float = 0.0,
     layers: int = 0,
     step_only: bool = False,
+    machine_code: bool = False,
 ) -> None:
     """Prints the plan of each topology, and writes them as JSON where that is wanted.
 
@@ -37,7 +38,7 @@ def run(
         json_file: where to write, or None.
         measure: seconds to measure the input pipeline for; 0 for not at all.
         layers: how many layers of the student's step to list, by what they move.
-        step_only: see `make`.
+        step_only, machine_code: see `make`.
 
     Raises:
         UserError: a topology does not exist or does not suit the batches, or there is nothing to
@@ -51,7 +52,7 @@ def run(
     supplied, why_not = _supplied(config, load, measure)
     plans = []
     for topology in topologies:
-        plans.append(make(config, load, topology, print, step_only))
+        plans.append(make(config, load, topology, print, step_only, machine_code))
         report.show(plans[-1], supplied, why_not, layers)
     if json_file:
         found = [report.as_json(plan, supplied) for plan in plans]
@@ -64,6 +65,7 @@ def make(
     topology: Topology,
     say: Callable[[str], None],
     step_only: bool = False,
+    machine_code: bool = False,
 ) -> Plan:
     """The plan of one topology.
 
@@ -72,12 +74,14 @@ def make(
         load: from `workload.of`.
         topology: from `chips.topology`.
         say: takes a line before each program that is compiled.
-        step_only: compile the student's step alone; how long the run takes is not known then.
+        step_only: compile the student's step alone, and count the arithmetic of the others.
+        machine_code: compile to the end, which takes far longer for a TPU (see `drafts`).
     """
     limit = topology.chip.memory if topology.chip else _memory_here()
     found: list[Program] = []
     tried: dict[str, list[remedies.Remedy]] = {}
-    wanted = _wanted(config, load, topology)
+    how: programs.How = "compiled" if machine_code else "optimised"
+    wanted = _wanted(config, load, topology, how)
     for kind, make_all in wanted[:1] if step_only else wanted:
         say(f"compiling for {topology.name}: {kind}")
         for program in make_all(config):
@@ -90,8 +94,12 @@ def make(
 
                 say(f"compiling for {topology.name}: what would make {program.name} fit")
                 tried[program.name] = remedies.tried(config, program.kind, again, topology, limit)
+    if topology.chip and step_only:
+        for kind, make_all in _wanted(config, load, topology, "counted")[1:]:
+            say(f"counting for {topology.name}: {kind}")
+            found += make_all(config)
     parts: list[forecast.Part] = []
-    if topology.chip and not tried and not step_only:
+    if topology.chip and not tried:
         parts = forecast.schedule(config, load, found, topology)
     return Plan(topology, load, _parameters(config, load), limit, tuple(found), tried, tuple(parts))
 
@@ -99,17 +107,19 @@ def make(
 Maker = Callable[[Any], Any]
 
 
-def _wanted(config: Any, load: Workload, topology: Topology) -> list[tuple[str, Maker]]:
+def _wanted(
+    config: Any, load: Workload, topology: Topology, how: programs.How
+) -> list[tuple[str, Maker]]:
     """(kind, a function that compiles its programs with a config) of all that a run needs.
 
     The student's step comes first.
     """
 
     def step(kind: str) -> tuple[str, Maker]:
-        return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology)]
+        return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology, how)]
 
     def inference(kind: str, backbone: str) -> tuple[str, Maker]:
-        return kind, lambda c: programs.inference(c, kind, backbone, load, topology)
+        return kind, lambda c: programs.inference(c, kind, backbone, load, topology, how)
 
     first, later = (programs.backbone_of(config, kind) for kind in forecast.KINDS)
     wanted = [step("student")]
@@ -120,7 +130,7 @@ def _wanted(config: Any, load: Workload, topology: Topology) -> list[tuple[str, 
         # The last student labels nothing.
         labellers = dict.fromkeys([first, *([later] if rounds > 1 else [])])
         wanted += [inference("labelling", backbone) for backbone in labellers]
-    if load.evaluated:
+    if load.evaluated or load.selected:
         scored = dict.fromkeys([first, *([later] if rounds else [])])
         wanted += [inference("evaluation", backbone) for backbone in scored]
     return wanted

@@ -5,10 +5,11 @@ them for the devices, whatever this machine's are.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from semiseg_jax import state as state_lib
 from semiseg_jax.data import streams
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab
-from semiseg_jax.planning import flops, hlo
+from semiseg_jax.planning import drafts, flops, hlo
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.workload import Size, Workload
 
 _NUMBER = r"([\d.]+)([KMGT]?)"
+How = Literal["counted", "optimised", "compiled"]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -49,12 +51,12 @@ class Cost:
     Attributes:
         memory: of it.
         flops: operations of convolutions and matrix products, counted from the program.
-        compiler_flops: all operations, by the compiler's own count.
+        compiler_flops: all operations, by the compiler's own count; None without machine code.
         traffic: bytes that operations read and write, by the compiler's count, and those of
-            custom calls.
-        main_traffic: of it what goes to and from the main memory, by the layouts in the program;
+            custom calls; None likewise.
+        main_traffic: what goes to and from the main memory, by the layouts in the program;
             None on the CPU, whose layouts do not say.
-        custom_calls: of `traffic` what custom calls read and write.
+        custom_calls: what custom calls read and write.
         collectives: by kind: (how many, bytes of their operands).
         convolved: how many convolutions and matrix products by the types of their operands.
         by_layer: by layer: (bytes of operands and results, of them in main memory), most first.
@@ -63,14 +65,19 @@ class Cost:
 
     memory: Memory
     flops: float
-    compiler_flops: float
-    traffic: float
+    compiler_flops: float | None
+    traffic: float | None
     main_traffic: float | None
     custom_calls: int
     collectives: dict[str, tuple[int, int]]
     convolved: dict[str, int]
     by_layer: dict[str, tuple[int, int]]
     seconds: float
+
+    @property
+    def moved(self) -> int:
+        """Bytes of operands and results of all operations, wherever they lie."""
+        return sum(total for total, _ in self.by_layer.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,17 @@ class TooLarge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Counted:
+    """A program that was not compiled.
+
+    Attributes:
+        flops: as of `Cost`.
+    """
+
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One of a run's programs.
 
@@ -97,7 +115,7 @@ class Program:
         scale: of the images; 1 for steps.
         images: that a run of it takes, over all devices.
         size: (height, width) of those in pixels.
-        cost: or that it does not fit.
+        cost: or that it does not fit, or what was counted where nothing was compiled.
     """
 
     kind: str
@@ -105,7 +123,7 @@ class Program:
     scale: float
     images: int
     size: Size
-    cost: Cost | TooLarge
+    cost: Cost | TooLarge | Counted
 
     @property
     def name(self) -> str:
@@ -113,7 +131,9 @@ class Program:
         return self.kind if self.kind.endswith("step") else f"{self.kind} at {self.scale:g}"
 
 
-def step(config: Any, kind: str, classes: int, topology: Topology) -> Program:
+def step(
+    config: Any, kind: str, classes: int, topology: Topology, how: How = "compiled"
+) -> Program:
     """The training step of a kind of stage.
 
     Args:
@@ -121,10 +141,24 @@ def step(config: Any, kind: str, classes: int, topology: Topology) -> Program:
         kind: "teacher" or "student".
         classes: how many.
         topology: to compile for.
+        how: see `cost_of`.
     """
+    taken = streams.of_stage(config, kind)
+    images = taken.size("weak") + taken.size("strong")
+    trace = functools.partial(_trace_step, _plain(config), kind, classes)
+    cost = cost_of(trace, topology, how)
+    backbone, size = backbone_of(config, kind), tuple(config.data.crop)
+    return Program(f"{kind} step", backbone, 1.0, images, size, cost)
+
+
+def _plain(config: Any) -> Any:
+    """A config that can be pickled: its references hold functions."""
+    return config.copy_and_resolve_references()
+
+
+def _trace_step(config: Any, kind: str, classes: int, topology: Topology) -> jax.stages.Traced:
     mesh = mesh_lib.make_mesh(topology.devices)
-    backbone = backbone_of(config, kind)
-    model = deeplab.build(deeplab.config_for(config, backbone), classes)
+    model = deeplab.build(deeplab.config_for(config, backbone_of(config, kind)), classes)
     tx, schedule = optim.make_optimizer(config.optim, kind, config.train.steps)
     taken = streams.of_stage(config, kind)
     made: Any = steps.make_train_step(model, tx, config.loss, taken, mesh)
@@ -138,12 +172,16 @@ def step(config: Any, kind: str, classes: int, topology: Topology) -> Program:
         "is_pseudo": jax.ShapeDtypeStruct((images,), jnp.bool_, sharding=split),
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = made.trace(train.state_shapes(program, mesh), batch, key)
-    return Program(f"{kind} step", backbone, 1.0, images, size, _compiled(traced, topology))
+    return made.trace(train.state_shapes(program, mesh), batch, key)
 
 
 def inference(
-    config: Any, kind: str, backbone: str, load: Workload, topology: Topology
+    config: Any,
+    kind: str,
+    backbone: str,
+    load: Workload,
+    topology: Topology,
+    how: How = "compiled",
 ) -> Iterator[Program]:
     """The programs of labelling or evaluation, one a scale, on the largest images of the set.
 
@@ -153,13 +191,32 @@ def inference(
         backbone: of the network.
         load: for the sizes.
         topology: to compile for.
+        how: see `cost_of`.
     """
     protocol = config.pseudo if kind == "labelling" else config.eval
-    sizes = load.label_sizes if kind == "labelling" else load.evaluation_sizes
-    size = largest(sizes)
+    # What weights are chosen by is evaluated with the programs of what is reported.
+    evaluated = load.evaluation_sizes | load.selection_sizes
+    size = largest(load.label_sizes if kind == "labelling" else evaluated)
+    plain = _plain(config)
+    for scale in protocol.scales:
+        trace = functools.partial(_trace_scale, plain, kind, backbone, load.classes, size, scale)
+        cost = cost_of(trace, topology, how)
+        yield Program(kind, backbone, scale, protocol.batch, size, cost)
+
+
+def _trace_scale(
+    config: Any,
+    kind: str,
+    backbone: str,
+    classes: int,
+    size: Size,
+    scale: float,
+    topology: Topology,
+) -> jax.stages.Traced:
+    protocol = config.pseudo if kind == "labelling" else config.eval
     mesh = mesh_lib.make_mesh(topology.devices)
     whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
-    model = deeplab.build(deeplab.config_for(config, backbone), load.classes)
+    model = deeplab.build(deeplab.config_for(config, backbone), classes)
     predictor = Predictor(
         model,
         mesh,
@@ -174,12 +231,9 @@ def inference(
         state_lib.for_inference(state_lib.variable_shapes(model)),
     )
     images = jax.ShapeDtypeStruct((protocol.batch, *size, 3), jnp.uint8, sharding=split)
-    shape = (protocol.batch, *size, load.classes)
+    shape = (protocol.batch, *size, classes)
     total = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    for scale in protocol.scales:
-        traced = predictor.add_scale.trace(total, variables, images, scale)
-        cost = _compiled(traced, topology)
-        yield Program(kind, backbone, scale, protocol.batch, size, cost)
+    return predictor.add_scale.trace(total, variables, images, scale)
 
 
 def backbone_of(config: Any, kind: str) -> str:
@@ -193,23 +247,43 @@ def largest(sizes: dict[Size, int]) -> Size:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _compiled(traced: jax.stages.Traced, topology: Topology) -> Cost | TooLarge:
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What was read of a program; the compiler's counts where it made machine code of it."""
+
+    text: str
+    memory: Memory
+    flops: float | None = None
+    bytes_accessed: float | None = None
+
+
+def cost_of(trace: drafts.Trace, topology: Topology, how: How) -> Cost | TooLarge | Counted:
+    """What a program needs.
+
+    Args:
+        trace: traces it.
+        topology: to compile for.
+        how: "counted" compiles nothing; "optimised" reads what a TPU's compiler has before machine
+            code (`drafts`), so that memory is without code, and nothing is known of the compiler's
+            counts; "compiled" goes to the end, as it always does for the CPU.
+    """
     began = time.perf_counter()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return too_large(str(error))
-    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    module = hlo.Module(compiled.as_text())
+    traced = trace(topology)
+    # Every image's work is on one device.
+    counted = flops.count(traced.jaxpr) / len(topology.devices)
+    if how == "counted":
+        return Counted(counted)
+    draft = topology.chip and how == "optimised"
+    read = _drafted(trace, traced.fun_name, topology) if draft else _compiled(traced)
+    if isinstance(read, TooLarge):
+        return read
+    module = hlo.Module(read.text)
     custom_calls = module.custom_calls()
     return Cost(
-        memory=_memory(memory),
-        # Every image's work is on one device.
-        flops=flops.count(traced.jaxpr) / len(topology.devices),
-        compiler_flops=analysis["flops"],
-        traffic=analysis["bytes accessed"] + custom_calls,
+        memory=read.memory,
+        flops=counted,
+        compiler_flops=read.flops,
+        traffic=None if read.bytes_accessed is None else read.bytes_accessed + custom_calls,
         main_traffic=sum(t.main for t in module.traffic()) if topology.chip else None,
         custom_calls=custom_calls,
         collectives=module.collectives(),
@@ -217,6 +291,24 @@ def _compiled(traced: jax.stages.Traced, topology: Topology) -> Cost | TooLarge:
         by_layer=module.by_layer(),
         seconds=time.perf_counter() - began,
     )
+
+
+def _compiled(traced: jax.stages.Traced) -> _Read | TooLarge:
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return too_large(str(error))
+    counts, memory = compiled.cost_analysis(), _memory(compiled.memory_analysis())
+    return _Read(compiled.as_text(), memory, counts["flops"], counts["bytes accessed"])
+
+
+def _drafted(trace: drafts.Trace, name: str, topology: Topology) -> _Read | TooLarge:
+    draft = drafts.draft(trace, topology, name)
+    if isinstance(draft, str):
+        return too_large(draft)
+    return _Read(draft.program, Memory(*draft.memory()))
 
 
 def _memory(analysis: Any) -> Memory:

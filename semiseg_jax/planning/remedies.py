@@ -5,8 +5,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.errors import UserError
 from semiseg_jax.planning.chips import Topology
-from semiseg_jax.planning.programs import Cost, Program, TooLarge
+from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 
 Change = dict[str, Any]  # values by dotted key
 
@@ -24,7 +26,7 @@ class Remedy:
         return " ".join(f"--config.{key}={value}" for key, value in self.change.items())
 
 
-def fits(cost: Cost | TooLarge, limit: int) -> bool:
+def fits(cost: Cost | TooLarge | Counted, limit: int) -> bool:
     """Whether the compiler placed a program, within a limit in bytes."""
     return isinstance(cost, Cost) and cost.memory.total <= limit
 
@@ -35,7 +37,9 @@ def tried(
     """Changes that may make a program fit, the smallest first, up to one that does.
 
     All single changes are tried, and where none helps, several together. Rematerialisation
-    comes first because it computes the same, bfloat16 next; smaller batches change the recipe.
+    comes first because it computes the same, bfloat16 next, which rounds. Micro-batches keep the
+    batch, its loss and its update, but each is normalised by its own moments (see
+    `steps.make_train_step`); smaller batches change the recipe.
 
     Args:
         config: with which it does not fit.
@@ -45,11 +49,15 @@ def tried(
         limit: bytes that there are on one of them.
     """
     remedies = []
-    singles = _changes(config, kind, len(topology.devices))
+    devices = len(topology.devices)
+    singles = _changes(config, kind, devices)
     for together in range(1, len(singles) + 1):
         for combined in itertools.combinations(singles, together):
             change = {key: value for single in combined for key, value in single.items()}
-            program = make(changed(config, change))
+            candidate = changed(config, change)
+            if not _divides(candidate, devices):
+                continue  # Half of the batch may be too small for micro-batches.
+            program = make(candidate)
             remedies.append(Remedy(change, program, fits(program.cost, limit)))
             if together > 1 and remedies[-1].fits:
                 return remedies
@@ -73,6 +81,8 @@ def _changes(config: Any, kind: str, devices: int) -> list[Change]:
         changes.append({"model.remat": True})
     if config.model.compute_dtype != "bfloat16":
         changes.append({"model.compute_dtype": "bfloat16"})
+    if is_step and (parts := _micro_batches(config, devices)):
+        changes.append({"train.accumulate": parts})
     if is_step:
         keys = ["train.batch_labeled", "train.batch_unlabeled"]
         blocks = devices * config.train.accumulate
@@ -88,3 +98,21 @@ def _changes(config: Any, kind: str, devices: int) -> list[Change]:
     if smaller:
         changes.append(smaller)
     return changes
+
+
+def _micro_batches(config: Any, devices: int) -> int | None:
+    """The fewest that are more than now and divide the batches; None where nothing does."""
+    train = config.train
+    most = min(train.batch_labeled, train.batch_unlabeled) // devices
+    for parts in range(train.accumulate + 1, most + 1):
+        if _divides(changed(config, {"train.accumulate": parts}), devices):
+            return parts
+    return None
+
+
+def _divides(config: Any, devices: int) -> bool:
+    try:
+        mesh_lib.check_batches(config, devices)
+    except UserError:
+        return False
+    return True

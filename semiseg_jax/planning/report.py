@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from semiseg_jax.planning import forecast
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.forecast import Floors, Part
-from semiseg_jax.planning.programs import Cost, Program, TooLarge
+from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 from semiseg_jax.planning.remedies import Remedy, fits
 from semiseg_jax.planning.workload import Workload
 
@@ -51,7 +51,7 @@ class Plan:
 
     def floors(self, program: Program) -> Floors | None:
         """Of a program; None for the CPU, and for one that does not fit."""
-        if self.topology.chip is None or not isinstance(program.cost, Cost):
+        if self.topology.chip is None or isinstance(program.cost, TooLarge):
             return None
         return forecast.floors(program.cost, self.topology.chip, len(self.topology.devices))
 
@@ -86,20 +86,25 @@ def show(plan: Plan, supplied: float | None, why_not: str, layers: int = 0) -> N
     console.width = max(console.width, 160)
     devices, hosts = len(plan.topology.devices), plan.topology.hosts
     load = plan.load
+    chosen_by = f", {load.selected:,} to choose weights by" if load.selected else ""
     console.print(
         f"\n{plan.topology.name}: {devices} chip(s) on {hosts} host(s); {plan.parameters:,} "
         f"parameters; {load.labeled:,} labelled, {load.unlabeled:,} unlabelled, "
-        f"{load.evaluated:,} evaluation images, {load.classes} classes"
+        f"{load.evaluated:,} evaluation images{chosen_by}, {load.classes} classes"
     )
     for sentence in load.assumed:
         console.print(sentence)
     console.print(_programs_table(plan))
+    if any(isinstance(p.cost, Cost) and p.cost.traffic is None for p in plan.programs):
+        console.print("Memory is without the programs' code; --machine-code also makes that.")
     for sentence in _remedies(plan):
         console.print(sentence)
     if layers:
         console.print(_layers_table(plan, layers))
     if plan.parts:
         console.print(_schedule_table(plan))
+        if any(isinstance(p.cost, Counted) for p in plan.programs):
+            console.print("What was not compiled is bound by its arithmetic alone in these hours.")
     if bounds := plan.bounds_by_chips():
         by_chips = ", ".join(f"{n} chips {1e3 * s:,.1f} ms" for n, s in bounds.items())
         console.print(f"The student's step with as many images a chip, at its bound: {by_chips}.")
@@ -131,18 +136,27 @@ def _programs_table(plan: Plan) -> Table:
 def _cells(plan: Plan, program: Program) -> dict[str, str]:
     """What a program's column says, by the name of the row."""
     cost, limit = program.cost, f"{plan.limit / GIB:.1f}"
+    found = plan.floors(program)
+    if isinstance(cost, Counted):
+        assert found is not None  # only for chips is a program counted alone
+        return {
+            "GFLOP of products, counted": f"{cost.flops / 1e9:,.1f}",
+            "floor of arithmetic, ms": f"{1e3 * found.arithmetic:,.2f}",
+        }
     fits = {f"fits in {limit} GiB": "yes" if plan.fits(program) else "no"}
     cells = {"memory, GiB": _memory(cost)} | fits
     if not isinstance(cost, Cost):
         return cells
     cells["GFLOP of products, counted"] = f"{cost.flops / 1e9:,.1f}"
-    cells["GFLOP, the compiler's figure"] = f"{cost.compiler_flops / 1e9:,.1f}"
-    cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
+    if cost.compiler_flops is not None:
+        cells["GFLOP, the compiler's figure"] = f"{cost.compiler_flops / 1e9:,.1f}"
+    if cost.traffic is not None:
+        cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
     if cost.main_traffic is not None:
+        cells["operands and results, GB"] = f"{cost.moved / 1e9:,.2f}"
         cells["of it with main memory, GB"] = f"{cost.main_traffic / 1e9:,.2f}"
     for kind, (count, size) in cost.collectives.items():
         cells[f"{kind}s, MB"] = f"{size / 1e6:,.2f} in {count}"
-    found = plan.floors(program)
     if found is None:
         return cells
     for name, seconds in dataclasses.asdict(found).items():
@@ -154,9 +168,15 @@ def _cells(plan: Plan, program: Program) -> dict[str, str]:
     }
 
 
-def _memory(cost: Cost | TooLarge) -> str:
+def _memory(cost: Cost | TooLarge | Counted) -> str:
     """In GiB; "more" where the compiler did not say how much more than there is."""
-    size = cost.memory.total if isinstance(cost, Cost) else cost.needed
+    match cost:
+        case Cost():
+            size = cost.memory.total
+        case TooLarge():
+            size = cost.needed
+        case Counted():
+            return "not known"
     return f"{size / GIB:.2f}" if size else "more"
 
 
@@ -196,6 +216,11 @@ def _remedies(plan: Plan) -> list[str]:
             if good
             else f"{name} does not fit, with none of these changes: take more or larger chips."
         )
+    if any("train.accumulate" in r.change for tried in plan.remedies.values() for r in tried):
+        lines.append(
+            "With train.accumulate batch, loss and update stay what they are, but batch norm sees "
+            "one micro-batch at a time."
+        )
     return lines
 
 
@@ -213,6 +238,7 @@ def as_json(plan: Plan, supplied: float | None) -> dict[str, Any]:
             "labeled": plan.load.labeled,
             "unlabeled": plan.load.unlabeled,
             "evaluated": plan.load.evaluated,
+            "selected": plan.load.selected,
             "assumed": list(plan.load.assumed),
         },
         "programs": [_program_as_json(plan, program) for program in plan.programs],
@@ -235,4 +261,5 @@ def _program_as_json(plan: Plan, program: Program) -> dict[str, Any]:
     found = plan.floors(program)
     described = dataclasses.asdict(program)
     floors = dataclasses.asdict(found) | {"bound": found.bound} if found else None
-    return described | {"name": program.name, "fits": plan.fits(program), "floors": floors}
+    placed = None if isinstance(program.cost, Counted) else plan.fits(program)
+    return described | {"name": program.name, "fits": placed, "floors": floors}

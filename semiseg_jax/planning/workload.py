@@ -51,6 +51,7 @@ class Workload:
         classes: how many.
         labeled, unlabeled, evaluated: images of each set.
         label_sizes, evaluation_sizes: how many images are seen at each padded size.
+        selection_sizes: likewise of the labelled images held out to choose weights by.
         assumed: sentences on what was not read from the data.
     """
 
@@ -60,7 +61,13 @@ class Workload:
     evaluated: int
     label_sizes: dict[Size, int]
     evaluation_sizes: dict[Size, int]
+    selection_sizes: dict[Size, int] = dataclasses.field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+
+    @property
+    def selected(self) -> int:
+        """Images that weights are chosen by, beside those that are reported."""
+        return sum(self.selection_sizes.values())
 
 
 def of(config: Any) -> Workload:
@@ -99,6 +106,7 @@ def _read(config: Any) -> Workload:
         len(dataset.evaluation),
         _sizes(dataset.unlabeled, config.eval.pad_to, factor),
         _sizes(dataset.evaluation, config.eval.pad_to, factor),
+        _sizes(dataset.selection, config.eval.pad_to, factor),
     )
 
 
@@ -126,6 +134,10 @@ def _assumed(config: Any, known: Known) -> Workload:
     unlabeled = _listed(data.unlabeled_list)
     if unlabeled is None:
         unlabeled = train - labeled + (TRAIN_EXTRA if data.train_extra else 0)
+    selected = 0
+    if config.eval.select == "holdout":
+        selected = splits.number(labeled, data.holdout, "data.holdout")
+        labeled -= selected
     if data.unlabeled_ratio:
         unlabeled = min(unlabeled, round(data.unlabeled_ratio * labeled))
     evaluated = _listed(data.evaluation_list)
@@ -140,6 +152,7 @@ def _assumed(config: Any, known: Known) -> Workload:
         evaluated,
         {size: unlabeled},
         {size: evaluated},
+        {size: selected} if selected else {},
         _sentences(config, many, size),
     )
 

@@ -75,6 +75,22 @@ def test_published_counts_where_the_data_are_not(tmp_path, name, changes, counts
     assert load.assumed[0].startswith("The data are not here")
 
 
+def test_labels_that_are_held_out_are_neither_labelled_nor_unlabelled(tmp_path):
+    config = tiny_config(data__name="cityscapes", data__root=str(tmp_path / "nothing"))
+    config.data.update({"labels": 372.0, "holdout": 0.25, "unlabeled_ratio": 2.0})
+    config.eval.update({"every": 2, "select": "holdout"})
+    load = workload.of(config)
+    assert (load.labeled, load.unlabeled, load.selected) == (279, 558, 93)
+    assert load.selection_sizes == {(1024, 2048): 93}
+
+
+def test_images_held_out_in_the_data_where_they_are(folder_config):
+    folder_config.data.holdout = 1.0 / 4
+    folder_config.eval.update({"every": 2, "select": "holdout"})
+    load = workload.of(folder_config)
+    assert (load.labeled, load.unlabeled, load.evaluated, load.selected) == (3, 8, 5, 1)
+
+
 def test_data_that_nothing_is_known_of(tmp_path):
     config = tiny_config(
         data__name="folder", data__classes=("a", "b"), data__root=str(tmp_path / "nothing")
@@ -173,6 +189,29 @@ def test_hours_of_the_whole_schedule():
     )
 
 
+@pytest.mark.parametrize(
+    ("select", "held_out", "chosen"),
+    [
+        # Every evaluation of the 30 images in 4 batches, and each time the 9 held out: two batches
+        # at the program's size, and one at half of it.
+        ("holdout", {(10, 10): 9, (10, 5): 1}, [((1 + 1) + 2 * (1 + 2)) * 2.5]),
+        # One evaluation chooses and is reported.
+        ("reported", {}, []),
+    ],
+)
+def test_hours_of_choosing_weights(select, held_out, chosen):
+    config = tiny_config(rounds__count=2, eval__every=40, eval__select=select, data__holdout=10)
+    config.train.update({"steps": 100, "teacher_steps": 50})
+    load = Workload(5, 10, 0, 30, {(10, 10): 0}, {(10, 10): 30}, held_out)
+    second = cost(flops=197e12)
+    found = [
+        Program(kind, "tiny", 1.0, 8, (10, 10), second)
+        for kind in ("student step", "labelling", "evaluation")
+    ]
+    seconds = [part.seconds for part in forecast.schedule(config, load, found, slice_of_four())]
+    assert seconds[3:] == pytest.approx([((1 + 1) + 2 * (1 + 2)) * 4, *chosen])
+
+
 def test_an_only_student_of_another_network_labels_nothing():
     config = tiny_config(rounds__count=1, rounds__student_model="resnet18")
     config.train.update({"steps": 1, "teacher_steps": 1})
@@ -215,10 +254,11 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit(message, needed):
 
 
 def fake_step(needed):
-    """A compiler by a table: GiB by (remat, dtype, batch), in 16 of them."""
+    """A compiler by a table: GiB by (remat, dtype, images at a time), in 16 of them."""
 
     def make(config):
-        key = (config.model.remat, config.model.compute_dtype, config.train.batch_labeled)
+        at_a_time = config.train.batch_labeled // config.train.accumulate
+        key = (config.model.remat, config.model.compute_dtype, at_a_time)
         size = needed(*key) * 2**30
         memory = Memory(size, 0, size)
         made = (
@@ -237,6 +277,7 @@ def test_single_changes_are_all_tried_smallest_first():
     assert [(str(r), r.fits) for r in found] == [
         ("--config.model.remat=True", False),
         ("--config.model.compute_dtype=bfloat16", True),
+        ("--config.train.accumulate=2", True),
         ("--config.train.batch_labeled=4 --config.train.batch_unlabeled=4", True),
     ]
 
@@ -249,12 +290,38 @@ def test_smaller_batches_still_divide_into_micro_batches():
     assert found[-1].change == {"train.batch_labeled": 16}
 
 
+def test_micro_batches_are_tried_before_fewer_images_and_fit():
+    """12 images on 4 chips, 3 on each: two micro-batches do not divide them, three do."""
+    config = tiny_config(train__batch_labeled=12, train__batch_unlabeled=12)
+    step = fake_step(lambda remat, dtype, at_a_time: 20 if at_a_time > 6 else 10)
+    found = remedies.tried(config, "student step", step, slice_of_four(), 2**34)
+    fit = [str(r) for r in found if r.fits]
+    assert fit == [
+        "--config.train.accumulate=3",
+        "--config.train.batch_labeled=4 --config.train.batch_unlabeled=4",
+    ]
+
+
+def test_no_micro_batches_of_batches_too_small_for_them():
+    """8 images on 4 chips: half of them are one image a chip, and no more to be parted."""
+
+    def needed(remat, dtype, at_a_time):
+        assert at_a_time >= 4
+        return 20
+
+    config = tiny_config()
+    found = remedies.tried(config, "student step", fake_step(needed), slice_of_four(), 2**34)
+    changes = [set(r.change) for r in found]
+    both = {"train.accumulate", "train.batch_labeled"}
+    assert {"train.accumulate"} in changes and not any(both <= change for change in changes)
+
+
 def test_where_no_single_change_helps_two_do():
     def needed(remat, dtype, batch):
         return 40 // (1 + remat) // (1 + (dtype == "bfloat16")) * batch // 8
 
     found = remedies.tried(tiny_config(), "student step", fake_step(needed), slice_of_four(), 2**34)
-    assert [r.fits for r in found] == [False, False, False, True]
+    assert [r.fits for r in found] == [False, False, False, False, True]
     assert found[-1].change == {"model.remat": True, "model.compute_dtype": "bfloat16"}
 
 
@@ -267,7 +334,7 @@ def test_the_smallest_change_is_told(monkeypatch, capsys):
         (False, "float32"): 3 * 2**30, (True, "float32"): 2**30, (False, "bfloat16"): 2**31,
     }  # fmt: skip
 
-    def step(changed, kind, classes, topology):
+    def step(changed, *arguments):
         size = made[changed.model.remat, changed.model.compute_dtype]
         size //= 16 // (changed.train.batch_labeled + changed.train.batch_unlabeled)
         memory = Memory(size, 0, size)
@@ -292,17 +359,44 @@ def test_a_size_that_the_compiler_does_not_say_is_not_told_as_none(capsys):
     assert "with --config.model.remat=True: more GiB, does not fit" in capsys.readouterr().out
 
 
-def test_the_step_alone_tells_no_hours(monkeypatch):
-    def inference(*arguments):
-        raise AssertionError("labelling or evaluation was compiled")
+def test_what_a_draft_does_not_know_is_not_told(capsys):
+    counted = Cost(Memory(0, 0, 0), 1, None, None, 2 * GB, 0, {}, {}, {"stem": (3 * GB, 0)}, 0.0)
+    program = Program("student step", "tiny", 1.0, 16, (32, 40), counted)
+    load = Workload(5, 10, 20, 30, {}, {})
+    plan = report.Plan(slice_of_four(), load, 1, 2**34, (program,), {}, ())
+    report.show(plan, None, "")
+    printed = capsys.readouterr().out
+    assert "Memory is without the programs' code" in printed
+    assert "the compiler's figure" not in printed and "memory traffic" not in printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["operands", "and", "results,", "GB", "3.00"] in rows
+    assert ["floor", "of", "memory,", "ms", f"{2 * GB / V5E.memory_rate * 1e3:.2f}"] in rows
 
-    made = Program("student step", "tiny", 1.0, 16, (32, 40), cost(flops=197e12))
-    monkeypatch.setattr(programs, "step", lambda *arguments: made)
-    monkeypatch.setattr(programs, "inference", inference)
+
+def test_the_step_alone_is_compiled_and_the_others_counted(monkeypatch, capsys):
+    asked = []
+
+    def step(config, kind, classes, topology, how):
+        asked.append((kind, how))
+        return Program("student step", "tiny", 1.0, 16, (32, 40), cost(flops=197e12))
+
+    monkeypatch.setattr(programs, "step", step)
+    compiled = []
+    monkeypatch.setattr(programs, "_compiled", compiled.append)
+    monkeypatch.setattr(programs, "_drafted", compiled.append)
     config = streets_config()
     plan = planner.make(config, workload.of(config), slice_of_four(), print, step_only=True)
-    assert plan.programs == (made,)
-    assert plan.parts == ()
+    assert asked == [("student", "optimised")] and not compiled
+    counted = {p.kind: p.cost for p in plan.programs[1:]}
+    # Labelling sees each image mirrored too.
+    assert counted["labelling"].flops == 2 * counted["evaluation"].flops > 0
+    # 120 images, 8 at a time, at the end of teacher and student.
+    floor = counted["evaluation"].flops / V5E.flops
+    assert plan.parts[-1].seconds == pytest.approx(2 * 15 * floor)
+    fits = [p["fits"] for p in report.as_json(plan, None)["programs"]]
+    assert fits == [True, None, None]  # nothing is known of the memory of the others
+    report.show(plan, None, "")
+    assert "bound by its arithmetic alone" in capsys.readouterr().out
 
 
 def test_a_tpu_mesh_compiles_the_tpus_convolutions():
