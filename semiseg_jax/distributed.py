@@ -423,7 +423,8 @@ def _leave(status: int) -> None:
     """All are done, and nothing changes the outcome any more.
 
     Process 0 may be gone before another one has heard that it may go, too. JAX misses its service
-    then, and aborts: the process ends as it would have, without a word.
+    then, and aborts: the process ends as it would have, without a word. So process 0 goes when all
+    are prepared for that, and not before.
     """
     if _run is None:
         return
@@ -431,6 +432,8 @@ def _leave(status: int) -> None:
 
     _ending.set()
     _when_aborted(lambda: _exit(status))
+    with contextlib.suppress(jax.errors.JaxRuntimeError, UserError):
+        barrier("leave", HEARING_SECONDS)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.distributed.shutdown()
 
