@@ -87,6 +87,7 @@ def run(
     workdir = epath.Path(workdir)
     distributed.agree("config", lambda: refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
+    job.refuse_too_large()
     # Only now: a run that could not start leaves the folder to its corrected config.
     if distributed.is_main():
         keep_config(workdir, config)
@@ -191,6 +192,18 @@ class Job:
                 f"train the outer taps of model.aspp_rates {untrained}, which larger images will "
                 "meet: lower these rates or enlarge data.crop."
             )
+
+    def refuse_too_large(self) -> None:
+        """Refuses a config of which a stage's step does not fit into the devices' memory.
+
+        Not on the CPU, whose compiler knows no limit.
+        """
+        if mesh_lib.platform(self._mesh) == "cpu":
+            return
+        crop = tuple(self._config.data.crop)
+        for kind in ("teacher", "student") if self._config.rounds.count else ("teacher",):
+            program = self._network(self._backbone(kind)).program(kind, self._stage(kind, 1).steps)
+            training.refuse_too_large(kind, training.traced(program, crop, self._mesh))
 
     def keep_run(self) -> None:
         """Writes run.json, what the run is made on, for people."""
