@@ -79,7 +79,12 @@ def check_batches(config: Any, devices: int) -> None:
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
     """What programs with convolutions are compiled with on a mesh; for `jax.jit`."""
-    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    return _COMPILER_OPTIONS.get(platform(mesh))
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -67,6 +67,7 @@ def run(
     workdir = epath.Path(workdir)
     distributed.agree("config", lambda: identity.refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
+    job.refuse_too_large()
     # Only now: a run that could not start leaves the folder to its corrected config.
     if distributed.is_main():
         identity.keep_config(workdir, config)
@@ -140,6 +141,18 @@ class Job:
     def results(self) -> Results:
         """The rows of results.json."""
         return self._scorer.results
+
+    def refuse_too_large(self) -> None:
+        """Refuses a config of which a stage's step does not fit into the devices' memory.
+
+        Not on the CPU, whose compiler knows no limit.
+        """
+        if mesh_lib.platform(self._mesh) == "cpu":
+            return
+        crop = tuple(self._config.data.crop)
+        for kind in ("teacher", "student") if self._config.rounds.count else ("teacher",):
+            program = self._network(self._backbone(kind)).program(kind, self._stage(kind, 1).steps)
+            training.refuse_too_large(kind, training.traced(program, crop, self._mesh))
 
     def keep_run(self) -> None:
         """Writes run.json, what the run is made on, for people."""

@@ -186,6 +186,51 @@ def state_shapes(program: Program, mesh: Mesh) -> TrainState:
     )
 
 
+def traced(program: Program, crop: tuple[int, int], mesh: Mesh) -> jax.stages.Traced:
+    """The step of a stage, traced from shapes; nothing is computed.
+
+    Args:
+        program: of the stage.
+        crop: (height, width) of its images, in pixels.
+        mesh: to compile for.
+    """
+    images = program.streams.size("weak") + program.streams.size("strong")
+    split = mesh_lib.split_by_image(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((images, *crop, 3), np.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((images, *crop), np.uint8, sharding=split),
+        "is_pseudo": jax.ShapeDtypeStruct((images,), np.bool_, sharding=split),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step: Any = program.step
+    return step.trace(state_shapes(program, mesh), batch, key)
+
+
+def refuse_too_large(kind: str, step: jax.stages.Traced) -> None:
+    """Compiles a step before anything runs, so that one without a place in memory is told then.
+
+    The compiled step is kept on disk (`mesh.keep_compiled_programs`), and not compiled again.
+
+    Args:
+        kind: of the stage.
+        step: from `traced`.
+
+    Raises:
+        UserError: a device has not the memory that the step needs.
+    """
+    try:
+        step.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"The {kind}'s step does not fit into the memory of a device "
+            f"({str(error).splitlines()[0].rstrip('.')}): python -m semiseg_jax.plan with this "
+            "config tells the smallest change that makes it fit a TPU; docs/own_data.md has what "
+            "to lower elsewhere."
+        ) from error
+
+
 def _ahead(
     batches: Iterator[pipeline.TrainBatch], mesh: Mesh, log: "_Log"
 ) -> Generator[tuple[dict[str, jax.Array], pipeline.TrainBatch], None, None]:

@@ -169,6 +169,22 @@ def test_batches_that_do_not_divide_are_refused_before_anything_is_trained(confi
         rounds.run(config, tmp_path / "run")
 
 
+def test_a_step_that_does_not_fit_is_told_before_anything_is_trained(config, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_(lowered):
+        compiled.append(lowered)
+        if len(compiled) == 2:  # the student's, which has the teacher's images and as many more
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.\nMore")
+
+    monkeypatch.setattr(mesh, "platform", lambda mesh: "tpu")  # the CPU is not asked
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    wanted = r"The student's step does not fit .* \(RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm\)"
+    with pytest.raises(UserError, match=wanted):
+        rounds.run(config, tmp_path)
+    assert not list(tmp_path.rglob("round_*")) and not (tmp_path / "config.json").exists()
+
+
 def test_pseudo_labels_of_another_teacher_are_refused(config, tmp_path):
     config.rounds.count = 1
     config.rounds.control = False

@@ -163,16 +163,7 @@ def _trace_step(config: Any, kind: str, classes: int, topology: Topology) -> jax
     taken = streams.of_stage(config, kind)
     made: Any = steps.make_train_step(model, tx, config.loss, taken, mesh)
     program = train.Program(made, tx, schedule, taken, state_lib.variable_shapes(model))
-    images = taken.size("weak") + taken.size("strong")
-    size = tuple(config.data.crop)
-    split = mesh_lib.split_by_image(mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((images, *size, 3), jnp.uint8, sharding=split),
-        "label": jax.ShapeDtypeStruct((images, *size), jnp.uint8, sharding=split),
-        "is_pseudo": jax.ShapeDtypeStruct((images,), jnp.bool_, sharding=split),
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return made.trace(train.state_shapes(program, mesh), batch, key)
+    return train.traced(program, tuple(config.data.crop), mesh)
 
 
 def inference(
