@@ -1,14 +1,15 @@
 """Predicting files against evaluating them: images a second, and memory over the images.
 
-    python benchmarks/predict.py [--images=200] [--backbone=efficientnet_lite0] [--batch=8]
-        [--repeats=5] [--nooverlays]
+    python benchmarks/predict.py [--images=200] [--kind="png 240x180"] [--batch=8]
+        [--backbone=efficientnet_lite0] [--repeats=5] [--nooverlays]
 
-PNGs of 240x180, DeepLabV3+, one scale. Ours is predict's writer, from files to label maps and
-overlays on the disk; the peer is evaluation, which reads the same images and their masks, has the
-same network, and counts. The two take turns; medians, in images a second of wall time, and of CPU
-time, which other programs on the machine disturb less. Memory is resident after every tenth of the
-images of predict's first turn, in which it also compiles; its row compares the first tenth with
-all of them. The last line is one JSON object; ratio > 1 where predicting is cheaper.
+Images of a kind of benchmarks/input.py, DeepLabV3+, one scale. Ours is predict's writer, from files
+to label maps and overlays on the disk; the peer is evaluation, which reads the same images and
+their masks, has the same network, and counts. The two take turns; medians, in images a second of
+wall time, and of CPU time, which other programs on the machine disturb less. Memory is resident
+after every tenth of the images of predict's first turn, in which it also compiles; its row compares
+the first tenth with all of them. The last line is one JSON object; ratio > 1 where predicting is
+cheaper.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from input import CLASSES, FOLDER, config_of, make_data, resident_megabytes
+from input import CLASSES, FOLDER, KINDS, config_of, make_data, resident_megabytes
 from workers import ROOT, compared
 
-KIND = "png 240x180"
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 
@@ -41,7 +41,7 @@ class Both:
         from semiseg_jax.data import sources
         from semiseg_jax.models import deeplab
 
-        config = config_of(make_data(pathlib.Path(flags.folder), KIND, flags.images))
+        config = config_of(make_data(pathlib.Path(flags.folder), flags.kind, flags.images))
         config.model.backbone = flags.backbone
         config.model = deeplab.resolve(config.model)
         config.eval.batch = flags.batch
@@ -69,7 +69,7 @@ class Both:
             batch=flags.batch,
             largest_pixels=0,
             protocol=protocol,
-            description={"trained_on": {"data": KIND}, "miou": 0.0, "protocol": protocol},
+            description={"trained_on": {"data": flags.kind}, "miou": 0.0, "protocol": protocol},
         )
         usual = seeing.as_evaluated(network, devices.size)
         self._writer = predictions.Writer(network, usual, devices, output, flags.overlays)
@@ -108,6 +108,7 @@ def main() -> None:
     """Predicts and evaluates a folder of images in turns."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", default=200, type=int)
+    parser.add_argument("--kind", default="png 240x180", choices=KINDS)
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--batch", default=8, type=int)
     parser.add_argument("--repeats", default=5, type=int)
@@ -120,7 +121,7 @@ def main() -> None:
         both.predict(lambda count: seen.append((seen[-1][0] + count, resident_megabytes())))
         both.evaluate()  # It compiles.
         turns = [(both.predict(), both.evaluate()) for _ in range(flags.repeats)]
-    case = f"{flags.backbone}, {flags.images} images of 240x180"
+    case = f"{flags.backbone}, {flags.images} images, {flags.kind}"
     print(f"{'images/s':36} {'predict':>9} {'evaluate':>9} {'ratio':>8}")
     rows = []
     for clock in CLOCKS:
