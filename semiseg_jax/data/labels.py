@@ -337,7 +337,9 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         if has_rename(path):
             _write_and_rename(os.fspath(path), content)
         else:
-            epath.Path(path).write_bytes(content)
+            target = epath.Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): free space or give another "
