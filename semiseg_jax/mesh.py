@@ -87,6 +87,20 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
+    """The compiled program, or what the compiler says where a device has not the memory for it.
+
+    Args:
+        traced: the program, for the devices of its shardings.
+    """
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return str(error)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

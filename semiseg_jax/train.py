@@ -218,17 +218,14 @@ def refuse_too_large(kind: str, step: jax.stages.Traced) -> None:
     Raises:
         UserError: a device has not the memory that the step needs.
     """
-    try:
-        step.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    found = mesh_lib.compiled(step)
+    if isinstance(found, str):
         raise UserError(
             f"The {kind}'s step does not fit into the memory of a device "
-            f"({str(error).splitlines()[0].rstrip('.')}): python -m semiseg_jax.plan with this "
-            "config tells the smallest change that makes it fit a TPU; docs/own_data.md has what "
-            "to lower elsewhere."
-        ) from error
+            f"({found.splitlines()[0].rstrip('.')}): python -m semiseg_jax.plan with this config "
+            "tells the smallest change that makes it fit a TPU; docs/own_data.md has what to lower "
+            "elsewhere."
+        )
 
 
 def _ahead(

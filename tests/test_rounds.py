@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -176,6 +177,7 @@ def test_a_step_that_does_not_fit_is_told_before_anything_is_trained(config, tmp
         compiled.append(lowered)
         if len(compiled) == 2:  # the student's, which has the teacher's images and as many more
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.\nMore")
+        return mock.Mock(spec=jax.stages.Compiled)
 
     monkeypatch.setattr(mesh, "platform", lambda mesh: "tpu")  # the CPU is not asked
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)

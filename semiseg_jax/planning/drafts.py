@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 import jax
 from etils import epath
 
+from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.planning import chips
 from semiseg_jax.planning.chips import Topology
 
@@ -92,12 +93,9 @@ def draft(trace: Trace, topology: Topology, name: str) -> Draft | str:
 
 def _compile(trace: Trace, name: str, saying: Connection) -> None:
     """Compiles in a process of its own; says the compiler's sentence where it refuses."""
-    try:
-        trace(chips.topology(name)).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        saying.send(str(error))
+    found = mesh_lib.compiled(trace(chips.topology(name)))
+    if isinstance(found, str):
+        saying.send(found)
 
 
 @contextlib.contextmanager

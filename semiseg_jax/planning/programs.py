@@ -285,12 +285,9 @@ def cost_of(trace: drafts.Trace, topology: Topology, how: How) -> Cost | TooLarg
 
 
 def _compiled(traced: jax.stages.Traced) -> _Read | TooLarge:
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return too_large(str(error))
+    compiled: Any = mesh_lib.compiled(traced)
+    if isinstance(compiled, str):
+        return too_large(compiled)
     counts, memory = compiled.cost_analysis(), _memory(compiled.memory_analysis())
     return _Read(compiled.as_text(), memory, counts["flops"], counts["bytes accessed"])
 
