@@ -9,6 +9,7 @@ is written appears under its own name, and PHASE may be "half", too: of what is 
 first half is. Not a test by itself; see test_survival_slow.py.
 """
 
+import itertools
 import json
 import os
 import re
@@ -28,17 +29,16 @@ from semiseg_jax.data import labels
 
 def die_at(pattern, phase, count):
     """Ends the process at a rename."""
-    matches = 0
+    # Threads write, and a counter that they share counts each match once.
+    matches = itertools.count(1)
 
     def wrap(method):
         def renamed(source, target):
-            nonlocal matches
-            found = re.search(pattern, os.fspath(target))
-            matches += bool(found)
-            if found and matches == count and phase == "before":
+            dies = re.search(pattern, os.fspath(target)) and next(matches) == count
+            if dies and phase == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = method(source, target)
-            if found and matches == count:
+            if dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -50,13 +50,11 @@ def die_at(pattern, phase, count):
 
 def store_without_rename(pattern, phase, count):
     """As `die_at`, at the writes themselves; renames fail."""
-    matches = 0
+    matches = itertools.count(1)
 
     def wrap(method):
         def written(self, content, *args, **kwargs):
-            nonlocal matches
-            matches += bool(re.search(pattern, os.fspath(self)))
-            dies = matches == count and re.search(pattern, os.fspath(self))
+            dies = re.search(pattern, os.fspath(self)) and next(matches) == count
             if dies and phase == "half":
                 method(self, content[: len(content) // 2], *args, **kwargs)
             if dies and phase in ("before", "half"):
