@@ -293,10 +293,10 @@ def test_an_overlay_names_the_classes_that_are_there():
     classes = np.zeros((40, 60), np.uint8)
     classes[:, 15:] = 1
     sheet = np.asarray(pictures.with_legend(image, classes, CLASSES, palette))
-    # Eight times as large, the least that gives the legend room; 45 % image and 55 % class.
-    assert sheet.shape[1] == 480 and sheet.shape[0] > 320
-    assert (sheet[:320, :120] == 45).all() and (sheet[:320, 120:] == (155, 100, 45)).all()
-    legend = sheet[320:].reshape(-1, 3).tolist()
+    # Four times as large, the least that gives the legend room; 45 % image and 55 % class.
+    assert sheet.shape[1] == 240 and sheet.shape[0] > 160
+    assert (sheet[:160, :60] == 45).all() and (sheet[:160, 60:] == (155, 100, 45)).all()
+    legend = sheet[160:].reshape(-1, 3).tolist()
     assert [200, 100, 0] in legend and [0, 0, 0] in legend and [0, 250, 0] not in legend
     large = pictures.with_legend(
         np.zeros((30, 5000, 3), np.uint8), np.ones((30, 5000), np.uint8), CLASSES, palette

@@ -16,11 +16,12 @@ INK, PALE, PAPER = (28, 30, 34), (112, 117, 125), (255, 255, 255)
 TEXT = 17
 # Share of a class's colour in what is laid over an image.
 _OPACITY = 0.55
-# A picture's longest side at most, and its shortest width if enlarging by so much gives it.
-_LARGEST, _SMALLEST, _MOST_ENLARGED = 2048, 480, 8
-# Of a legend, in pixels: around it, between entries, a row's height, a patch of colour's side, and
-# the width that is kept for a share.
-_GAP, _BETWEEN, _LINE, _SWATCH, _SHARE = 6, 22, 28, 18, 60
+# A picture's longest side at most, and its shortest width if enlarging by so much gives it; below
+# the second width a legend has the small letters.
+_LARGEST, _SMALLEST, _MOST_ENLARGED = 2048, 240, 8
+_SMALL_BELOW, _SMALL_TEXT = 480, 12
+# Around a legend, in pixels.
+_GAP = 6
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
@@ -69,7 +70,10 @@ def shortened(text: str, size: int, width: int) -> str:
 
 
 def legend(
-    entries: Iterable[tuple[str, Sequence[int]]], width: int, shares: Iterable[float] = ()
+    entries: Iterable[tuple[str, Sequence[int]]],
+    width: int,
+    shares: Iterable[float] = (),
+    text: int = TEXT,
 ) -> Image.Image:
     """Colours, each with what it stands for, in rows of at most `width` pixels.
 
@@ -77,20 +81,22 @@ def legend(
         entries: (name, colour) of each.
         width: in pixels.
         shares: of each, in 0..1, to stand behind its name; none by default.
+        text: height of the letters, in pixels.
     """
+    between, line, for_share = round(1.3 * text), _line(text), round(3.5 * text)
     places, x, y = [], 0, 0
     for (name, colour), share in itertools.zip_longest(entries, shares):
-        parts = [_entry(name, (colour[0], colour[1], colour[2]), width - _SHARE)]
+        parts = [_entry(name, (colour[0], colour[1], colour[2]), width - for_share, text)]
         if share is not None:
-            parts.append(_words_again(_percent(share)))
+            parts.append(_words_again(_percent(share), text))
         taken = sum(part.width for part in parts)
-        if x and x + taken + _BETWEEN > width:
-            x, y = 0, y + _LINE
+        if x and x + taken + between > width:
+            x, y = 0, y + line
         for part in parts:
             places.append((part, (x, y)))
             x += part.width
-        x += _BETWEEN
-    image = Image.new("RGB", (width, y + _LINE), PAPER)
+        x += between
+    image = Image.new("RGB", (width, y + line), PAPER)
     for part, place in places:
         image.paste(part, place)
     return image
@@ -99,19 +105,24 @@ def legend(
 # Drawing letters takes longer than all else about an overlay, and the same ones come again: names
 # and shares each by themselves, because together they would be nearly always new.
 @functools.lru_cache(maxsize=4096)
-def _entry(name: str, colour: tuple[int, int, int], width: int) -> Image.Image:
+def _entry(name: str, colour: tuple[int, int, int], width: int, text: int) -> Image.Image:
     """A colour and its name."""
-    name = shortened(name, TEXT, width - _SWATCH - 6)
-    text = words(name, TEXT)
-    image = Image.new("RGB", (_SWATCH + 6 + text.width, _LINE), PAPER)
-    ImageDraw.Draw(image).rectangle((0, 1, _SWATCH, 1 + _SWATCH), colour, PALE)
-    image.paste(text, (_SWATCH + 6, 0))
+    swatch, after = text + 1, text + 7
+    name_drawn = words(shortened(name, text, width - after), text)
+    image = Image.new("RGB", (after + name_drawn.width, _line(text)), PAPER)
+    ImageDraw.Draw(image).rectangle((0, 1, swatch, 1 + swatch), colour, PALE)
+    image.paste(name_drawn, (after, 0))
     return image
 
 
+def _line(text: int) -> int:
+    """Height of a legend's row, in pixels."""
+    return round(1.65 * text)
+
+
 @functools.lru_cache(maxsize=256)
-def _words_again(text: str) -> Image.Image:
-    return words(text, TEXT)
+def _words_again(word: str, text: int) -> Image.Image:
+    return words(word, text)
 
 
 def _percent(share: float) -> str:
@@ -154,7 +165,8 @@ def with_legend(
     present = np.flatnonzero(counts).tolist()
     entries = [(names[i], palette[i]) for i in present]
     shares = counts[present] / counts.sum()
-    words_below = legend(entries, max(picture.width, _SMALLEST) - 2 * _GAP, shares)
+    text = TEXT if picture.width >= _SMALL_BELOW else _SMALL_TEXT
+    words_below = legend(entries, max(picture.width, _SMALLEST) - 2 * _GAP, shares, text)
     size = (words_below.width + 2 * _GAP, picture.height + words_below.height + 2 * _GAP)
     sheet = Image.new("RGB", size, PAPER)
     sheet.paste(picture, (0, 0))
