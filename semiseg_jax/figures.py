@@ -156,6 +156,16 @@ def norms(layer: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> by
     return content.getvalue()
 
 
+def side_by_side(drawn: Sequence[bytes]) -> bytes:
+    """A PNG of several, from left to right."""
+    images = [Image.open(io.BytesIO(content)) for content in drawn]
+    size = (sum(image.width for image in images), max(image.height for image in images))
+    row = Image.new("RGB", size, pictures.PAPER)
+    for number, image in enumerate(images):
+        row.paste(image, (sum(before.width for before in images[:number]), 0))
+    return _png(row)
+
+
 def differences(
     truth: UInt8[np.ndarray, "h w"],
     earlier: UInt8[np.ndarray, "h w"],
@@ -200,9 +210,7 @@ def sheet(
         for column, picture in enumerate(row):
             image.paste(Image.fromarray(picture), (column * wide, top + sum(heights[:number])))
     image.paste(below, (0, top + sum(heights)))
-    content = io.BytesIO()
-    image.save(content, "PNG", optimize=True)
-    return content.getvalue()
+    return _png(image)
 
 
 def _palette_png(
@@ -210,8 +218,12 @@ def _palette_png(
 ) -> bytes:
     image = Image.fromarray(places)
     image.putpalette(np.array(colours, np.uint8).ravel().tolist())
+    return _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    image.save(content, "PNG")
+    image.save(content, "PNG", optimize=True)
     return content.getvalue()
 
 

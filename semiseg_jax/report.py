@@ -73,6 +73,8 @@ def main(argv: list[str]) -> None:
         missing = write(workdir)
         if flags.FLAGS.picture:
             labels.write_bytes(flags.FLAGS.picture, galleries.picture(workdir))
+        if flags.FLAGS.norms:
+            labels.write_bytes(flags.FLAGS.norms, drawings.norms_picture(workdir))
     except UserError as error:
         sys.exit(f"Error: {error}")
     print(epath.Path(workdir) / FILE)
@@ -84,5 +86,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run to report on, such as runs/streets.")
     flags.DEFINE_string(
         "picture", None, "A PNG to write as well: some images, what is in them, what is seen."
+    )
+    flags.DEFINE_string(
+        "norms", None, "A PNG to write as well: the weak against the strong norm of some layers."
     )
     app.run(main, flags_parser=command_line.parse)

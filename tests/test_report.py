@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from semiseg_jax import figures, history, mesh, metrics, record, report, rounds
 from semiseg_jax.errors import UserError
-from semiseg_jax.reporting import galleries
+from semiseg_jax.reporting import drawings, galleries
 from semiseg_jax.reporting.run import Stage
 from tests import workdirs
 from tests.conftest import tiny_config
@@ -320,6 +320,19 @@ def test_the_picture_has_images_truth_and_what_two_stages_see(run, copied):
         (copied / stage / "DONE").unlink()
     with pytest.raises(UserError, match="has no stage that has ended"):
         galleries.picture(copied)
+
+
+def test_the_norms_of_the_last_student_can_be_had_as_one_picture(run, copied):
+    workdir, _ = run
+    kept = json.loads((workdir / "round_2/student" / record.NORMS).read_text())
+    drawn = [Image.open(io.BytesIO(figures.norms(layer, v))) for layer, v in kept.items()]
+    row = np.asarray(Image.open(io.BytesIO(drawings.norms_picture(workdir))))
+    expected = np.concatenate([np.asarray(image.convert("RGB")) for image in drawn], axis=1)
+    np.testing.assert_array_equal(row, expected)
+    for round_ in (1, 2):
+        (copied / f"round_{round_}/student/DONE").unlink()
+    with pytest.raises(UserError, match="No student with a weak and a strong norm has ended yet"):
+        drawings.norms_picture(copied)
 
 
 @pytest.mark.parametrize("domains", [("weak", "strong"), ("weak",)])

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from semiseg_jax import figures, history, record
+from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import comparable
 from semiseg_jax.reporting.markup import Section, data_uri
-from semiseg_jax.reporting.run import Run, Stage
+from semiseg_jax.reporting.run import Run, Stage, read
 
 _MOST_CONFUSED = 8
 
@@ -96,15 +98,34 @@ def confusion(run: Run) -> Section:
     return {"missing": "", "stage": stage.name, "src": src, "confused": confused}
 
 
+_NO_NORMS = "No student with a weak and a strong norm has ended yet."
+
+
 def norms(run: Run) -> Section:
     """The weak against the strong norm of the last student's layers."""
+    stage, drawn = _drawn_norms(run)
+    if stage is None:
+        return {"missing": _NO_NORMS, "stage": "", "pictures": []}
+    shown = [{"title": layer, "src": data_uri(png, "png")} for layer, png in drawn.items()]
+    return {"missing": "", "stage": stage.name, "pictures": shown}
+
+
+def norms_picture(workdir: epath.PathLike) -> bytes:
+    """A PNG of the weak against the strong norm of the last student's layers, side by side.
+
+    Raises:
+        UserError: no student with two norms has ended.
+    """
+    stage, drawn = _drawn_norms(read(workdir))
+    if stage is None:
+        raise UserError(f"{workdir}: {_NO_NORMS}")
+    return figures.side_by_side(list(drawn.values()))
+
+
+def _drawn_norms(run: Run) -> tuple[Stage | None, dict[str, bytes]]:
+    """The last student with two norms, and a PNG of each of its kept layers, by name."""
     for stage in reversed(run.stages):
         kept = record.read_json(stage.folder / record.NORMS) if stage.done else None
         if stage.kind == "student" and kept and all(len(v["mean"]) == 2 for v in kept.values()):
-            pictures = [
-                {"title": layer, "src": data_uri(figures.norms(layer, values), "png")}
-                for layer, values in kept.items()
-            ]
-            return {"missing": "", "stage": stage.name, "pictures": pictures}
-    sentence = "No student with a weak and a strong norm has ended yet."
-    return {"missing": sentence, "stage": "", "pictures": []}
+            return stage, {layer: figures.norms(layer, v) for layer, v in kept.items()}
+    return None, {}
