@@ -23,6 +23,11 @@ from ml_collections import ConfigDict
 
 from configs import default
 
+# The operations that leave small images legible: without noise, dropout and the swaps of colours.
+MILD = (
+    *("contrast_gamma", "contrast_linear", "brightness", "brightness_channel", "hsv"),
+    *("equalize", "blur", "multiply", "jpeg_compression"),
+)
 SIZES = ("full", "half")
 SHARES = ("1_30", "1_16", "1_8", "1_4", "1_2")
 
@@ -49,9 +54,8 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     # The head starts from scratch where the backbone does not, and learns ten times as fast.
     config.optim.teacher.learning_rate = 0.005
     config.optim.teacher.head_multiplier = 10.0
-    config.optim.student.learning_rate = 0.005
-    # Strong augmentation is new to the teacher's network, and its gradient is large at first.
-    config.loss.unlabeled_weight = 0.3
+    config.optim.student.learning_rate = 0.015
+    config.sda.ops = MILD
     config.train.teacher_steps = 1500
     config.train.steps = {"full": 1500, "half": 500}[size]
     config.train.batch_labeled = 8
