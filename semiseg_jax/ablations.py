@@ -26,6 +26,9 @@ _RUNS = flags.DEFINE_list(
     "runs", [], "Only these runs of the table (their names are those of --dry-run)."
 )
 command_line.define_processes()
+_TABLES_ONLY = flags.DEFINE_bool(
+    "tables-only", False, "Run nothing: write the table of what is done, from its rows alone."
+)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Say what would run, what it costs, what is done.")
 
 
@@ -43,6 +46,9 @@ def main(argv: list[str]) -> None:
         )
         if _DRY_RUN.value:
             plan.print_plan()
+            return
+        if _TABLES_ONLY.value:
+            plan.print_table()
             return
         with interruption.by_signals() as asked:
             plan.run(asked)

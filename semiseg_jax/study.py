@@ -140,6 +140,10 @@ class Study:
                 jax.clear_caches()
             if distributed.is_main():
                 self.write()
+        self.print_table()
+
+    def print_table(self) -> None:
+        """Writes and prints the table of what is done."""
         if distributed.is_main():
             self._console.print(self.write(), markup=False)
 

@@ -48,6 +48,15 @@ def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp
     study.Study(config, "2", [0], tmp_path, only=("full", "sda")).run()
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoints/*")} == before
 
+    # The table can be had from the rows alone.
+    for run in (full, sda):
+        for name in ("results.json", "data.json"):
+            kept = tmp_path / "kept" / run.relative_to(tmp_path) / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes((run / name).read_bytes())
+    study.Study(config, "2", [0], tmp_path / "kept").print_table()
+    assert (tmp_path / "kept" / "table_2.md").read_text() == text
+
 
 def test_an_interrupted_study_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
     config.rounds.count = 2
