@@ -52,7 +52,7 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     # The paper's rates are for features of 49x49; those of these crops are 16x20 and 8x10.
     config.model.aspp_rates = {"full": (3, 6, 10), "half": (2, 3, 5)}[size]
     # The head starts from scratch where the backbone does not, and learns ten times as fast.
-    config.optim.teacher.learning_rate = 0.005
+    config.optim.teacher.learning_rate = 0.015
     config.optim.teacher.head_multiplier = 10.0
     config.optim.student.learning_rate = 0.015
     config.sda.ops = MILD
