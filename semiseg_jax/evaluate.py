@@ -178,18 +178,35 @@ COMPARED = ("data", "split", "scales", "flip", "window", "pad_to", "selection", 
 
 def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
     """How a result was obtained; stands on its row."""
-    window = {"size": list(config.eval.window), "stride": list(config.eval.window_stride)}
     return {
         "data": dataset.name,
         "split": dataset.evaluated_on,
-        "scales": list(config.eval.scales),
-        "flip": config.eval.flip,
-        "window": window if config.eval.window else "whole",
+        **_asked(config.eval),
         "pad_to": pad_to,
-        "selection": SELECTIONS[config.eval.select],
         "split_hash": dataset.split_hash,
         "seed": config.seed,
         "config_hash": provenance.config_hash(config),
+    }
+
+
+def answers(found: dict[str, Any], eval_config: Any) -> bool:
+    """Whether the protocol of a result is what `config.eval` asks for.
+
+    As far as that can be told without the data: an evaluation set that was held out is any split's.
+    """
+    return found["split"] in (eval_config.split, "holdout") and all(
+        found[key] == value for key, value in _asked(eval_config).items()
+    )
+
+
+def _asked(eval_config: Any) -> dict[str, Any]:
+    """What the config alone says of a protocol."""
+    window = {"size": list(eval_config.window), "stride": list(eval_config.window_stride)}
+    return {
+        "scales": list(eval_config.scales),
+        "flip": eval_config.flip,
+        "window": window if eval_config.window else "whole",
+        "selection": SELECTIONS[eval_config.select],
     }
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Printed
 
-from semiseg_jax import distributed, identity, interruption, paper, rounds, tables
+from semiseg_jax import distributed, evaluate, identity, interruption, paper, rounds, tables
 from semiseg_jax.data import sources, streams
 from semiseg_jax.errors import UserError
 
@@ -73,10 +73,31 @@ class Piece:
         config.rounds.count = count
         return config
 
-    def is_done(self, kind: str, round_: int) -> bool:
-        """Whether a stage is finished."""
+    def is_trained(self, kind: str, round_: int) -> bool:
+        """Whether a stage is finished, by whatever protocol it was evaluated."""
         marker = self.workdir / f"round_{round_}" / kind / rounds.DONE
         return distributed.agree(f"{self.name} looked for", marker.exists)
+
+    def is_done(self, kind: str, round_: int) -> bool:
+        """Whether a stage is finished, and has a result by the protocol that is asked for."""
+        if not self.is_trained(kind, round_):
+            return False
+        return distributed.agree(
+            f"{self.name} has a result",
+            lambda: any((r["stage"], r["round"]) == (kind, round_) for r in self.results()["rows"]),
+        )
+
+    def results(self) -> dict[str, list[Any]]:
+        """results.json, of it what the protocol that is asked for gave; empty where there is none.
+
+        The others stay where they are: a table of another protocol is another table.
+        """
+        path = self.workdir / "results.json"
+        kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "curve": []}
+        return {
+            name: [r for r in rows if evaluate.answers(r["protocol"], self.config.eval)]
+            for name, rows in kept.items()
+        }
 
 
 class Study:
@@ -149,7 +170,7 @@ class Study:
 
     def _make(self, piece: Piece, asked: interruption.Asked) -> None:
         donor = self._donor(piece)
-        if donor and not piece.is_done("teacher", 0):
+        if donor and not piece.is_trained("teacher", 0):
             lender = rounds.Job(donor.config_of(donor.counts[0]), donor.workdir, asked)
             if teacher := lender.finished("teacher", 0):
                 taker = rounds.Job(piece.config_of(piece.counts[0]), piece.workdir, asked)
@@ -165,7 +186,7 @@ class Study:
             other = self.piece(name, piece.seed)
             if (
                 name != piece.name
-                and other.is_done("teacher", 0)
+                and other.is_trained("teacher", 0)
                 and of_teacher(other.config) == wanted
             ):
                 return other
@@ -175,7 +196,9 @@ class Study:
         """Writes the table of what is done, as Markdown, CSV and a picture; the Markdown."""
         config = self._config
         found = [
-            tables.Source(p.name, p.seed, *_kept(p.workdir)) for p in self._shown if _has_rows(p)
+            tables.Source(p.name, p.seed, p.results(), json.loads(data.read_text()))
+            for p in self._shown
+            if (data := p.workdir / "data.json").exists()
         ]
         lines = tables.lines(self.table, found, config.rounds.count)
         about = tables.About(self._name, config.data.name, config.model.backbone)
@@ -238,15 +261,3 @@ def _cost(piece: Piece, kind: str, round_: int, unlabeled: int) -> tuple[int, in
         return steps * size, 0
     views = sum(scale**2 for scale in config.pseudo.scales) * (2 if config.pseudo.flip else 1)
     return steps * size, round(unlabeled * views)
-
-
-def _has_rows(piece: Piece) -> bool:
-    return (piece.workdir / "results.json").exists() and (piece.workdir / "data.json").exists()
-
-
-def _kept(workdir: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """results.json and data.json of a run."""
-    results, data = (
-        json.loads((workdir / name).read_text()) for name in ("results.json", "data.json")
-    )
-    return results, data

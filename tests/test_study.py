@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
-from semiseg_jax import history, interruption, paper, rounds, study
+from semiseg_jax import evaluate, history, interruption, paper, rounds, study
+from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -48,7 +49,21 @@ def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp
     study.Study(config, "2", [0], tmp_path, only=("full", "sda")).run()
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoints/*")} == before
 
-    # The table can be had from the rows alone.
+    # By another protocol it evaluates again, and trains nothing; the first rows are kept.
+    config.eval.flip = True
+    study.Study(config, "2", [0], tmp_path, only=("full", "sda")).run()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoints/*")} == before
+    again = json.loads((sda / "results.json").read_text())["rows"]
+    assert (
+        again[: len(rows[1])] == rows[1]
+        and [r["protocol"]["flip"] for r in again[2:]] == [True] * 2
+    )
+    mirrored = (tmp_path / "table_2.md").read_text()
+    assert "mirrored too" in mirrored and "not mirrored" not in mirrored
+    assert f"{100 * again[3]['miou']:.2f}" in mirrored
+
+    # The table can be had from the rows alone, of each protocol its own.
+    config.eval.flip = False
     for run in (full, sda):
         for name in ("results.json", "data.json"):
             kept = tmp_path / "kept" / run.relative_to(tmp_path) / name
@@ -60,7 +75,7 @@ def test_runs_share_the_teacher_and_its_labels_and_a_table_comes_out(config, tmp
 
 def test_an_interrupted_study_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
     config.rounds.count = 2
-    called = []
+    called, rows = [], []
 
     def run(config, workdir, asked):
         count = config.rounds.count
@@ -72,6 +87,9 @@ def test_an_interrupted_study_goes_on_where_it_stopped(config, tmp_path, monkeyp
             folder = workdir / f"round_{round_}" / kind
             folder.mkdir(parents=True, exist_ok=True)
             (folder / rounds.DONE).touch()
+        protocol = evaluate.protocol(config, sources.load(config), 1)
+        rows.extend({"stage": kind, "round": n, "protocol": protocol} for kind, n in stages)
+        (workdir / "results.json").write_text(json.dumps({"rows": rows, "curve": []}))
 
     monkeypatch.setattr(rounds, "run", run)
     with pytest.raises(interruption.Interrupted):
