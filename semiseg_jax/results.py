@@ -20,6 +20,23 @@ Row = dict[str, Any]
 KEY = ("stage", "round", "step", "seed")
 
 
+def read(path: epath.Path) -> dict[str, list[Row]]:
+    """The content of a results.json (see `Results`); empty where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return {"rows": [], "curve": []}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove it, and start again to evaluate every stage "
+            "anew."
+        ) from error
+
+
 class Results:
     """The rows of a workdir, kept on disk; holds no clock times, so that reruns are identical.
 
@@ -32,18 +49,7 @@ class Results:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
-        self._content: dict[str, list[Row]] = distributed.agree("results", self._read)
-
-    def _read(self) -> dict[str, list[Row]]:
-        if not self._path.exists():
-            return {"rows": [], "curve": []}
-        try:
-            return json.loads(self._path.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{self._path} cannot be read ({error}): remove it, and start again to "
-                "evaluate every stage anew."
-            ) from error
+        self._content: dict[str, list[Row]] = distributed.agree("results", lambda: read(self._path))
 
     @property
     def rows(self) -> list[Row]:

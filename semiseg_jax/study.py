@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Printed
 
-from semiseg_jax import distributed, evaluate, identity, interruption, paper, rounds, tables
+from semiseg_jax import (
+    distributed,
+    evaluate,
+    identity,
+    interruption,
+    paper,
+    results,
+    rounds,
+    tables,
+)
 from semiseg_jax.data import sources, streams
 from semiseg_jax.errors import UserError
 
@@ -92,8 +101,7 @@ class Piece:
 
         The others stay where they are: a table of another protocol is another table.
         """
-        path = self.workdir / "results.json"
-        kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "curve": []}
+        kept = results.read(self.workdir / "results.json")
         return {
             name: [r for r in rows if evaluate.answers(r["protocol"], self.config.eval)]
             for name, rows in kept.items()
