@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from semiseg_jax import distributed, interruption, metrics, provenance
 from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.data import splits
 from semiseg_jax.data.labels import IGNORE
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset
@@ -173,7 +174,10 @@ SELECTIONS = {
     "reported": "best on the reported set",
 }
 # What must agree before two mIoU stand in one table; a row's protocol says more.
-COMPARED = ("data", "split", "scales", "flip", "window", "pad_to", "selection", "split_hash")
+_HOW = ("data", "split", "scales", "flip", "window", "pad_to", "selection")
+COMPARED = (*_HOW, "split_hash")
+# The same where the images to train on are what is compared.
+EVALUATION = (*_HOW, "evaluation_hash")
 
 
 def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
@@ -184,6 +188,7 @@ def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
         **_asked(config.eval),
         "pad_to": pad_to,
         "split_hash": dataset.split_hash,
+        "evaluation_hash": splits.split_hash([[e.id for e in dataset.evaluation]]),
         "seed": config.seed,
         "config_hash": provenance.config_hash(config),
     }
@@ -192,10 +197,13 @@ def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
 def answers(found: dict[str, Any], eval_config: Any) -> bool:
     """Whether the protocol of a result is what `config.eval` asks for.
 
-    As far as that can be told without the data: an evaluation set that was held out is any split's.
+    As far as that can be told without the data: an evaluation set that was held out is any split's,
+    and one of few sizes is padded for no `pad_to`.
     """
-    return found["split"] in (eval_config.split, "holdout") and all(
-        found[key] == value for key, value in _asked(eval_config).items()
+    return (
+        found["split"] in (eval_config.split, "holdout")
+        and found["pad_to"] in (1, eval_config.pad_to)
+        and all(found[key] == value for key, value in _asked(eval_config).items())
     )
 
 
@@ -210,6 +218,13 @@ def _asked(eval_config: Any) -> dict[str, Any]:
     }
 
 
-def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether results of these two protocols may stand in one table."""
-    return all(one[key] == other[key] for key in COMPARED)
+def comparable(
+    one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str] = COMPARED
+) -> bool:
+    """Whether results of these two protocols may stand in one table.
+
+    Args:
+        one, other: protocols.
+        keys: COMPARED, or EVALUATION.
+    """
+    return all(one.get(key) == other.get(key) for key in keys)

@@ -36,7 +36,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     Raises:
         UserError: naming the keys that differ.
     """
-    then = _known(epath.Path(workdir), "config.json")
+    then = known(epath.Path(workdir), "config.json")
     if then is None:
         return
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (then, _plain(config)))
@@ -62,7 +62,7 @@ def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None
     Raises:
         UserError: with the counts of images then and now.
     """
-    then, now = _known(epath.Path(workdir), "data.json"), _described(dataset)
+    then, now = known(epath.Path(workdir), "data.json"), _described(dataset)
     if then is not None and then != now:
         raise UserError(
             f"The data changed since {workdir} was begun ({then['labeled']} labelled and "
@@ -90,7 +90,7 @@ def keep_config(workdir: epath.PathLike, config: Any) -> None:
     _keep(epath.Path(workdir) / "config.json", _plain(config))
 
 
-def _known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
+def known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
     """What a file says by which a workdir knows what it is of; None in a new workdir."""
     path = workdir / name
     if not path.exists():

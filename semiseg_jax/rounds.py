@@ -64,16 +64,10 @@ def run(
         UserError: bad data or config, or a workdir of another config or of other data.
         Interrupted: that was asked for; the same call goes on.
     """
-    workdir = epath.Path(workdir)
-    distributed.agree("config", lambda: identity.refuse_other_config(workdir, config))
-    job = Job(config, workdir, asked)
-    job.refuse_too_large()
-    # Only now: a run that could not start leaves the folder to its corrected config.
-    if distributed.is_main():
-        identity.keep_config(workdir, config)
-        identity.keep_data(workdir, job.dataset)
-        job.keep_run()
+    job = _begin(config, epath.Path(workdir), asked)
     first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
+    # Controls of fewer students are of a time when no more were asked for.
+    controls = [n for n in range(1, config.rounds.count) if job.is_done("control", n)]
     for round_ in range(1, config.rounds.count + 1):
         student = job.finished("student", round_)
         if student is None:
@@ -82,14 +76,35 @@ def run(
         teacher = student
     if config.rounds.control and config.rounds.count:
         # As long as all students together, from the same teacher.
-        rounds = config.rounds.count
-        if job.finished("control", rounds) is None:
-            job.train("control", rounds, first)
+        for count in (*controls, config.rounds.count):
+            if job.finished("control", count) is None:
+                job.train("control", count, first)
     job.keep_model(teacher)
     if distributed.is_main():
-        report.write(workdir)
+        report.write(epath.Path(workdir))
     job.print_table()
     return job.results
+
+
+def teach(
+    config: Any, workdir: epath.PathLike, asked: interruption.Asked = interruption.never
+) -> "Trained":
+    """The first part of `run`: the teacher, trained unless it is there; for others to adopt."""
+    job = _begin(config, epath.Path(workdir), asked)
+    return job.finished("teacher", 0) or job.train("teacher", 0)
+
+
+def _begin(config: Any, workdir: epath.Path, asked: interruption.Asked) -> "Job":
+    """A run whose workdir says what it is of."""
+    distributed.agree("config", lambda: identity.refuse_other_config(workdir, config))
+    job = Job(config, workdir, asked)
+    job.refuse_too_large()
+    # Only now: a run that could not start leaves the folder to its corrected config.
+    if distributed.is_main():
+        identity.keep_config(workdir, config)
+        identity.keep_data(workdir, job.dataset)
+        job.keep_run()
+    return job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +192,16 @@ class Job:
         folder = self._workdir / f"round_{round_}" / kind
         return training.Stage(kind, round_, num_steps, seed, folder)
 
+    def is_done(self, kind: str, round_: int) -> bool:
+        """Whether a stage has been trained to its end."""
+        stage = self._stage(kind, round_)
+        return distributed.agree(f"{stage.name} looked for", (stage.folder / DONE).exists)
+
     def finished(self, kind: str, round_: int) -> Trained | None:
         """A stage that is done, with a result by the present protocol; else None."""
-        stage = self._stage(kind, round_)
-        if not distributed.agree(f"{stage.name} looked for", (stage.folder / DONE).exists):
+        if not self.is_done(kind, round_):
             return None
+        stage = self._stage(kind, round_)
         say = self._sayer(kind, round_)
         network = self._network(self._backbone(kind))
         program = network.program(kind, stage.steps)

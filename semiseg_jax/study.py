@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import traverse_util
 from rich import box
@@ -26,13 +29,15 @@ from semiseg_jax import (
 )
 from semiseg_jax.data import sources, streams
 from semiseg_jax.errors import UserError
+from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
 
 # What a teacher does not depend on: all that is read behind it, and its kind of norm, of which it
-# uses the weak one. (`frozen` is another matter for a teacher that starts from weights: rows with
-# it take the teacher that all others have.)
+# uses the weak one. (`frozen` is another matter: runs that change the norm to it take the teacher
+# that all others have, see `Study._teach`.)
 BEHIND_THE_TEACHER = (
-    *("data.weak_stream", "data.strong_stream", "data.unlabeled", "sda.", "loss.", "pseudo."),
-    *("eval.", "rounds.", "optim.student.", "train.steps", "train.batch_unlabeled", "model.norm"),
+    *("data.weak_stream", "data.strong_stream", "data.unlabeled", "data.train_extra", "sda."),
+    *("loss.", "pseudo.", "eval.", "rounds.", "optim.student.", "train.steps"),
+    *("train.batch_unlabeled", "model.norm"),
 )
 
 
@@ -80,7 +85,22 @@ class Piece:
         """The config with `count` students."""
         config = copy.deepcopy(self.config)
         config.rounds.count = count
+        # Curves are of the first student.
+        if paper.RUNS[self.name].curve and config.eval.select == "last":
+            config.eval.every = max(config.train.steps // 10, 1)
         return config
+
+    @property
+    def inside(self) -> int:
+        """Evaluations inside the first student."""
+        every = self.config_of(1).eval.every
+        return (self.config.train.steps - 1) // every if every else 0
+
+    def refuse_other_config(self) -> None:
+        """Refuses a workdir that was made by another config; see `identity`."""
+        name = f"{self.name} {self.seed} belongs to this config"
+        config = self.config_of(self.counts[-1])
+        distributed.agree(name, lambda: identity.refuse_other_config(self.workdir, config))
 
     def is_trained(self, kind: str, round_: int) -> bool:
         """Whether a stage is finished, by whatever protocol it was evaluated."""
@@ -95,6 +115,18 @@ class Piece:
             f"{self.name} has a result",
             lambda: any((r["stage"], r["round"]) == (kind, round_) for r in self.results()["rows"]),
         )
+
+    def labels_made(self) -> int:
+        """Images that its teacher has labelled; 0 until it has labelled all that it was to."""
+        path = self.workdir / "round_0" / "teacher" / PSEUDO_LABELS / MANIFEST
+
+        def count() -> int:
+            try:
+                return len(json.loads(path.read_text())["images"]) if path.exists() else 0
+            except (ValueError, KeyError):
+                return 0  # Labelling looks at what is there, and says what is damaged.
+
+        return distributed.agree(f"labels of {self.name} counted", count)
 
     def results(self) -> dict[str, list[Any]]:
         """results.json, of it what the protocol that is asked for gave; empty where there is none.
@@ -136,10 +168,39 @@ class Study:
             raise UserError(
                 f"--runs={unknown[0]} is no run of this table: it has {', '.join(names)}."
             )
-        chosen = [name for name in names if name in only or not only]
-        # Seed by seed: a table with few seeds is worth more than a few rows with many.
-        self.pieces = [self.piece(name, seed) for seed in self._seeds for name in chosen]
-        self._shown = [self.piece(name, seed) for seed in self._seeds for name in names]
+        self._names = [name for name in names if name in only or not only]
+        # Of all seeds that there are: those that are run now and those of before.
+        self._shown = [self.piece(name, seed) for name in names for seed in self._seeds_of(name)]
+        for piece in self._shown:
+            piece.refuse_other_config()
+
+    def _seeds_of(self, name: str) -> list[int]:
+        """The seeds to run, and those that have a folder."""
+
+        def there() -> list[int]:
+            folder = self._workdir / name
+            names = [path.name for path in folder.iterdir()] if folder.exists() else []
+            return [int(n.removeprefix("seed_")) for n in names if re.fullmatch(r"seed_\d+", n)]
+
+        return sorted({*self._seeds, *distributed.agree(f"seeds of {name}", there)})
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        """What is to be made, seed by seed: few seeds of all rows are worth more than many of few.
+
+        Without the optional runs for which there are no images, which is said.
+        """
+        kept = []
+        for name in self._names:
+            try:
+                if paper.RUNS[name].optional:
+                    unlabeled = sources.plan(self.piece(name, self._seeds[0]).config)[0].unlabeled
+                    if not unlabeled:
+                        raise UserError("There is no unlabelled image for it.")
+                kept.append(name)
+            except UserError as error:
+                self._console.print(f"{name} is left out: {error}", markup=False)
+        return [self.piece(name, seed) for seed in self._seeds for name in kept]
 
     def piece(self, name: str, seed: int) -> Piece:
         """A run of `paper.RUNS` on this study's config."""
@@ -149,9 +210,9 @@ class Study:
             config.update_from_flattened_dict(dict(run.changes))
             config.seed = seed
             config.rounds.control = run.control
-            # Weights that are chosen by evaluating follow from how often that is done.
-            if run.curve and config.eval.select == "last":
-                config.eval.every = max(config.train.steps // 10, 1)
+            # Evaluations inside a stage make curves, and choose weights; all else needs none.
+            if config.eval.select == "last":
+                config.eval.every = 0
         return Piece(name, seed, config, self._workdir / name / f"seed_{seed}")
 
     def run(self, asked: interruption.Asked = interruption.never) -> None:
@@ -177,75 +238,124 @@ class Study:
             self._console.print(self.write(), markup=False)
 
     def _make(self, piece: Piece, asked: interruption.Asked) -> None:
-        donor = self._donor(piece)
-        if donor and not piece.is_trained("teacher", 0):
-            lender = rounds.Job(donor.config_of(donor.counts[0]), donor.workdir, asked)
-            if teacher := lender.finished("teacher", 0):
-                taker = rounds.Job(piece.config_of(piece.counts[0]), piece.workdir, asked)
-                taker.adopt(teacher)
+        if not piece.is_trained("teacher", 0):
+            self._teach(piece, asked)
         for count in piece.counts:
-            if not all(piece.is_done(kind, n) for kind, n in piece.stages if n <= count):
+            if not all(piece.is_trained(kind, n) for kind, n in piece.stages if n <= count):
                 rounds.run(piece.config_of(count), piece.workdir, asked)
+        if not all(piece.is_done(*stage) for stage in piece.stages):
+            rounds.run(piece.config_of(piece.counts[-1]), piece.workdir, asked)
 
-    def _donor(self, piece: Piece) -> Piece | None:
-        """A run of this workdir, whatever its table, that has made the same teacher."""
+    def _teach(self, piece: Piece, asked: interruption.Asked) -> None:
+        """Takes the teacher of a run from another that has the same one.
+
+        The first of `paper.RUNS` that has it makes it, whichever run is the first to need it: so it
+        has the norm that the config says, and is evaluated at its end alone.
+        """
+        same = self._same_teacher(piece)
+        first = same[0]
+        if piece.name == first.name:
+            return  # It makes its own.
+        teacher: rounds.Trained | None
+        if not first.is_trained("teacher", 0):
+            first.refuse_other_config()
+            teacher = rounds.teach(first.config_of(first.counts[0]), first.workdir, asked)
+        else:
+            trained = [p for p in same if p.is_trained("teacher", 0)]
+            donor = max(trained, key=Piece.labels_made)
+            donor.refuse_other_config()
+            lender = rounds.Job(donor.config_of(donor.counts[0]), donor.workdir, asked)
+            teacher = lender.finished("teacher", 0)
+        if teacher:
+            rounds.Job(piece.config_of(piece.counts[0]), piece.workdir, asked).adopt(teacher)
+
+    def _same_teacher(self, piece: Piece) -> list[Piece]:
+        """The runs that have a run's teacher, whatever their table, and itself among them."""
         wanted = of_teacher(piece.config)
-        for name in paper.RUNS:
-            other = self.piece(name, piece.seed)
-            if (
-                name != piece.name
-                and other.is_trained("teacher", 0)
-                and of_teacher(other.config) == wanted
-            ):
-                return other
-        return None
+        others = [self.piece(name, piece.seed) for name in paper.RUNS]
+        return [other for other in others if of_teacher(other.config) == wanted]
 
     def write(self) -> str:
         """Writes the table of what is done, as Markdown, CSV and a picture; the Markdown."""
         config = self._config
         found = [
-            tables.Source(p.name, p.seed, p.results(), json.loads(data.read_text()))
+            tables.Source(p.name, p.seed, p.results(), data)
             for p in self._shown
-            if (data := p.workdir / "data.json").exists()
+            if (data := identity.known(p.workdir, "data.json")) is not None
         ]
         lines = tables.lines(self.table, found, config.rounds.count)
-        about = tables.About(self._name, config.data.name, config.model.backbone)
+        about = tables.About(self._name, f"{config.model.head} {config.model.backbone}")
         return tables.write(self._workdir, self.table, lines, about)
 
     def print_plan(self) -> None:
         """Rows, runs, what each costs and what is done."""
+        rows = Printed("row", "run", box=box.SIMPLE_HEAD, title=self.table.title)
+        for row in self.table.rows:
+            rows.add_row(row.label.format(rounds=self._config.rounds.count), row.run)
+        counts = ("images to train on", "views to label", "images to evaluate")
         printed = Printed(
             *("run", "seed", "stage"),
-            *(Column(name, justify="right") for name in ("images to train on", "views to label")),
+            *(Column(name, justify="right") for name in counts),
             "",
-            title=self.table.title,
             box=box.SIMPLE_HEAD,
         )
-        totals = [0, 0]
-        shared: list[dict[str, Any]] = []
+        totals = np.zeros(3, np.int64)
+        made = _Made()
         for piece in self.pieces:
-            unlabeled = len(sources.plan(piece.config)[0].unlabeled)
-            key = of_teacher(piece.config)
+            dataset = sources.plan(piece.config)[0]
             for kind, round_ in piece.stages:
-                train, label = _cost(piece, kind, round_, unlabeled)
-                done = piece.is_done(kind, round_)
-                state = "done" if done else ""
-                if kind == "teacher" and not done and key in shared:
-                    train, state = 0, "shared"
-                if round_ == 1 and kind == "student" and key in shared:
-                    label = 0
-                totals = totals if done else [totals[0] + train, totals[1] + label]
+                cost, state = self._planned(piece, kind, round_, dataset, made)
+                totals += 0 if state == "done" else cost
                 name = streams.stage_name(kind, round_)
-                printed.add_row(
-                    piece.name, str(piece.seed), name, f"{train:,}", f"{label:,}", state
-                )
-            shared.append(key)
+                printed.add_row(piece.name, str(piece.seed), name, *map("{:,}".format, cost), state)
         printed.add_section()
-        printed.add_row("left to do", "", "", *(f"{total:,}" for total in totals), "")
+        printed.add_row("left to do", "", "", *map("{:,}".format, totals), "")
+        self._console.print(rows)
         self._console.print(printed)
         self._console.print(
             "A view is an image at scale 1, seen once; the commands print images a second.",
         )
+
+    def _planned(
+        self, piece: Piece, kind: str, round_: int, dataset: sources.Dataset, made: "_Made"
+    ) -> tuple[tuple[int, int, int], str]:
+        """What a stage costs, and "done", "shared" or ""; what it makes is added to `made`."""
+        train, views = _cost(piece, kind, round_, len(dataset.unlabeled))
+        looks = 1 + (piece.inside if (kind, round_) == ("student", 1) else 0)
+        state = "done" if piece.is_done(kind, round_) else ""
+        if (kind, round_) not in (("teacher", 0), ("student", 1)):
+            return (train, views, looks * len(dataset.evaluation)), state
+        key = of_teacher(piece.config)
+        if key not in made.teachers:
+            same = [p for p in self._same_teacher(piece) if p.is_trained("teacher", 0)]
+            made.teachers.append(key)
+            made.labels.append(max(map(Piece.labels_made, same), default=0))
+            made.trained.append(bool(same))
+        number = made.teachers.index(key)
+        if kind == "teacher":
+            if made.trained[number] and not state:
+                train, state = 0, "shared"
+            made.trained[number] = True
+        elif views:
+            images = len(dataset.unlabeled)
+            views = round(views * max(images - made.labels[number], 0) / images)
+            made.labels[number] = max(made.labels[number], images)
+        return (train, views, looks * len(dataset.evaluation)), state
+
+
+@dataclasses.dataclass
+class _Made:
+    """What a plan has made so far: by teacher, whether it is trained, and how many images labelled.
+
+    Attributes:
+        teachers: what each follows from (see `of_teacher`).
+        trained: whether there is one.
+        labels: images that the most of its runs have label maps of.
+    """
+
+    teachers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    trained: list[bool] = dataclasses.field(default_factory=list)
+    labels: list[int] = dataclasses.field(default_factory=list)
 
 
 def of_teacher(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The paper's tables and figures from result rows: Markdown, CSV and a picture.
 
-mIoU in percent, mean and standard deviation (n - 1) over the seeds; a gain is paired by seed, with
-the standard error of its mean.
+mIoU in percent, mean and standard deviation (n - 1) over the seeds; gains and steps are paired by
+seed, with the standard error of their mean.
 """
 
 import csv
@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from etils import epath
 from matplotlib import figure
 
 from semiseg_jax.data.labels import write_bytes
-from semiseg_jax.evaluate import comparable
+from semiseg_jax.evaluate import COMPARED, EVALUATION, comparable
 from semiseg_jax.paper import Row, Table, published
 
 # Colours that colour-blind eyes tell apart: Okabe and Ito's.
@@ -36,96 +36,125 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a table.
+    """A line of a table: the result of one row, over the seeds that have it by one protocol.
 
     Attributes:
         label: for people.
         row: what it reports.
         round: of the stage.
-        miou: percent, by seed.
+        found: rows of results.json, by seed.
         control: percent, by seed, of labels alone trained as long; empty where there is none.
-        curve: (step, percent) inside the stage, by seed.
+        below: percent, by seed, of the row that this one is a step over; empty where there is none.
+        curve: (step, percent) inside the stage and at its end, by seed.
         labeled, unlabeled: images.
-        protocol: of the evaluation.
     """
 
     label: str
     row: Row
     round: int
-    miou: dict[int, float]
+    found: dict[int, dict[str, Any]]
     control: dict[int, float]
+    below: dict[int, float]
     curve: dict[int, list[tuple[int, float]]]
     labeled: int
     unlabeled: int
-    protocol: dict[str, Any]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Of the first seed; what else is compared is that of all."""
+        return self.found[min(self.found)]["protocol"]
+
+    @property
+    def miou(self) -> dict[int, float]:
+        """Percent, by seed."""
+        return {seed: _percent(row) for seed, row in self.found.items()}
 
     @property
     def mean(self) -> str:
-        """Such as "38.4 ± 0.3"."""
+        """Such as "38.40 ± 0.31"."""
         values = list(self.miou.values())
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         return f"{np.mean(values):.2f}{spread}"
 
     @property
     def gain(self) -> str:
-        """Over the control, such as "+1.7 ± 0.2", the standard error of the mean of pairs."""
-        pairs = [self.miou[seed] - self.control[seed] for seed in self.miou if seed in self.control]
-        if not pairs:
-            return ""
-        error = f" ± {np.std(pairs, ddof=1) / math.sqrt(len(pairs)):.2f}" if len(pairs) > 1 else ""
-        return f"{np.mean(pairs):+z.2f}{error}"
+        """Over the control, such as "+1.72 ± 0.20", the standard error of the mean of pairs."""
+        return _difference(self.miou, self.control)
+
+    @property
+    def step(self) -> str:
+        """Over the row that this one adds to, in the same form."""
+        return _difference(self.miou, self.below)
+
+
+def _percent(row: Mapping[str, Any]) -> float:
+    return 100 * row["miou"]
+
+
+def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not pairs:
+        return ""
+    error = f" ± {np.std(pairs, ddof=1) / math.sqrt(len(pairs)):.2f}" if len(pairs) > 1 else ""
+    return f"{np.mean(pairs):+z.2f}{error}"
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a table is of: its name in `paper.TABLES`, the data, the network's backbone."""
+    """What a table is of: its name in `paper.TABLES`, and the network's head and backbone."""
 
     table: str
-    data: str
-    backbone: str
+    network: str
 
 
 def lines(table: Table, sources: Sequence[Source], students: int) -> list[Line]:
     """The lines of a table that have a result; those of `each` once for every round.
+
+    Seeds whose results are of different protocols make a line for each protocol.
 
     Args:
         table: of `paper.TABLES`.
         sources: its runs.
         students: of the whole method, which is the round of rows of the last one.
     """
-    found = []
+    made = []
+    firsts = {(row.run, row.stage) for row in table.rows if row.round == "first"}
     for row in table.rows:
+        if row.round == "last" and students == 1 and (row.run, row.stage) in firsts:
+            continue
         rounds = {"first": [1], "last": [students], "each": range(1, students + 1)}[row.round]
         for round_ in [0] if row.stage == "teacher" else rounds:
-            label = f"{row.label} {round_}" if row.round == "each" else row.label
-            if line := _line(label, row, round_, sources):
-                found.append(line)
-    return found
+            number = f" {round_}" if row.round == "each" else ""
+            label = row.label.format(rounds=students) + number
+            made += _lines(label, row, round_, sources)
+    return made
 
 
-def _line(label: str, row: Row, round_: int, sources: Sequence[Source]) -> Line | None:
+def _lines(label: str, row: Row, round_: int, sources: Sequence[Source]) -> list[Line]:
+    """A row's lines, one for each protocol."""
     mine = {s.seed: s for s in sources if s.run == row.run}
-    rows = {seed: _row(s, row.stage, round_) for seed, s in mine.items()}
-    done = {seed: r for seed, r in rows.items() if r is not None}
-    if not done:
-        return None
-    control = {
-        s.seed: 100 * r["miou"]
-        for s in sources
-        if row.stage == "student" and (r := _row(s, "control", round_)) is not None
-    }
-    first = min(done)
-    return Line(
-        label,
-        row,
-        round_,
-        {seed: 100 * r["miou"] for seed, r in done.items()},
-        control,
-        {seed: _curve(mine[seed], row.stage, round_) for seed in done},
-        mine[first].data["labeled"],
-        mine[first].data["unlabeled"],
-        done[first]["protocol"],
-    )
+    rest = {seed: r for seed, s in mine.items() if (r := _row(s, row.stage, round_)) is not None}
+    made = []
+    while rest:
+        protocol = rest[min(rest)]["protocol"]
+        found = {seed: r for seed, r in rest.items() if comparable(r["protocol"], protocol)}
+        rest = {seed: r for seed, r in rest.items() if seed not in found}
+        like = mine[min(found)].data
+        student = row.stage == "student"
+        made.append(
+            Line(
+                label,
+                row,
+                round_,
+                dict(sorted(found.items())),
+                _control(row, round_, sources, found, like) if student else {},
+                _results(row.over, "student", 1, sources, protocol) if row.over else {},
+                {seed: _curve(mine[seed], row.stage, round_) for seed in found},
+                like["labeled"],
+                like["unlabeled"],
+            )
+        )
+    return made
 
 
 def _row(source: Source, stage: str, round_: int) -> Any:
@@ -134,10 +163,38 @@ def _row(source: Source, stage: str, round_: int) -> Any:
     return next((r for r in rows if (r["stage"], r["round"]) == (stage, round_)), None)
 
 
+def _results(
+    run: str, stage: str, round_: int, sources: Sequence[Source], protocol: Mapping[str, Any]
+) -> dict[int, float]:
+    """Percent, by seed, of a run's stage, where it was evaluated in the same way."""
+    rows = {s.seed: _row(s, stage, round_) for s in sources if s.run == run}
+    return {
+        seed: _percent(row)
+        for seed, row in rows.items()
+        if row is not None and comparable(row["protocol"], protocol, EVALUATION)
+    }
+
+
+def _control(
+    row: Row,
+    round_: int,
+    sources: Sequence[Source],
+    found: Mapping[int, Mapping[str, Any]],
+    like: Mapping[str, Any],
+) -> dict[int, float]:
+    """Percent, by seed, of the control of as many steps and the same labels."""
+    labels = [s for s in sources if s.data["labeled"] == like["labeled"]]
+    protocol = found[min(found)]["protocol"]
+    for run in (row.run, *dict.fromkeys(s.run for s in labels)):
+        if control := _results(run, "control", round_, labels, protocol):
+            return control
+    return {}
+
+
 def _curve(source: Source, stage: str, round_: int) -> list[tuple[int, float]]:
     rows = [*source.results["curve"], *source.results["rows"]]
     mine = [r for r in rows if (r["stage"], r["round"]) == (stage, round_)]
-    return sorted((r["step"], 100 * r["miou"]) for r in mine)
+    return sorted((r["step"], _percent(r)) for r in mine)
 
 
 def write(workdir: epath.Path, table: Table, found: Sequence[Line], about: About) -> str:
@@ -145,102 +202,163 @@ def write(workdir: epath.Path, table: Table, found: Sequence[Line], about: About
     name = about.table if about.table[0].isalpha() else f"table_{about.table}"
     text = markdown(table, found, about)
     write_bytes(workdir / f"{name}.md", text.encode())
-    write_bytes(workdir / f"{name}.csv", as_csv(found, about).encode())
+    write_bytes(workdir / f"{name}.csv", as_csv(table, found, about).encode())
     if found:
         write_bytes(workdir / f"{name}.png", picture(table, found))
     return text
 
 
-def markdown(table: Table, found: Sequence[Line], about: About) -> str:
-    """A table for every protocol, because results of different ones are not to be compared."""
-    texts = [f"## {table.title}\n"]
+def groups(table: Table, found: Sequence[Line]) -> list[list[Line]]:
+    """Lines that may stand together: results of different protocols are not to be compared."""
+    keys = EVALUATION if table.images_vary else COMPARED
+    made = []
     rest = list(found)
     while rest:
-        same = [line for line in rest if comparable(line.protocol, rest[0].protocol)]
+        same = [line for line in rest if comparable(line.protocol, rest[0].protocol, keys)]
         rest = [line for line in rest if line not in same]
-        texts.append(_section(same, about))
+        made.append(same)
+    return made
+
+
+def markdown(table: Table, found: Sequence[Line], about: About) -> str:
+    """A table for every protocol."""
+    texts = [f"## {table.title}\n"]
+    texts += [_section(table, group, about) for group in groups(table, found)]
     if not found:
         texts.append("No run has a result yet.\n")
     return "\n".join(texts)
 
 
-def _section(found: Sequence[Line], about: About) -> str:
+def _section(table: Table, found: Sequence[Line], about: About) -> str:
     first = found[0]
-    setting, _ = published("", about.data, about.backbone, first.labeled)
     protocol = first.protocol
+    setting, theirs = published(protocol["data"], about.network, first.labeled)
+    images = f"{first.labeled} labelled and {first.unlabeled} unlabelled images"
+    steps = any(line.row.over for line in found)
+    names = ["mIoU", "gain", *(["step"] if steps else []), "seeds", f"the paper's ({setting})"]
+    names[:0] = ["labelled + unlabelled"] if table.images_vary else []
     rows = [
-        f"{about.data}: {first.labeled} labelled and {first.unlabeled} unlabelled images; "
+        f"{protocol['data']}: {'' if table.images_vary else images + '; '}"
         f"{protocol['split']}, scales {protocol['scales']}, "
         f"{'mirrored too' if protocol['flip'] else 'not mirrored'}, {protocol['selection']} "
-        f"checkpoint; mIoU in %, mean ± standard deviation; gain over the control of the same "
-        "length ± standard error, paired by seed.\n",
-        f"| | mIoU | gain | seeds | the paper's ({setting}) |",
-        "|---|---|---|---|---|",
+        "checkpoint; mIoU in %, mean ± standard deviation; gain over the control of the same "
+        f"length{', step over the row that this one adds to,' if steps else ''} ± standard error, "
+        "paired by seed.\n",
+        "| " + "".join(f"| {name} " for name in names) + "|",
+        "|---" * (len(names) + 1) + "|",
     ]
     for line in found:
-        number = published(line.row.paper, about.data, about.backbone, line.labeled)[1]
-        seeds = ", ".join(map(str, sorted(line.miou)))
-        theirs = "" if number is None else f"{number:.1f}"
-        rows.append(f"| {line.label} | {line.mean} | {line.gain} | {seeds} | {theirs} |")
+        number = theirs.get(line.row.paper)
+        cells = [line.mean, line.gain, *([line.step] if steps else [])]
+        cells += [", ".join(map(str, line.found)), "" if number is None else f"{number:.1f}"]
+        cells[:0] = [f"{line.labeled} + {line.unlabeled}"] if table.images_vary else []
+        rows.append(f"| {line.label} " + "".join(f"| {cell} " for cell in cells) + "|")
     return "\n".join(rows) + "\n"
 
 
-def as_csv(found: Sequence[Line], about: About) -> str:
-    """A line for every seed; mIoU in percent."""
+def as_csv(table: Table, found: Sequence[Line], about: About) -> str:
+    """A line for every seed, and for a figure over steps every evaluation; mIoU in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("table", "label", "run", "stage", "round", "labeled", "unlabeled")
-    writer.writerow((*names, "seed", "miou", "control", "protocol"))
+    writer.writerow((*names, "seed", "step", "miou", "control", "paper", "protocol"))
     for line in found:
         what = (about.table, line.label, line.row.run, line.row.stage, line.round)
-        for seed, miou in sorted(line.miou.items()):
-            control = line.control.get(seed, "")
-            writer.writerow(
-                (*what, line.labeled, line.unlabeled, seed, miou, control, _plain(line.protocol))
-            )
+        images = (line.labeled, line.unlabeled)
+        _, theirs = published(line.protocol["data"], about.network, line.labeled)
+        for seed, row in line.found.items():
+            whole = [(row["step"], _percent(row))]
+            protocol = json.dumps(row["protocol"], sort_keys=True)
+            for step, miou in line.curve[seed] if table.x == "step" else whole:
+                control = line.control.get(seed, "")
+                paper = theirs.get(line.row.paper, "")
+                writer.writerow((*what, *images, seed, step, miou, control, paper, protocol))
     return text.getvalue()
 
 
-def _plain(protocol: Mapping[str, Any]) -> str:
-    return json.dumps(protocol, sort_keys=True)
-
-
 def picture(table: Table, found: Sequence[Line]) -> bytes:
-    """A PNG: a dot for each seed and a stroke for their mean, or curves over training."""
-    drawn = figure.Figure(figsize=(7, 1.2 + 0.4 * max(len(found), 5)), layout="constrained")
-    axes = drawn.add_subplot()
-    axes.set_title(table.title, fontsize=10)
-    if table.x == "step":
-        _draw_curves(axes, found)
-    else:
-        _draw_rows(axes, found)
+    """A PNG, with a panel for every protocol."""
+    panels = groups(table, found)
+    heights = [1.2 + 0.4 * max(len(panel), 5 if table.x != "row" else 1) for panel in panels]
+    drawn = figure.Figure(figsize=(7, sum(heights)), layout="constrained")
+    drawn.suptitle(table.title, fontsize=10)
+    axes = drawn.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    draw = {"row": _draw_rows, "step": _draw_curves, "round": _draw_rounds, "ratio": _draw_ratios}
+    for place, panel in zip(axes, panels, strict=True):
+        draw[table.x](place, panel)
     content = io.BytesIO()
     drawn.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return content.getvalue()
 
 
 def _draw_rows(axes: Any, found: Sequence[Line]) -> None:
+    """A dot for each seed and a stroke for their mean."""
     for place, line in enumerate(found):
         values = list(line.miou.values())
         axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6)
         axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=COLOURS[1], linewidth=2)
     labels = [f"{line.label}\n{line.labeled} + {line.unlabeled} images" for line in found]
     axes.set_yticks(range(len(found)), labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel("mIoU, %")
     axes.grid(axis="x", alpha=0.3)
 
 
 def _draw_curves(axes: Any, found: Sequence[Line]) -> None:
+    """mIoU over training, of each seed thin, their mean thick."""
     for number, line in enumerate(found):
-        colour = COLOURS[number % len(COLOURS)]
-        curves = list(line.curve.values())
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=1)
-        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-        means = [np.mean([dict(curve)[step] for curve in curves]) for step in steps]
-        axes.plot(steps, means, color=colour, linewidth=2, label=line.label)
-    axes.set_xlabel("step")
+        _draw_seeds(axes, line.curve, COLOURS[number % len(COLOURS)], line.label)
+    _finish(axes, "step")
+
+
+def _draw_rounds(axes: Any, found: Sequence[Line]) -> None:
+    """mIoU by round, from the teacher as round 0; the controls beside the students."""
+    method = [line for line in found if line.row.stage != "control"]
+    controls = [line for line in found if line.row.stage != "student"]
+    _draw_seeds(axes, _over(method, lambda line: line.round), COLOURS[0], "students")
+    label = "control: labels alone, as long"
+    _draw_seeds(axes, _over(controls, lambda line: line.round), COLOURS[1], label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes, "round (0: the teacher)")
+
+
+def _draw_ratios(axes: Any, found: Sequence[Line]) -> None:
+    """mIoU over the count of unlabelled images; what has labels alone as level lines."""
+    students = [line for line in found if line.row.stage == "student"]
+    points = _over(students, lambda line: line.unlabeled / line.labeled)
+    _draw_seeds(axes, points, COLOURS[0], "student")
+    for number, line in enumerate(line for line in found if line.row.stage != "student"):
+        mean = np.mean(list(line.miou.values()))
+        axes.axhline(mean, color=COLOURS[1 + number], linestyle="--", label=line.label)
+    _finish(axes, "unlabelled images for each labelled one")
+
+
+def _over(
+    found: Sequence[Line], place: Callable[[Line], float]
+) -> dict[int, list[tuple[float, float]]]:
+    """(place, percent) of lines, by seed, in the order of places."""
+    points: dict[int, list[tuple[float, float]]] = {}
+    for line in sorted(found, key=place):
+        for seed, miou in line.miou.items():
+            points.setdefault(seed, []).append((place(line), miou))
+    return points
+
+
+def _draw_seeds(
+    axes: Any, points: Mapping[int, Sequence[tuple[float, float]]], colour: str, label: str
+) -> None:
+    """(x, percent) of every seed thin, and thick their mean where all have one."""
+    if not points:
+        return
+    for curve in points.values():
+        axes.plot(*zip(*curve, strict=True), ".-", color=colour, alpha=0.35, linewidth=1)
+    places = sorted(set.intersection(*({x for x, _ in curve} for curve in points.values())))
+    means = [np.mean([dict(curve)[x] for curve in points.values()]) for x in places]
+    axes.plot(places, means, "o-", color=colour, linewidth=2, markersize=4, label=label)
+
+
+def _finish(axes: Any, x: str) -> None:
+    axes.set_xlabel(x)
     axes.set_ylabel("mIoU, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

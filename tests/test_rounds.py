@@ -247,19 +247,28 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
     first = json.loads((tmp_path / "results.json").read_text())
     assert [r["step"] for r in first["curve"]] == [2]
     config.rounds.count = 1
-    config.rounds.control = False
+    rounds.run(config, tmp_path)
+    config.rounds.count = 2
     config.eval.flip = True
     rounds.run(config, tmp_path)
-    content = json.loads((tmp_path / "results.json").read_text())
-    rows = content["rows"]
-    assert [(r["stage"], r["protocol"]["flip"]) for r in rows] == [
-        ("teacher", False),
-        ("teacher", True),
-        ("student", True),
-    ]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows[0] == first["rows"][0]
-    config.rounds.count = 0
-    with pytest.raises(UserError, match=r"rounds\.count: 1 there, 0 here"):
+    by = {flip: [r for r in rows if r["protocol"]["flip"] is flip] for flip in (False, True)}
+    assert [(r["stage"], r["round"]) for r in by[False]] == [
+        ("teacher", 0),
+        ("student", 1),
+        ("control", 1),
+    ]
+    # The control of one student is evaluated again like all else.
+    assert [(r["stage"], r["round"]) for r in by[True]] == [
+        ("teacher", 0),
+        ("student", 1),
+        ("student", 2),
+        ("control", 1),
+        ("control", 2),
+    ]
+    config.rounds.count = 1
+    with pytest.raises(UserError, match=r"rounds\.count: 2 there, 1 here"):
         rounds.run(config, tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
-from semiseg_jax import evaluate, history, interruption, paper, rounds, study
+from semiseg_jax import evaluate, history, identity, interruption, paper, rounds, study
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 
@@ -103,7 +103,8 @@ def test_all_runs_of_the_same_labels_have_the_same_teacher(config):
     made = study.Study(config, "1", [0], "unused")
     keys = {name: study.of_teacher(made.piece(name, 0).config) for name in paper.RUNS}
     same = [name for name in paper.RUNS if keys[name] == keys["full"]]
-    assert set(paper.RUNS) - set(same) == {"all_labels"}
+    assert set(paper.RUNS) - set(same) == {"all_labels", "all_labels_extra"}
+    assert keys["all_labels"] == keys["all_labels_extra"]
     other = study.Study(config, "1", [1], "unused").piece("full", 1)
     assert study.of_teacher(other.config) != keys["full"]
 
@@ -111,16 +112,91 @@ def test_all_runs_of_the_same_labels_have_the_same_teacher(config):
 def test_the_plan_counts_images_and_what_is_shared(config, tmp_path, capsys):
     study.Study(config, "2", [0], tmp_path, only=("full", "sda")).print_plan()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    # 2 steps of 2 images, of 2 + 2 in a student; 8 unlabelled images, one scale, mirrored too.
+    # 2 steps of 2 images, of 2 + 2 in a student; 8 unlabelled images, one scale, mirrored too;
+    # N to evaluate, each time.
+    evaluated = len(sources.plan(config)[0].evaluation)
+    n = str(evaluated)
     expected = [
-        ["full", "0", "teacher", "4", "0"],
-        ["full", "0", "student", "1", "8", "16"],
-        ["full", "0", "control", "1", "4", "0"],
-        ["sda", "0", "teacher", "0", "0", "shared"],
-        ["sda", "0", "student", "1", "8", "0"],
-        ["left", "to", "do", "24", "16"],
+        ["full", "0", "teacher", "4", "0", n],
+        ["full", "0", "student", "1", "8", "16", n],
+        ["full", "0", "control", "1", "4", "0", n],
+        ["sda", "0", "teacher", "0", "0", n, "shared"],
+        ["sda", "0", "student", "1", "8", "0", n],
+        ["left", "to", "do", "24", "16", str(5 * evaluated)],
     ]
     assert [line for line in lines if line in expected] == expected
+
+
+def test_the_plan_knows_what_lies_in_the_workdir(config, tmp_path, capsys):
+    teacher = tmp_path / "sda" / "seed_0" / "round_0" / "teacher"
+    (teacher / "pseudo_labels").mkdir(parents=True)
+    (teacher / rounds.DONE).touch()
+    manifest = {"images": {str(number): {} for number in range(6)}}
+    (teacher / "pseudo_labels" / "manifest.json").write_text(json.dumps(manifest))
+    study.Study(config, "2", [0], tmp_path, only=("sda_dsbn",)).print_plan()
+    lines = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]
+    # Another run's teacher is there, with labels of 6 of the 8 images; mirrored too.
+    assert ["sda_dsbn", "0", "teacher", "0", "0"] in [line[:5] for line in lines]
+    assert ["sda_dsbn", "0", "student", "1", "8", "4"] in lines
+
+
+def test_evaluations_that_make_curves_are_planned(config, tmp_path, capsys):
+    config.train.steps = 30
+    evaluated = len(sources.plan(config)[0].evaluation)
+    made = study.Study(config, "figure_5", [0], tmp_path, only=("sce",))
+    made.print_plan()
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "student 1" in line]
+    # At 3, 6, … 27, and at the end.
+    assert line[-1] == str(10 * evaluated)
+    (piece,) = made.pieces
+    assert piece.config_of(1).eval.every == 3
+    # The teacher, made by the run of the whole method, is evaluated at its end alone.
+    assert made.piece("full", 0).config_of(1).eval.every == 0
+
+
+def test_runs_without_images_for_them_are_left_out(config, tmp_path, capsys):
+    made = study.Study(config, "figure_4", [0, 1], tmp_path)
+    unlabeled, labeled = (
+        len(part) for part in (lambda d: (d.unlabeled, d.labeled))(sources.plan(config)[0])
+    )
+    left = [n for n in (1, 2, 4, 8, 16) if n * labeled > unlabeled]
+    assert left
+    names = [piece.name for piece in made.pieces]
+    assert names == 2 * ["full", *(f"ratio_{n}" for n in (1, 2, 4, 8, 16) if n not in left)]
+    said = capsys.readouterr().out
+    assert all(f"ratio_{n} is left out: data.unlabeled_ratio={n} asks" in said for n in left)
+
+
+def test_a_workdir_of_another_config_is_refused(config, tmp_path):
+    piece = study.Study(config, "2", [0], tmp_path).piece("sda", 0)
+    piece.workdir.mkdir(parents=True)
+    identity.keep_config(piece.workdir, piece.config_of(1))
+    study.Study(config, "2", [0], tmp_path)
+    config.train.steps = 3
+    with pytest.raises(UserError, match=r"another config \(train.steps: 2 there, 3 here\)"):
+        study.Study(config, "2", [0], tmp_path, only=("full",))
+
+
+def test_a_table_has_the_seeds_of_before(config, tmp_path):
+    (tmp_path / "sda" / "seed_3").mkdir(parents=True)
+    (tmp_path / "sda" / "seed_3.old").mkdir(parents=True)
+    made = study.Study(config, "2", [1], tmp_path)
+    assert [p.seed for p in made._shown if p.name == "sda"] == [1, 3]
+    assert {p.seed for p in made.pieces} == {1}
+
+
+def test_a_run_with_frozen_statistics_takes_the_teacher_of_the_others(config, tmp_path, capsys):
+    study.Study(config, "2", [0], tmp_path, only=("sda_frozen",)).run()
+    assert "taken from" in capsys.readouterr().out
+    full = tmp_path / "full" / "seed_0"
+    assert json.loads((full / "config.json").read_text())["model"]["norm"] == "dsbn"
+    rows = [
+        json.loads((w / "results.json").read_text())["rows"]
+        for w in (full, tmp_path / "sda_frozen" / "seed_0")
+    ]
+    # The first made the teacher alone.
+    assert [len(r) for r in rows] == [1, 2]
+    assert rows[0][0]["iou"] == rows[1][0]["iou"]
 
 
 @pytest.mark.parametrize("texts", [["0", "x"], ["1", "1"], []])

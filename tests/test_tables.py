@@ -1,7 +1,9 @@
 """Tables of several seeds: means, gains paired by seed, and what may stand together."""
 
 import csv
+import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ PROTOCOL = {
     "pad_to": 1,
     "selection": "last",
     "split_hash": "a",
+    "evaluation_hash": "e",
 }
-ABOUT = About("1", "d", "xception65")
+ABOUT = About("1", "v3plus xception65")
 
 
 def source(run, seed, results, curve=(), **protocol):
@@ -77,7 +80,8 @@ def test_a_row_of_each_round_becomes_a_line_for_each():
 def test_results_of_another_protocol_stand_in_a_table_of_their_own():
     table = Table("A table", (*TABLE.rows, Row("all labels", "all_labels", "teacher")))
     ceiling = source("all_labels", 0, {("teacher", 0): 0.6}, split_hash="b")
-    text = tables.markdown(table, tables.lines(table, [full(0, 0.3, 0.4, 0.4), ceiling], 1), ABOUT)
+    found = tables.lines(table, [full(0, 0.3, 0.4, 0.4), ceiling], 1)
+    text = tables.markdown(table, found, ABOUT)
     one, other = text.split("d: 3 labelled")[1:]
     assert "| student | 40.00" in one
     assert "| all labels | 60.00" not in one
@@ -86,7 +90,7 @@ def test_results_of_another_protocol_stand_in_a_table_of_their_own():
 
 def test_the_csv_has_a_line_for_every_seed():
     found = tables.lines(TABLE, [full(0, 0.3, 0.42, 0.4), full(1, 0.32, 0.46, 0.41)], students=1)
-    rows = list(csv.DictReader(io.StringIO(tables.as_csv(found, ABOUT))))
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(TABLE, found, ABOUT))))
     got = [(r["label"], r["seed"], float(r["miou"]), r["control"]) for r in rows]
     assert [(label, seed) for label, seed, *_ in got] == [
         ("teacher", "0"),
@@ -98,25 +102,101 @@ def test_the_csv_has_a_line_for_every_seed():
     assert [float(control) for *_, control in got[2:]] == pytest.approx([40, 41])
 
 
-@pytest.mark.parametrize("x", ["row", "step"])
+def test_the_csv_has_the_protocol_of_each_seed_and_the_papers_number():
+    table = Table("A table", (Row("teacher", "full", "teacher", paper="labels alone"),))
+    sources = [full(n, 0.3, 0.4, 0.4, config_hash=f"of {n}") for n in (0, 1)]
+    content = tables.as_csv(table, tables.lines(table, sources, 1), ABOUT)
+    rows = list(csv.DictReader(io.StringIO(content)))
+    assert [json.loads(r["protocol"])["config_hash"] for r in rows] == ["of 0", "of 1"]
+    assert [r["paper"] for r in rows] == ["68.9"] * 2
+
+
+def test_the_csv_of_a_figure_over_steps_has_every_evaluation():
+    table = Table("A figure", TABLE.rows[1:], "step")
+    sources = [full(0, 0.3, 0.42, 0.4, curve=((2, 0.1), (4, 0.3)))]
+    content = tables.as_csv(table, tables.lines(table, sources, 1), ABOUT)
+    rows = list(csv.DictReader(io.StringIO(content)))
+    assert [(r["step"], float(r["miou"])) for r in rows] == [("2", 10), ("4", 30), ("10", 42)]
+
+
+@pytest.mark.parametrize("x", ["row", "step", "round", "ratio"])
 def test_pictures_show_something(x):
     curve = ((2, 0.1), (4, 0.3))
-    table = Table("A figure", TABLE.rows[1:], x)
+    table = Table("A figure", (*TABLE.rows, Row("control", "full", "control")), x)
     sources = [full(0, 0.3, 0.42, 0.4, curve=curve), full(1, 0.3, 0.4, 0.4, curve=curve)]
     found = tables.lines(table, sources, students=1)
-    assert found[0].curve[0] == [(2, 10), (4, 30), (10, 42)]
+    assert found[1].curve[0] == [(2, 10), (4, 30), (10, 42)]
     image = np.asarray(Image.open(io.BytesIO(tables.picture(table, found))).convert("RGB"))
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20
 
 
+def test_seeds_of_different_protocols_are_not_averaged():
+    found = tables.lines(TABLE, [full(0, 0.3, 0.4, 0.4), full(1, 0.5, 0.6, 0.6, flip=True)], 1)
+    assert [(line.mean, line.gain) for line in found if line.label == "student"] == [
+        ("40.00", "+0.00"),
+        ("60.00", "+0.00"),
+    ]
+    assert len(tables.groups(TABLE, found)) == 2
+    # The picture has a panel for each: the second makes it taller.
+    one, two = (
+        Image.open(io.BytesIO(tables.picture(TABLE, part))).height for part in (found[:1], found)
+    )
+    assert two > 1.5 * one
+
+
+def test_a_step_is_over_the_row_that_it_adds_to_paired_by_seed():
+    table = Table("A table", (Row("+ SCL", "full", over="sda_dsbn"),))
+    below = [source("sda_dsbn", seed, {("student", 1): 0.4}) for seed in (0, 1)]
+    found = tables.lines(table, [full(0, 0.3, 0.42, 0.4), full(1, 0.3, 0.46, 0.4), *below], 1)
+    # Steps 2 and 6: mean 4, error sqrt(8) / sqrt(2).
+    assert found[0].step == "+4.00 ± 2.00"
+    assert "| + SCL | 44.00 ± 2.83 | +4.00 ± 2.00 | +4.00 ± 2.00 | 0, 1 |" in tables.markdown(
+        table, found, ABOUT
+    )
+
+
+def test_the_last_round_is_no_row_of_its_own_where_it_is_the_first():
+    table = Table("A table", (Row("one", "full"), Row("all {rounds}", "full", round="last")))
+    results = {("student", 1): 0.4, ("student", 2): 0.5}
+    labels = {
+        n: [line.label for line in tables.lines(table, [source("full", 0, results)], n)]
+        for n in (1, 2)
+    }
+    assert labels == {1: ["one"], 2: ["one", "all 2"]}
+
+
+def test_rows_that_differ_in_their_unlabelled_images_stand_together_where_that_is_compared():
+    table = Table("A figure", (Row("1 : 1", "ratio_1"), Row("all", "full")), "ratio", True)
+    fewer = source("ratio_1", 0, {("student", 1): 0.35}, split_hash="b")
+    fewer = dataclasses.replace(fewer, data={"labeled": 3, "unlabeled": 3})
+    sources = [fewer, full(0, 0.3, 0.42, 0.4)]
+    text = tables.markdown(table, tables.lines(table, sources, 1), ABOUT)
+    assert text.count("d: val") == 1
+    # The gain is over the control of the same labels.
+    assert "| 1 : 1 | 3 + 3 | 35.00 | -5.00 |" in text and "| all | 3 + 9 | 42.00 | +2.00 |" in text
+    others = dataclasses.replace(table, images_vary=False)
+    assert tables.markdown(others, tables.lines(others, sources, 1), ABOUT).count("d: 3") == 2
+
+
+def test_a_gain_is_over_the_control_of_the_same_labels():
+    table = Table("A table", (Row("all", "all_labels_extra"),))
+    more = source("all_labels_extra", 0, {("student", 1): 0.7, ("control", 1): 0.6})
+    more = dataclasses.replace(more, data={"labeled": 12, "unlabeled": 5})
+    (line,) = tables.lines(table, [full(0, 0.3, 0.42, 0.4), more], 1)
+    assert line.gain == "+10.00"
+
+
 def test_the_papers_number_is_that_of_its_setting_else_of_the_reference():
-    assert published("the method", "cityscapes", "resnet101", 744)[1] == 69.3
-    setting, number = published("the method", "camvid", "xception65", 12)
-    assert (setting, number) == ("cityscapes, xception65, 372 labels", 74.1)
-    assert published("", "camvid", "xception65", 12)[1] is None
+    assert published("cityscapes", "v2 resnet101", 744)[1]["the method"] == 69.3
+    setting, numbers = published("camvid", "v3plus xception65", 12)
+    assert (setting, numbers["the method"]) == ("cityscapes, v3plus xception65, 372 labels", 74.1)
+    # Another share of its own data, or another network, is no reference.
+    assert published("cityscapes", "v3plus xception65", 2975)[1] == {}
+    assert published("cityscapes", "v3plus resnet101", 744)[1] == {}
 
 
 def test_every_table_names_runs_that_there_are():
     rows = [row for table in TABLES.values() for row in table.rows]
     assert {row.run for row in rows} == set(RUNS)
+    assert {row.over for row in rows} - {""} <= set(RUNS)
     assert {row.paper for row in rows} - {""} <= {k for v in PUBLISHED.values() for k in v}
