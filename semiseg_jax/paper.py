@@ -133,7 +133,7 @@ CONTROL_LAST = Row("control: labels alone, all students' steps longer", "full", 
 SELF_TRAINING = Row("self-training", "self_training")
 SDA = Row("+ SDA", "sda", over="self_training")
 DSBN = Row("+ DSBN", "sda_dsbn", over="sda")
-SCL = Row("+ SCL", "full", over="sda_dsbn")
+SCL = Row("+ SCL (the method, one round)", "full", over="sda_dsbn")
 FULL = Row(
     "+ rounds: the method, {rounds} rounds", "full", round="last", over="full", paper="the method"
 )
