@@ -22,6 +22,8 @@ FREE = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.profile_at",
+        "pseudo.batch",
+        "pseudo.keep_confidence",
         "rounds.control",
     }
 )

@@ -157,6 +157,14 @@ def test_another_config_is_refused_with_the_difference(config, tmp_path):
         identity.refuse_other_config(tmp_path, config)
 
 
+def test_what_no_result_follows_from_may_change(config, tmp_path):
+    identity.keep_config(tmp_path, config)
+    # Labelling ran out of memory, or the run goes on on more devices.
+    config.pseudo.batch *= 2
+    config.pseudo.keep_confidence = True
+    identity.refuse_other_config(tmp_path, config)
+
+
 def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
     config.data.labels = 99.0
     with pytest.raises(UserError, match="asks for 99"):
