@@ -303,7 +303,7 @@ def evaluation() -> ConfigDict:
     evaluation.window = ()
     evaluation.window_stride = ()
     # Where a set has more than 8 sizes of image, a side is padded to a multiple of this, in pixels,
-    # so that few programs are compiled; 1 for never.
+    # so that few programs are compiled; 1 for never. Labelling pads so too.
     evaluation.pad_to = 128
     # Images evaluated at a time, a multiple of the number of devices.
     evaluation.batch = 8

@@ -165,6 +165,15 @@ def test_what_no_result_follows_from_may_change(config, tmp_path):
     identity.refuse_other_config(tmp_path, config)
 
 
+def test_another_padding_is_another_config_because_labelling_has_it_too(config, tmp_path):
+    identity.keep_config(tmp_path, config)
+    config.eval.batch, config.eval.flip = 4, True
+    identity.refuse_other_config(tmp_path, config)
+    config.eval.pad_to = 64
+    with pytest.raises(UserError, match=r"another config \(eval\.pad_to: 128 there, 64 here\)"):
+        identity.refuse_other_config(tmp_path, config)
+
+
 def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
     config.data.labels = 99.0
     with pytest.raises(UserError, match="asks for 99"):
