@@ -8,6 +8,7 @@ Source: Yuan et al., ICCV 2021, algorithm 1.
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any
 
@@ -40,7 +41,7 @@ from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.network import Network
-from semiseg_jax.pseudo_labels import PSEUDO_LABELS
+from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS
 from semiseg_jax.results import Results, print_table
 from semiseg_jax.scoring import Say, Scorer
 from semiseg_jax.state import Variables
@@ -276,7 +277,8 @@ class Job:
 
         Made again it would be the same: for runs whose configs differ behind the teacher alone, or
         in its kind of norm, of which a teacher uses the weak one. Label maps that this run's
-        settings would not make are made anew when they are looked at.
+        settings would not make, or without a confidence that it keeps, are made anew when they are
+        looked at.
         """
         stage = self._stage("teacher", 0)
         network = self._network(self._backbone("teacher"))
@@ -289,8 +291,9 @@ class Job:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
         history.copy(teacher.stage.folder, stage.folder)
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
-        for example in distributed.share(labeled):
-            name = f"{PSEUDO_LABELS}/{example.id}.png"
+        kinds = (PSEUDO_LABELS, *[CONFIDENCE] * self._config.pseudo.keep_confidence)
+        for example, kind in itertools.product(distributed.share(labeled), kinds):
+            name = f"{kind}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
         self._scorer.adopted(stage, network, say, teacher.stage, teacher.network, variables)

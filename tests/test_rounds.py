@@ -23,6 +23,7 @@ from semiseg_jax import (
     report,
     rounds,
     selection,
+    state,
     train,
 )
 from semiseg_jax.data import sources
@@ -278,6 +279,24 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
     config.rounds.count = 0
     with pytest.raises(UserError, match=r"rounds\.count: 1 there, 0 here"):
         rounds.run(config, tmp_path)
+
+
+def test_an_adopted_teacher_brings_the_confidence_of_its_labels(config, tmp_path):
+    config.pseudo.keep_confidence = True
+    lender, taker = (
+        rounds.Job(config, epath.Path(tmp_path / name), interruption.never)
+        for name in ("one", "two")
+    )
+    network = lender._network("tiny")
+    variables = state.init_variables(network.model, 0, lender._mesh)
+    teacher = rounds.Trained(lender._stage("teacher", 0), variables, network)
+    lender.label(teacher)
+    taker.adopt(teacher)
+    kept, brought = (
+        {p.name: p.read_bytes() for p in (tmp_path / w).rglob("pseudo_confidence/**/*.png")}
+        for w in ("one", "two")
+    )
+    assert len(kept) == 8 and brought == kept
 
 
 def test_other_training_images_are_refused(config, tmp_path):
