@@ -239,7 +239,7 @@ def optim() -> ConfigDict:
     optim.reference_batch = 0
     # Share of the last update kept, [0, 1).
     optim.momentum = 0.9
-    # Of the schedule above, > 0.
+    # Of the schedule above, at least 0; at 0 the rate stays what it is.
     optim.poly_power = 0.9
     # On kernels; none on norms and biases.
     optim.weight_decay = 1e-4
