@@ -110,6 +110,8 @@ class Job:
         self._asked = asked
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
+        # Not by functools.cache, which would hold every run of a study to its end.
+        self._networks: dict[str, Network] = {}
         self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         self.dataset = sources.load(config, self._say)
         distributed.agree("data known", lambda: identity.refuse_other_data(workdir, self.dataset))
@@ -159,8 +161,13 @@ class Job:
         """Writes run.json, what the run is made on, for people."""
         record.keep_run(self._workdir, self.dataset, self._mesh)
 
-    @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
+        """The network of a backbone, made and printed when first asked for."""
+        if backbone not in self._networks:
+            self._networks[backbone] = self._make_network(backbone)
+        return self._networks[backbone]
+
+    def _make_network(self, backbone: str) -> Network:
         network = Network(self._config, backbone, self.dataset, self._mesh, self._asked)
         table = Table("part", Column("parameters", justify="right"), "", box=box.SIMPLE_HEAD)
         for part, count, note in deeplab.parts(network.model_config, network.shapes):

@@ -1,8 +1,10 @@
 """Algorithm 1 from data to result rows, and what survives an interruption."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import weakref
 from unittest import mock
 
 import jax
@@ -297,6 +299,18 @@ def test_an_adopted_teacher_brings_the_confidence_of_its_labels(config, tmp_path
         for w in ("one", "two")
     )
     assert len(kept) == 8 and brought == kept
+
+
+def test_a_run_that_is_over_goes_with_its_network(config, tmp_path):
+    """A study has many of them in one process."""
+    job = rounds.Job(config, epath.Path(tmp_path), interruption.never)
+    network = job._network("tiny")
+    assert job._network("tiny") is network
+    assert network.program("teacher", 4) is network.program("teacher", 4)
+    gone = [weakref.ref(job), weakref.ref(network)]
+    del job, network
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 def test_other_training_images_are_refused(config, tmp_path):
