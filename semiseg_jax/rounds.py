@@ -316,7 +316,8 @@ class Job:
             if done == total or done % max(total // 10, 1) < self._config.pseudo.batch:
                 say(f"{done}/{total} images")
 
-        name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {teacher.stage.steps}"
+        step = self._scorer.weights_step(teacher.stage)
+        name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {step}"
         manifest = teacher.network.label(teacher.variables, name, folder, progress, say)
         before = None
         if teacher.stage.kind == "student":

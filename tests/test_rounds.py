@@ -340,6 +340,9 @@ def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path,
         inside = [r["miou"] for r in results.curve if r["stage"] == row["stage"]]
         assert row["miou"] >= max(inside)
         assert row["miou"] == max(inside) or row["miou"] not in inside
+    manifest = tmp_path / "whole/round_0/teacher/pseudo_labels/manifest.json"
+    step = results.rows[0]["weights_step"]
+    assert json.loads(manifest.read_text())["teacher"] == f"round_0/teacher, step {step}"
     with monkeypatch.context() as patch:
         kill_at(patch, "teacher", 4)
         with pytest.raises(Killed):
@@ -386,18 +389,19 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "select, right, reported, held_out",
+    "select, right, reported, held_out, weights_step",
     [
-        ("last", (10, 30, 20, 40), 4, None),
+        ("last", (10, 30, 20, 40), 4, None, 4),
         # A restart evaluates again what it chooses by: the row may be of other weights.
-        ("reported", (10, 30, 30, 20, 40), 5, None),
+        ("reported", (10, 30, 30, 20, 40), 5, None, 4),
         # The best are not the last: they are seen once more, for the pictures of the stage's end.
-        ("reported", (10, 40, 40, 20, 30, 40), 6, None),
-        ("holdout", (10, 30, 20, 40), 4, 5),
+        ("reported", (10, 40, 40, 20, 30, 40), 6, None, 2),
+        # The held-out score is the same after every step: the first of them are the best.
+        ("holdout", (10, 30, 20, 40), 4, 5, 1),
     ],
 )
 def test_one_evaluation_serves_the_choice_and_the_row(
-    config, tmp_path, monkeypatch, select, right, reported, held_out
+    config, tmp_path, monkeypatch, select, right, reported, held_out, weights_step
 ):
     selecting(config, select)
     config.rounds.count = 0
@@ -427,7 +431,7 @@ def test_one_evaluation_serves_the_choice_and_the_row(
     rows = rounds.run(config, tmp_path).rows
     assert built == ([5, 2] if held_out else [5])
     assert [seen.count(5), seen.count(2)] == [reported, held_out or 0]
-    assert [row["step"] for row in rows] == [4]
+    assert [(row["step"], row["weights_step"]) for row in rows] == [(4, weights_step)]
     # Of 50 pixels of the first class 40 are found, and the others taken for the second.
     np.testing.assert_allclose(rows[0]["miou"], np.mean([40 / 50, 50 / 60, 1]))
 
