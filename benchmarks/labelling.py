@@ -48,7 +48,7 @@ def measure(flags: argparse.Namespace) -> tuple[list[float], list[tuple[int, flo
     config.data.labels = 2.0
     config.model.backbone = flags.backbone
     config.pseudo.batch = flags.batch
-    mesh.one_step_at_a_time()
+    mesh.compute_on_cpu()
     dataset = sources.load(config)
     model = deeplab.build(config.model, CLASSES)
     devices = mesh.make_mesh()

@@ -45,7 +45,7 @@ class Both:
         config.model.backbone = flags.backbone
         config.model = deeplab.resolve(config.model)
         config.eval.batch = flags.batch
-        mesh.one_step_at_a_time()
+        mesh.compute_on_cpu()
         found = sources.load(config)
         # The training images have masks, and there are many of them.
         dataset = dataclasses.replace(found, evaluation=found.labeled)

@@ -46,7 +46,7 @@ class Ours:
         from semiseg_jax import inference, mesh, state
         from semiseg_jax.models import deeplab
 
-        mesh.one_step_at_a_time()
+        mesh.compute_on_cpu()
         config = default.get_config()
         config.model.backbone = backbone
         model = deeplab.build(config.model, CLASSES)

@@ -61,7 +61,7 @@ class Ours:
         from semiseg_jax.data.streams import Streams
         from semiseg_jax.models import deeplab
 
-        mesh.one_step_at_a_time()
+        mesh.compute_on_cpu()
         config = default.get_config()
         config.model.backbone = backbone
         config.model.dropout = 0.0

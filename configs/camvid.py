@@ -65,7 +65,7 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     config.train.checkpoint_every = 250
     if size == "half":
         config.pseudo.scales = (0.75, 1.0)
-        # Students of a few minutes each.
+        # For trying things out: a round less than the paper's.
         config.rounds.count = 2
     config.rounds.control = True
     return config

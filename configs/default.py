@@ -239,7 +239,7 @@ def optim() -> ConfigDict:
     optim.reference_batch = 0
     # Share of the last update kept, [0, 1).
     optim.momentum = 0.9
-    # Of the schedule above, > 0.
+    # Of the schedule above, at least 0; at 0 the rate stays what it is.
     optim.poly_power = 0.9
     # On kernels; none on norms and biases.
     optim.weight_decay = 1e-4
@@ -303,7 +303,7 @@ def evaluation() -> ConfigDict:
     evaluation.window = ()
     evaluation.window_stride = ()
     # Where a set has more than 8 sizes of image, a side is padded to a multiple of this, in pixels,
-    # so that few programs are compiled; 1 for never.
+    # so that few programs are compiled; 1 for never. Labelling pads so too.
     evaluation.pad_to = 128
     # Images evaluated at a time, a multiple of the number of devices.
     evaluation.batch = 8

@@ -38,7 +38,8 @@ def check(
         folder: of the label maps.
         manifest: theirs.
         dataset: its labelled masks are read, to compare the classes' shares.
-        before: the folder of the round before, if there was one.
+        before: the folder of the round before, if there was one; of one that is gone, to save disk
+            perhaps, nothing is compared.
 
     Returns:
         Lines for a person: the figures, and a warning for each class that collapses.
@@ -53,8 +54,11 @@ def check(
     }
     line = f"mean confidence {found['mean_confidence']:.3f}"
     then = None
-    if before is not None:
-        then = class_shares(json.loads((before / MANIFEST).read_text()), len(share))
+    earlier = None if before is None else _earlier_manifest(before)
+    if before is not None and earlier is None:
+        line += f", not compared with the round before: {before / MANIFEST} is missing or damaged"
+    elif before is not None and earlier is not None:
+        then = class_shares(earlier, len(share))
         changes = changed_pixels(folder, before, sorted(manifest["images"]), dataset)
         changed, compared = np.sum(list(changes.values()), axis=0)
         found["changed"] = float(changed / max(compared, 1))
@@ -68,6 +72,19 @@ def check(
     if distributed.is_main():
         labels.write_bytes(folder / HEALTH, (json.dumps(found, indent=1) + "\n").encode())
     return [line, *(f"Warning: {warning}" for warning in warnings)]
+
+
+def _earlier_manifest(before: epath.Path) -> dict[str, Any] | None:
+    """What the round before says of its label maps; None where it is missing or damaged."""
+
+    def read() -> dict[str, Any] | None:
+        path = before / MANIFEST
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            return None
+
+    return distributed.agree("label maps of the round before", read)
 
 
 def class_shares(manifest: Mapping[str, Any], num_classes: int) -> Float[np.ndarray, " classes"]:

@@ -11,7 +11,7 @@ from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.splits import split_hash
 from semiseg_jax.errors import UserError
 
-# Keys beside those of `eval` that may change while a run goes on: no stage's result follows from
+# Keys beside most of `eval` that may change while a run goes on: no stage's result follows from
 # them. (Images that moved to another root are the same by id, see `refuse_other_data`.)
 FREE = frozenset(
     {
@@ -22,6 +22,8 @@ FREE = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.profile_at",
+        "pseudo.batch",
+        "pseudo.keep_confidence",
         "rounds.control",
     }
 )
@@ -31,7 +33,8 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     """Refuses a workdir that belongs to another config.
 
     What changes no stage's result may differ: FREE keys, those of `eval` unless the weights of a
-    stage were chosen by evaluating, and more rounds than there were.
+    stage were chosen by evaluating, and more rounds than there were. `eval.pad_to` may not: the
+    images that a teacher labels are padded by it too.
 
     Raises:
         UserError: naming the keys that differ.
@@ -45,7 +48,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not (key.startswith("eval.") and not chosen)
+        and not (key.startswith("eval.") and key != "eval.pad_to" and not chosen)
         and key not in FREE
         and not (key == "rounds.count" and new[key] > old.get(key, 0))
     ]

@@ -29,17 +29,17 @@ def keep_compiled_programs(folder: os.PathLike | str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def one_step_at_a_time() -> None:
-    """Where the CPU computes: a call of a compiled program returns when its results are there.
+def compute_on_cpu() -> None:
+    """Has JAX compute on the CPU, one step at a time; call it before JAX has started its backend.
 
-    JAX dispatches ahead, so the next step's buffers are allocated while a step still runs: with
-    Xception-65 at 4x257x257 on two cores a step took 3.5 to 4.0 s, and takes 2.6 to 2.7 s one at a
-    time. There is nothing to gain from it, because the CPU that would dispatch is the one that
-    computes. Call it before JAX has started its backend; programs over several devices go on as
-    they were.
+    A call of a compiled program then returns when its results are there. Otherwise JAX dispatches
+    ahead, so that the next step's buffers are allocated while a step still runs: with Xception-65
+    at 4x257x257 on two cores a step took 3.5 to 4.0 s, and takes 2.6 to 2.7 s one at a time. There
+    is nothing to gain from dispatching ahead, because the CPU that would dispatch is the one that
+    computes. Programs over several devices go on as they were.
 
-    The TPU's runtime, where it is installed to compile with (see `plan`), is not asked for chips:
-    it prints a page about those it does not find.
+    No other platform is asked for: the TPU's runtime, where it is installed to compile with (see
+    `plan`), prints a page about the chips that it does not find.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_enable_async_dispatch", False)

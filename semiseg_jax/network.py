@@ -1,7 +1,6 @@
 """A network of a run, with all that is compiled for it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -52,10 +51,17 @@ class Network:
         self.shapes = state_lib.variable_shapes(self.model)
         self._config = config
         self._mesh = mesh
+        # Not by functools.cache, which would hold every network of a study to its end.
+        self._programs: dict[tuple[str, int], Program] = {}
 
-    @functools.cache  # noqa: B019 - lives as long as the run
     def program(self, kind: str, num_steps: int) -> Program:
-        """The compiled step of a kind of stage."""
+        """The compiled step of a kind of stage; the same one whenever it is asked for."""
+        key = kind, num_steps
+        if key not in self._programs:
+            self._programs[key] = self._make_program(kind, num_steps)
+        return self._programs[key]
+
+    def _make_program(self, kind: str, num_steps: int) -> Program:
         config = self._config
         factor = optim.rate_factor(config)
         tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, factor)

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     try:
         changes = _changes()
         if on_cpu:
-            mesh.one_step_at_a_time()
+            mesh.compute_on_cpu()
         mesh.keep_compiled_programs(places.usual_cache_dir() / "compiled")
         with interruption.by_signals() as asked:
             broken = _predict(changes, asked)

@@ -92,7 +92,8 @@ class Labeler:
         """Writes a label map for each unlabelled image, and last the manifest.
 
         Goes on where an earlier call stopped. Where one ended, every file is read again, and those
-        that are missing or not as they were written are made again.
+        that are missing or not as they were written are made again. So are those without the
+        confidence of their pixels, where that is to be kept.
 
         Args:
             variables: of the teacher; its weak norm is read.
@@ -118,7 +119,11 @@ class Labeler:
         if manifest is not None:
             if not todo:
                 return manifest
-            say(f"{len(todo)} label maps are missing or damaged, {todo[0].id} first: made again")
+            confidence = ", or without their confidence" * self._config.keep_confidence
+            say(
+                f"{len(todo)} label maps are missing or damaged{confidence}, {todo[0].id} first: "
+                "made again"
+            )
         self._label(variables, todo, folder, stamp, progress)
         distributed.barrier(f"labels of {teacher}")
         with futures.ThreadPoolExecutor() as pool:
@@ -140,18 +145,17 @@ class Labeler:
         if distributed.is_main():
             labels.remove_leftovers(folder)
         unlabeled = self._dataset.unlabeled
-        with futures.ThreadPoolExecutor() as pool:
+
+        def is_good(example: Example) -> bool:
             if manifest is None:
-                good = pool.map(
-                    lambda e: _is_labeled(folder, e, stamp), distributed.share(unlabeled)
-                )
+                good = _is_labeled(folder, example, stamp)
             else:
-                images = manifest["images"]
-                good = pool.map(
-                    lambda e: _is_as_written(folder, e, images.get(e.id)),
-                    distributed.share(unlabeled),
-                )
-            found = distributed.gather_shares("label maps that are there", list(good))
+                good = _is_as_written(folder, example, manifest["images"].get(example.id))
+            return good and (not self._config.keep_confidence or _has_confidence(folder, example))
+
+        with futures.ThreadPoolExecutor() as pool:
+            good = list(pool.map(is_good, distributed.share(unlabeled)))
+            found = distributed.gather_shares("label maps that are there", good)
         return [e for e, fine in zip(unlabeled, found, strict=True) if not fine]
 
     @functools.cached_property
@@ -308,6 +312,11 @@ def _is_as_written(folder: epath.Path, example: Example, entry: dict[str, Any] |
             f"{height}: the image was changed; restore it, or remove that folder to label again."
         )
     return True
+
+
+def _has_confidence(folder: epath.Path, example: Example) -> bool:
+    """Whether the image's confidence is there, which maps made without it have not."""
+    return (folder.parent / CONFIDENCE / f"{example.id}.png").exists()
 
 
 def _description(folder: epath.Path, example: Example) -> dict[str, Any]:

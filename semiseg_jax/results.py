@@ -77,12 +77,25 @@ class Results:
             write_bytes(self._path, (json.dumps(self._content, indent=1) + "\n").encode())
 
 
-def make_row(stage: str, round_: int, step: int, seed: int, score: Score, protocol: Row) -> Row:
-    """A result row; mIoU and IoU in 0..1, null for a class that never occurs."""
+def make_row(
+    stage: str,
+    round_: int,
+    step: int,
+    seed: int,
+    score: Score,
+    protocol: Row,
+    weights_step: int | None = None,
+) -> Row:
+    """A result row; mIoU and IoU in 0..1, null for a class that never occurs.
+
+    `step` is where the stage stood, and `weights_step` which step's weights were evaluated: the
+    same one, but at the end of a stage whose weights were chosen (`eval.select`).
+    """
     return {
         "stage": stage,
         "round": round_,
         "step": step,
+        "weights_step": step if weights_step is None else weights_step,
         "split": protocol["split"],
         "miou": score.miou,
         "iou": score.iou,

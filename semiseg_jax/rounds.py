@@ -8,6 +8,7 @@ Source: Yuan et al., ICCV 2021, algorithm 1.
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any
 
@@ -40,7 +41,7 @@ from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.network import Network
-from semiseg_jax.pseudo_labels import PSEUDO_LABELS
+from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS
 from semiseg_jax.results import Results, print_table
 from semiseg_jax.scoring import Say, Scorer
 from semiseg_jax.state import Variables
@@ -124,6 +125,8 @@ class Job:
         self._asked = asked
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
+        # Not by functools.cache, which would hold every run of a study to its end.
+        self._networks: dict[str, Network] = {}
         self._console = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
         self.dataset = sources.load(config, self._say)
         distributed.agree("data known", lambda: identity.refuse_other_data(workdir, self.dataset))
@@ -173,8 +176,13 @@ class Job:
         """Writes run.json, what the run is made on, for people."""
         record.keep_run(self._workdir, self.dataset, self._mesh)
 
-    @functools.cache  # noqa: B019 - lives as long as the run
     def _network(self, backbone: str) -> Network:
+        """The network of a backbone, made and printed when first asked for."""
+        if backbone not in self._networks:
+            self._networks[backbone] = self._make_network(backbone)
+        return self._networks[backbone]
+
+    def _make_network(self, backbone: str) -> Network:
         network = Network(self._config, backbone, self.dataset, self._mesh, self._asked)
         table = Table("part", Column("parameters", justify="right"), "", box=box.SIMPLE_HEAD)
         for part, count, note in deeplab.parts(network.model_config, network.shapes):
@@ -296,7 +304,8 @@ class Job:
 
         Made again it would be the same: for runs whose configs differ behind the teacher alone, or
         in its kind of norm, of which a teacher uses the weak one. Label maps that this run's
-        settings would not make are made anew when they are looked at.
+        settings would not make, or without a confidence that it keeps, are made anew when they are
+        looked at.
         """
         stage = self._stage("teacher", 0)
         network = self._network(self._backbone("teacher"))
@@ -309,8 +318,9 @@ class Job:
             kept.save(stage.steps, dataclasses.replace(state, step=step))
         history.copy(teacher.stage.folder, stage.folder)
         labeled = self.dataset.unlabeled if self.takes_pseudo_labels else ()
-        for example in distributed.share(labeled):
-            name = f"{PSEUDO_LABELS}/{example.id}.png"
+        kinds = (PSEUDO_LABELS, *[CONFIDENCE] * self._config.pseudo.keep_confidence)
+        for example, kind in itertools.product(distributed.share(labeled), kinds):
+            name = f"{kind}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
                 write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
         self._scorer.adopted(stage, network, say, teacher.stage, teacher.network, variables)
@@ -326,7 +336,8 @@ class Job:
             if done == total or done % max(total // 10, 1) < self._config.pseudo.batch:
                 say(f"{done}/{total} images")
 
-        name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {teacher.stage.steps}"
+        step = self._scorer.weights_step(teacher.stage)
+        name = f"round_{teacher.stage.round}/{teacher.stage.kind}, step {step}"
         manifest = teacher.network.label(teacher.variables, name, folder, progress, say)
         before = None
         if teacher.stage.kind == "student":

@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Weights of a stage evaluated on the reported set: the step that they are of, what it gave."""
+    """Weights of a stage evaluated on the reported set: the step it was at, what that gave."""
 
     step: int
     variables: Variables
@@ -103,6 +103,11 @@ class Scorer:
             self._keep(stage, network, say, self._look(stage, network, stage.steps, variables))
         return variables
 
+    def weights_step(self, stage: Stage) -> int:
+        """The step that the weights that count are of, once a stage has ended."""
+        best = self._best(stage)
+        return best.step if best else stage.steps
+
     def adopted(
         self, stage: Stage, network: Network, say: Say, theirs: Stage, of: Network, last: Variables
     ) -> None:
@@ -147,7 +152,8 @@ class Scorer:
             # Before the row: a stage that has its row is not evaluated again.
             record.keep_evaluation(stage.folder, score, self._dataset, protocol)
             record.keep_norms(stage.folder, norms)
-        row = make_row(stage.kind, stage.round, look.step, self._config.seed, score, protocol)
+        of = self.weights_step(stage) if final else look.step
+        row = make_row(stage.kind, stage.round, look.step, self._config.seed, score, protocol, of)
         self.results.add(row, final)
         place = "" if final else f"step {look.step}: "
         say(f"{place}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")

@@ -93,6 +93,11 @@ class Best:
         on_devices = jax.device_put(variables, mesh_lib.replicated(mesh))
         return Chosen(said["step"], said["miou"], on_devices)
 
+    @property
+    def step(self) -> int:
+        """The step after which the best so far were had; raises as `chosen`."""
+        return self._read().description["step"]
+
     def _read(self) -> weight_files.File:
         try:
             return weight_files.read(self.folder / BEST)

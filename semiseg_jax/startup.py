@@ -28,7 +28,7 @@ def of_a_run(config: Any) -> Iterator[None]:
     with command_line.one_sentence():
         settings.check(config)
         if on_cpu:
-            mesh.one_step_at_a_time()
+            mesh.compute_on_cpu()
         mesh.keep_compiled_programs(places.cache_dir(config.data) / "compiled")
         command_line.start_processes(on_cpu)
         yield

@@ -96,7 +96,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "main")
         patch.setattr(mesh, "keep_compiled_programs", lambda folder: None)
         # For the rest of the process, which has other tests to run.
         patch.setattr(memory, "keep_freed", lambda: False)
-        patch.setattr(mesh, "one_step_at_a_time", lambda: None)
+        patch.setattr(mesh, "compute_on_cpu", lambda: None)
         patch.setattr(sys, "argv", argv)
         with warnings.catch_warnings():
             # ml_collections loads config files by a method that Python is about to drop.

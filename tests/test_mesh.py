@@ -10,7 +10,7 @@ IN_ORDER = """
 import sys
 if sys.argv[1] == "one":
     from semiseg_jax import mesh
-    mesh.one_step_at_a_time()
+    mesh.compute_on_cpu()
 import jax
 import jax.numpy as jnp
 

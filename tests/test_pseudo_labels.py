@@ -1,11 +1,15 @@
 """Label maps and what is kept beside them, of probabilities by hand."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
+from semiseg_jax import health
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import labels, sources
 from semiseg_jax.errors import UserError
@@ -24,11 +28,17 @@ def label(config_of_pairs, tmp_path):
     mesh = mesh_lib.make_mesh(jax.devices()[:1])
     model = deeplab.build(config.model, 3)
     colour = np.zeros(3, np.uint8)
-    labeler = Labeler(model, sources.load(config), config, mesh, colour)
-    labeler._predictor = lambda _, images: jnp.broadcast_to(PROBABILITIES, (*images.shape[:3], 3))
     variables = {"params": {}, "batch_stats_weak": {}}
     folder = tmp_path / "labels" / "maps"
-    return lambda: labeler(variables, "a teacher", folder, lambda *_: None, print)
+
+    def start():
+        labeler = Labeler(model, sources.load(config), config, mesh, colour)
+        labeler._predictor = lambda _, images: jnp.broadcast_to(
+            PROBABILITIES, (*images.shape[:3], 3)
+        )
+        return labeler(variables, "a teacher", folder, lambda *_: None, print)
+
+    return start
 
 
 def test_confidence_is_a_grey_image_of_each_pixel(label, tmp_path):
@@ -60,3 +70,28 @@ def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "write_bytes", write)
     assert len(label()["images"]) == 8
     assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
+
+
+def test_confidence_that_is_wanted_later_is_made_then(label, config_of_pairs, tmp_path):
+    config_of_pairs.pseudo.keep_confidence = False
+    first = label()
+    assert not (tmp_path / "labels" / "pseudo_confidence").exists()
+    config_of_pairs.pseudo.keep_confidence = True
+    assert label()["images"] == first["images"]
+    assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
+
+
+@pytest.mark.parametrize("earlier", [None, "", '{"images": {'])
+def test_a_round_whose_labels_are_gone_is_not_compared_with(
+    label, config_of_pairs, tmp_path, earlier
+):
+    manifest = label()
+    folder, before = epath.Path(tmp_path / "labels" / "maps"), epath.Path(tmp_path / "before")
+    if earlier is not None:
+        before.mkdir()
+        (before / "manifest.json").write_text(earlier)
+    line, *_ = health.check(folder, manifest, sources.load(config_of_pairs), before)
+    assert line.endswith(
+        f"not compared with the round before: {before}/manifest.json is missing or damaged"
+    )
+    assert "changed" not in json.loads((folder / "health.json").read_text())

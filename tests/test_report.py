@@ -13,10 +13,10 @@ from etils import epath
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from semiseg_jax import figures, history, mesh, metrics, record, report, rounds
+from semiseg_jax import evaluate, figures, history, mesh, metrics, record, report, rounds
 from semiseg_jax.errors import UserError
 from semiseg_jax.reporting import drawings, galleries
-from semiseg_jax.reporting.run import Stage
+from semiseg_jax.reporting.run import Run, Stage
 from tests import workdirs
 from tests.conftest import tiny_config
 
@@ -333,6 +333,17 @@ def test_the_norms_of_the_last_student_can_be_had_as_one_picture(run, copied):
         (copied / f"round_{round_}/student/DONE").unlink()
     with pytest.raises(UserError, match="No student with a weak and a strong norm has ended yet"):
         drawings.norms_picture(copied)
+
+
+@pytest.mark.parametrize("select, said", [("last", False), ("holdout", True)])
+def test_a_curve_says_that_its_last_point_is_of_chosen_weights(tmp_path, select, said):
+    protocol = dict.fromkeys(evaluate.COMPARED, "any") | {"selection": evaluate.SELECTIONS[select]}
+    row = {"stage": "teacher", "round": 0, "step": 4, "miou": 0.5, "protocol": protocol}
+    folder = epath.Path(tmp_path)
+    stage = Stage(0, "teacher", 0, 0, folder, True, None)
+    (picture,) = drawings.curves(Run(folder, {}, None, [row], [], [stage]))["pictures"]
+    assert picture["title"].startswith("mIoU")
+    assert ("of the weights that were chosen" in picture["title"]) == said
 
 
 @pytest.mark.parametrize("domains", [("weak", "strong"), ("weak",)])

@@ -22,6 +22,7 @@ def test_a_row_says_what_it_is():
     assert made["iou"] == [0.5, 10 / 15, None]
     np.testing.assert_allclose(made["miou"], (0.5 + 10 / 15) / 2)
     assert (made["pixels"], made["pixel_accuracy"], made["mean_class_accuracy"]) == (20, 0.75, 0.75)
+    assert (made["step"], made["weights_step"]) == (10, 10)
     json.dumps(made, allow_nan=False)
 
 

@@ -1,8 +1,10 @@
 """Algorithm 1 from data to result rows, and what survives an interruption."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import weakref
 from unittest import mock
 
 import jax
@@ -23,6 +25,7 @@ from semiseg_jax import (
     report,
     rounds,
     selection,
+    state,
     train,
 )
 from semiseg_jax.data import sources
@@ -157,6 +160,23 @@ def test_another_config_is_refused_with_the_difference(config, tmp_path):
         identity.refuse_other_config(tmp_path, config)
 
 
+def test_what_no_result_follows_from_may_change(config, tmp_path):
+    identity.keep_config(tmp_path, config)
+    # Labelling ran out of memory, or the run goes on on more devices.
+    config.pseudo.batch *= 2
+    config.pseudo.keep_confidence = True
+    identity.refuse_other_config(tmp_path, config)
+
+
+def test_another_padding_is_another_config_because_labelling_has_it_too(config, tmp_path):
+    identity.keep_config(tmp_path, config)
+    config.eval.batch, config.eval.flip = 4, True
+    identity.refuse_other_config(tmp_path, config)
+    config.eval.pad_to = 64
+    with pytest.raises(UserError, match=r"another config \(eval\.pad_to: 128 there, 64 here\)"):
+        identity.refuse_other_config(tmp_path, config)
+
+
 def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(config, tmp_path):
     config.data.labels = 99.0
     with pytest.raises(UserError, match="asks for 99"):
@@ -272,6 +292,36 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
         rounds.run(config, tmp_path)
 
 
+def test_an_adopted_teacher_brings_the_confidence_of_its_labels(config, tmp_path):
+    config.pseudo.keep_confidence = True
+    lender, taker = (
+        rounds.Job(config, epath.Path(tmp_path / name), interruption.never)
+        for name in ("one", "two")
+    )
+    network = lender._network("tiny")
+    variables = state.init_variables(network.model, 0, lender._mesh)
+    teacher = rounds.Trained(lender._stage("teacher", 0), variables, network)
+    lender.label(teacher)
+    taker.adopt(teacher)
+    kept, brought = (
+        {p.name: p.read_bytes() for p in (tmp_path / w).rglob("pseudo_confidence/**/*.png")}
+        for w in ("one", "two")
+    )
+    assert len(kept) == 8 and brought == kept
+
+
+def test_a_run_that_is_over_goes_with_its_network(config, tmp_path):
+    """A study has many of them in one process."""
+    job = rounds.Job(config, epath.Path(tmp_path), interruption.never)
+    network = job._network("tiny")
+    assert job._network("tiny") is network
+    assert network.program("teacher", 4) is network.program("teacher", 4)
+    gone = [weakref.ref(job), weakref.ref(network)]
+    del job, network
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
 def test_other_training_images_are_refused(config, tmp_path):
     data = sources.load(config)
     identity.keep_data(tmp_path, data)
@@ -299,6 +349,9 @@ def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path,
         inside = [r["miou"] for r in results.curve if r["stage"] == row["stage"]]
         assert row["miou"] >= max(inside)
         assert row["miou"] == max(inside) or row["miou"] not in inside
+    manifest = tmp_path / "whole/round_0/teacher/pseudo_labels/manifest.json"
+    step = results.rows[0]["weights_step"]
+    assert json.loads(manifest.read_text())["teacher"] == f"round_0/teacher, step {step}"
     with monkeypatch.context() as patch:
         kill_at(patch, "teacher", 4)
         with pytest.raises(Killed):
@@ -345,18 +398,19 @@ def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "select, right, reported, held_out",
+    "select, right, reported, held_out, weights_step",
     [
-        ("last", (10, 30, 20, 40), 4, None),
+        ("last", (10, 30, 20, 40), 4, None, 4),
         # A restart evaluates again what it chooses by: the row may be of other weights.
-        ("reported", (10, 30, 30, 20, 40), 5, None),
+        ("reported", (10, 30, 30, 20, 40), 5, None, 4),
         # The best are not the last: they are seen once more, for the pictures of the stage's end.
-        ("reported", (10, 40, 40, 20, 30, 40), 6, None),
-        ("holdout", (10, 30, 20, 40), 4, 5),
+        ("reported", (10, 40, 40, 20, 30, 40), 6, None, 2),
+        # The held-out score is the same after every step: the first of them are the best.
+        ("holdout", (10, 30, 20, 40), 4, 5, 1),
     ],
 )
 def test_one_evaluation_serves_the_choice_and_the_row(
-    config, tmp_path, monkeypatch, select, right, reported, held_out
+    config, tmp_path, monkeypatch, select, right, reported, held_out, weights_step
 ):
     selecting(config, select)
     config.rounds.count = 0
@@ -386,7 +440,7 @@ def test_one_evaluation_serves_the_choice_and_the_row(
     rows = rounds.run(config, tmp_path).rows
     assert built == ([5, 2] if held_out else [5])
     assert [seen.count(5), seen.count(2)] == [reported, held_out or 0]
-    assert [row["step"] for row in rows] == [4]
+    assert [(row["step"], row["weights_step"]) for row in rows] == [(4, weights_step)]
     # Of 50 pixels of the first class 40 are found, and the others taken for the second.
     np.testing.assert_allclose(rows[0]["miou"], np.mean([40 / 50, 50 / 60, 1]))
 

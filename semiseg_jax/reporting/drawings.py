@@ -8,7 +8,7 @@ from etils import epath
 
 from semiseg_jax import figures, history, record
 from semiseg_jax.errors import UserError
-from semiseg_jax.evaluate import comparable
+from semiseg_jax.evaluate import SELECTIONS, comparable
 from semiseg_jax.reporting.markup import Section, data_uri
 from semiseg_jax.reporting.run import Run, Stage, read
 
@@ -63,8 +63,14 @@ def _curve(stage: Stage, points: Sequence[tuple[float, float]]) -> figures.Curve
 
 
 def _picture_of_scores(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """mIoU over the run; each stage begins where that which it starts from ended."""
+    """mIoU over the run; each stage begins where that which it starts from ended.
+
+    Where weights are chosen (`eval.select`), the last point of a stage is the score of the chosen
+    ones, whatever step they are of.
+    """
     title = "mIoU on the evaluation set, %"
+    if rows[0]["protocol"]["selection"] != SELECTIONS["last"]:
+        title += "; the last point of a stage is of the weights that were chosen"
     ends = {(r["stage"], r["round"]): 100 * r["miou"] for r in run.rows if r in rows}
     lines = []
     for stage in run.stages:
