@@ -68,6 +68,11 @@ class Piece:
     workdir: epath.Path
 
     @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
     def counts(self) -> list[int]:
         """The values of rounds.count that it goes through, each with its control."""
         students = paper.RUNS[self.name].students
@@ -218,19 +223,31 @@ class Study:
     def run(self, asked: interruption.Asked = interruption.never) -> None:
         """Makes what is missing; the table is written again after every run.
 
+        A run that fails does not keep the others from their results: one that diverges is a result
+        of its own.
+
         Raises:
-            UserError: see `rounds.run`.
+            UserError: runs failed, see `rounds.run`; at once where two fail in the same way.
             Interrupted: that was asked for; the same call goes on.
         """
+        failed: dict[str, str] = {}
         for number, piece in enumerate(self.pieces, 1):
             if not all(piece.is_done(*stage) for stage in piece.stages):
-                self._console.rule(f"{number}/{len(self.pieces)}: {piece.name}, seed {piece.seed}")
-                self._make(piece, asked)
+                self._console.rule(f"{number}/{len(self.pieces)}: {piece.title}")
+                try:
+                    self._make(piece, asked)
+                except UserError as error:
+                    if str(error) in failed.values():
+                        raise
+                    failed[piece.title] = str(error)
+                    self._console.print(f"{piece.title} failed: {error}", markup=False)
                 # Programs of this run's shapes are of no use to the next.
                 jax.clear_caches()
             if distributed.is_main():
                 self.write()
         self.print_table()
+        if failed:
+            raise UserError(" ".join(f"{title} failed: {error}" for title, error in failed.items()))
 
     def print_table(self) -> None:
         """Writes and prints the table of what is done."""

@@ -99,6 +99,35 @@ def test_an_interrupted_study_goes_on_where_it_stopped(config, tmp_path, monkeyp
     assert called == [("full", 1), ("full", 2), ("full", 2)]
 
 
+def failing(monkeypatch, errors):
+    """Runs of these names end with these errors, the others with nothing done."""
+    called = []
+
+    def run(config, workdir, asked):
+        called.append(workdir.parent.name)
+        if error := errors.get(called[-1]):
+            raise error
+
+    monkeypatch.setattr(study.Study, "_teach", lambda *arguments: None)
+    monkeypatch.setattr(rounds, "run", run)
+    return called
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(config, tmp_path, monkeypatch):
+    called = failing(monkeypatch, {"sda": UserError("The loss is not finite.")})
+    with pytest.raises(UserError, match=r"^sda, seed 0 failed: The loss is not finite\.$"):
+        study.Study(config, "2", [0], tmp_path).run()
+    assert set(called) == {row.run for row in paper.TABLES["2"].rows}
+
+
+def test_what_makes_every_run_fail_ends_the_study(config, tmp_path, monkeypatch):
+    same = UserError("There is no data.")
+    called = failing(monkeypatch, dict.fromkeys(paper.RUNS, same))
+    with pytest.raises(UserError, match=r"^There is no data\.$"):
+        study.Study(config, "2", [0], tmp_path).run()
+    assert called == ["full", "sda"]
+
+
 def test_all_runs_of_the_same_labels_have_the_same_teacher(config):
     made = study.Study(config, "1", [0], "unused")
     keys = {name: study.of_teacher(made.piece(name, 0).config) for name in paper.RUNS}
