@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 from semiseg_jax.state import TrainState, Variables
 
 
@@ -72,7 +72,7 @@ class Checkpoints:
             except (UserError, jax.errors.JaxRuntimeError):
                 raise  # The latter where another process ended: no checkpoint is to blame.
             except Exception as error:  # orbax and tensorstore have many.
-                reason = str(error).strip().splitlines()[0][:100]
+                reason = first_line(error)[:100]
             # What one process cannot read, none goes on from.
             reason = next(filter(None, distributed.gather("checkpoint read", reason)), "")
             if state is not None and not reason:
@@ -99,7 +99,7 @@ class Checkpoints:
         """One sentence for what orbax and tensorstore say in many."""
         known = "No space left on device|Permission denied|Read-only file system|quota exceeded"
         found = re.search(known, str(error), re.IGNORECASE)
-        reason = found.group() if found else str(error).strip().splitlines()[0][:200]
+        reason = found.group() if found else first_line(error)
         return UserError(
             f"A checkpoint cannot be written to {self._folder} ({reason}): make room there or give "
             "another --workdir, and start again; the complete checkpoints are kept."
