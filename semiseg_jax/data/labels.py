@@ -8,7 +8,6 @@ see the same pixels.
 import contextlib
 import io
 import os
-import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -16,10 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16, UInt8
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from semiseg_jax import distributed
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 IGNORE = 255
 # Large images are data here, not an attack.
@@ -95,9 +94,21 @@ class _File:
     def decode(self) -> Image.Image:
         """The upright image."""
         self.image.load()
-        if self._orientation == 1:
-            return self.image
-        return ImageOps.exif_transpose(self.image)
+        turn = _TURNS.get(self._orientation)
+        return self.image if turn is None else self.image.transpose(turn)
+
+
+# What shows an image upright, by its orientation. Not Pillow's exif_transpose, which also writes
+# the EXIF anew, and fails where a tag that nobody asked for is malformed.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _orientation(image: Image.Image) -> int:
@@ -110,7 +121,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, struct.error):
+    except Exception:  # Pillow has as many as there are kinds of damage.
         return 1  # damaged EXIF beside sound pixels
     return orientation if orientation in range(1, 9) else 1
 
@@ -122,8 +133,8 @@ def _opening(path: epath.PathLike, refusal: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        why = str(error)
+    except Exception as error:  # Pillow's decoders have many, down to TypeError and OverflowError.
+        why = first_line(error)
         if isinstance(error, UnidentifiedImageError):  # it names the Python object that was read
             why = "of no known kind" if epath.Path(path).stat().length else "the file is empty"
         raise UserError(f"{path} {refusal.format(why)}") from error

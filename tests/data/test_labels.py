@@ -182,6 +182,27 @@ def test_damaged_exif_beside_sound_pixels_is_left_alone(tmp_path):
     assert labels.read_image(str(tmp_path / "i.jpg")).shape == (4, 8, 3)
 
 
+def test_a_malformed_tag_beside_the_orientation_is_left_alone(tmp_path):
+    """Text as XResolution, which is a number: Pillow reads it and cannot write it."""
+    tags = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4)
+    Image.new("RGB", (8, 4)).save(tmp_path / "i.jpg", exif=exif)
+    assert labels.image_size(tmp_path / "i.jpg") == (8, 4)
+    assert labels.read_image(tmp_path / "i.jpg").shape == (8, 4, 3)
+
+
+def test_whatever_the_decoder_raises_is_one_sentence(tmp_path):
+    """A width that no integer of the decoder holds: neither an OSError nor a ValueError."""
+    path = tmp_path / "i.bmp"
+    Image.new("RGB", (8, 4)).save(path)
+    content = bytearray(path.read_bytes())
+    content[18:22] = b"\xff" * 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"i\.bmp cannot be decoded \(.*\): it is truncated") as end:
+        labels.read_image(path)
+    assert isinstance(end.value.__cause__, OverflowError)
+
+
 def test_grey_palette_and_transparent_images(tmp_path):
     grey = np.arange(16, dtype=np.uint8).reshape(2, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
