@@ -171,8 +171,7 @@ def test_the_data_of_a_config(folder_config, folder_data):
     assert report.sizes == {"labeled": 4, "unlabeled": 8, "val": 5}
     assert any("The split's hash is" in note for note in report.notes)
     (folder_data / "evaluation.txt").write_text(PAIR.format("train", 0))
-    folder_config.data.evaluation_list = "evaluation.txt"
-    folder_config.data.labels = 0.0
+    folder_config.data.evaluation_list = folder_config.data.labeled_list = "evaluation.txt"
     (error,) = [e for e in doctor.examine_config(folder_config).errors if "in the val list" in e]
     assert "images/train/000.png in the labeled" in error
     folder_config.data.root = "/nowhere"
