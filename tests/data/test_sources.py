@@ -214,6 +214,17 @@ def test_nothing_is_held_out_where_there_is_an_evaluation_set(folder_config):
     assert sources.load(folder_config).split_hash == before.split_hash
 
 
+@pytest.mark.parametrize("wrong", [(300, 0, 0), (-1, 0, 0), (1, 2), 7, "red", (0.5, 0, 0)])
+def test_what_is_no_colour_is_told_before_anything_is_trained(folder_config, wrong):
+    folder_config.data.palette = ((0, 0, 0), wrong, (255, 255, 255))
+    with pytest.raises(
+        UserError, match=r"data\.palette has .*: make each of its colours \(R, G, B\)"
+    ):
+        sources.plan(folder_config)
+    folder_config.data.palette = ((0, 0, 0), (1, 2, 3), (255, 255, 255))
+    assert sources.plan(folder_config)[0].palette == folder_config.data.palette
+
+
 @pytest.fixture
 def flat_config(folder_config, folder_data):
     """The training images of `folder_config` without a subfolder, and no others."""
