@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -218,6 +219,25 @@ def command(*arguments):
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ({"data.name": "foldr"}, "data.name is 'foldr': make it one of "),
+        ({"data.split_seed": -1}, "data.split_seed is -1: make it at least 0."),
+    ],
+)
+def test_a_config_out_of_its_constraints_is_one_sentence(
+    folder_config, monkeypatch, override, sentence
+):
+    folder_config.update_from_flattened_dict(override)
+    # In this process: another one is long in starting.
+    given = mock.MagicMock(config=folder_config)
+    monkeypatch.setattr(doctor, "flags", mock.Mock(FLAGS=given))
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["splits"])
+    assert str(end.value.code).startswith(f"Error: {sentence}")
 
 
 def test_the_command_ends_with_a_status(good, folder_data):
