@@ -8,6 +8,7 @@ see the same pixels.
 import contextlib
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -343,6 +344,10 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         ) from error
 
 
+# The names of temporary files, and whose they are.
+_TEMPORARY = re.compile(r"\..+\.\d+-(?P<process>\d{1,9})\.tmp")
+
+
 def _write_and_rename(path: str, content: bytes) -> None:
     """Writes a file of a file system.
 
@@ -352,7 +357,7 @@ def _write_and_rename(path: str, content: bytes) -> None:
     folder, name = os.path.split(path)
     # On a shared file system processes of several machines may have one number.
     maker = f"{distributed.index()}-{os.getpid()}"
-    temporary = os.path.join(folder, f".{name}.{maker}.tmp")
+    temporary = os.path.join(folder, f".{name}.{maker}.tmp")  # as _TEMPORARY has it
     try:
         with _made(temporary) as file:
             file.write(content)
@@ -373,10 +378,29 @@ def _made(path: str) -> BinaryIO:
 
 
 def remove_leftovers(folder: epath.PathLike) -> None:
-    """Removes the temporary files below a folder that `write_bytes` left when it was killed."""
-    folder = epath.Path(folder)
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir():
-            remove_leftovers(path)
-        elif path.name.startswith(".") and path.suffix == ".tmp":
-            path.unlink()
+    """Removes the temporary files below a folder that `write_bytes` left when it was killed.
+
+    Links to folders are not followed: what lies there is not ours. What another process of this
+    machine may be about to rename stays.
+    """
+    if not has_rename(folder):
+        return  # None are made there.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            made = _TEMPORARY.fullmatch(name)
+            if made and not _is_another_alive(int(made["process"])):
+                # One that cannot be removed, or was by another process, does no harm.
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(place, name))
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # In a container the killed process had the same number.
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,4 +1,6 @@
+import os
 import struct
+import subprocess
 import zlib
 
 import cv2
@@ -142,6 +144,32 @@ def test_writing_leaves_the_old_file_or_the_new_and_nothing_else(tmp_path, monke
         labels.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_leftovers_are_removed_and_no_other_file(tmp_path, monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folder, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    for place in (folder / "deep", elsewhere):
+        place.mkdir(parents=True)
+    (folder / "link").symlink_to(elsewhere)
+    monkeypatch.setattr(labels.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # as where it is killed
+        labels.write_bytes(folder / "a b.png", b"cut")
+    leftovers = [folder / f".c.png.0-{gone.pid}.tmp", folder / "deep" / f".d.12-{gone.pid}.tmp"]
+    others = [
+        folder / ".other.tmp",
+        folder / "deep" / ".swap.0-x.tmp",
+        folder / f"seen.png.0-{gone.pid}.tmp",
+        folder / f".busy.png.0-{os.getppid()}.tmp",
+        elsewhere / f".c.png.0-{gone.pid}.tmp",
+    ]
+    for path in (*leftovers, *others):
+        path.write_bytes(b"")
+    assert len(list(folder.glob(".a b.png.*.tmp"))) == 1
+    labels.remove_leftovers(folder)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(others)
+    labels.remove_leftovers(tmp_path / "none")
 
 
 def test_generated_palette_is_that_of_pascal_voc():
