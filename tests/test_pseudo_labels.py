@@ -48,10 +48,10 @@ def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
     """Else the next start would take the image for done."""
     write = labels.write_bytes
 
-    def full(path, content):
+    def full(path, content, **how):
         if "pseudo_confidence" in str(path):
             raise UserError("full")
-        write(path, content)
+        write(path, content, **how)
 
     monkeypatch.setattr(labels, "write_bytes", full)
     with pytest.raises(UserError, match="full"):
@@ -60,3 +60,18 @@ def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "write_bytes", write)
     assert len(label()["images"]) == 8
     assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
+
+
+@pytest.mark.parametrize("left", [b"", bytes(900)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_a_power_cut_leaves_of_a_label_map_is_made_again(label, tmp_path, left, manifest):
+    """Label maps are not synced: their names may be on the disk and their content not."""
+    label()
+    folder = tmp_path / "labels" / "maps"
+    path = min(folder.rglob("*.png"))
+    whole = path.read_bytes()
+    path.write_bytes(left)
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    label()
+    assert path.read_bytes() == whole

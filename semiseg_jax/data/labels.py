@@ -321,18 +321,26 @@ def has_rename(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
+def write_bytes(path: epath.PathLike, content: bytes, sync: bool = True) -> None:
     """Writes a file so that it is never seen half-written: temporary name, then rename.
 
     Stores without rename (see `has_rename`) show a file only once all of it was written, and get
     it under its own name.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        sync: wait until the disk has it, so that a power cut leaves the old file or the new one.
+            Not for files by the thousand, for which that takes longer than making them. A power
+            cut may leave these empty or cut off, and whoever reads them has to find out: label
+            maps are known by their stamp and hash, and made again.
 
     Raises:
         UserError: the disk is full or not writable.
     """
     try:
         if has_rename(path):
-            _write_and_rename(os.fspath(path), content)
+            _write_and_rename(os.fspath(path), content, sync)
         else:
             target = epath.Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -348,7 +356,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 _TEMPORARY = re.compile(r"\..+\.\d+-(?P<process>\d{1,9})\.tmp")
 
 
-def _write_and_rename(path: str, content: bytes) -> None:
+def _write_and_rename(path: str, content: bytes, sync: bool) -> None:
     """Writes a file of a file system.
 
     Few system calls, and no objects for paths: prediction and labelling write small files by the
@@ -361,11 +369,27 @@ def _write_and_rename(path: str, content: bytes) -> None:
     try:
         with _made(temporary) as file:
             file.write(content)
+            if sync:
+                # Else the rename may reach the disk before what it renames.
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    if sync:
+        _sync_folder(folder or ".")
+
+
+def _sync_folder(folder: str) -> None:
+    """Waits until the disk has the names of a folder, where its file system can be asked to."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _made(path: str) -> BinaryIO:

@@ -193,7 +193,8 @@ class _Export:
             total = self._builder.info.splits[name].num_examples
             self._say(f"{total} {name} examples of {self._builder.name} go to {self.folder}, once.")
             ids = [self._write(name, example) for example in self._examples(name)]
-            labels.write_bytes(done, (json.dumps({"ids": len(ids)}) + "\n").encode())
+            # Not on the disk before the images that it speaks for.
+            labels.write_bytes(done, (json.dumps({"ids": len(ids)}) + "\n").encode(), sync=False)
         masks = self.folder / "masks" / name
         return pairs(self.folder / "images" / name, masks)
 
@@ -229,7 +230,9 @@ class _Export:
             suffix = _suffix(content, feature)
             # A mask is looked for by this name; it is read by what it is.
             suffix = suffix if kind == "image" else ".png"
-            labels.write_bytes(self.folder / f"{kind}s" / split / f"{id_}{suffix}", content)
+            labels.write_bytes(
+                self.folder / f"{kind}s" / split / f"{id_}{suffix}", content, sync=False
+            )
         return id_
 
 

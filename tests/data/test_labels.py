@@ -146,6 +146,29 @@ def test_writing_leaves_the_old_file_or_the_new_and_nothing_else(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_the_disk_has_a_file_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(opened):
+        at = os.readlink(f"/proc/self/fd/{opened}")
+        done.append(("sync", os.path.getsize(at) if os.path.isfile(at) else at))
+        sync(opened)
+
+    def replaced(source, target):
+        done.append(("name", os.fspath(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(labels.os, "fsync", synced)
+    monkeypatch.setattr(labels.os, "replace", replaced)
+    folder = tmp_path / "new"
+    labels.write_bytes(folder / "f", b"content")
+    assert done == [("sync", 7), ("name", str(folder / "f")), ("sync", str(folder))]
+    done.clear()
+    labels.write_bytes(folder / "f", b"of many", sync=False)
+    assert done == [("name", str(folder / "f"))]
+
+
 def test_leftovers_are_removed_and_no_other_file(tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
