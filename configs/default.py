@@ -74,7 +74,8 @@ def data() -> ConfigDict:
     data.unlabeled_dir = ""
     # Split lists, one or two columns (image, mask or None) or bare ids; relative to the root,
     # else to the working folder. "" for labeled: drawn by `labels`; for unlabeled: every training
-    # image that is not labelled; for evaluation: the source's own list of `eval.split`.
+    # image that is not labelled; for evaluation: the source's own list of `eval.split`. Training
+    # images that are listed for evaluation are not drawn, and not unlabelled.
     data.labeled_list = ""
     data.unlabeled_list = ""
     data.evaluation_list = ""

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 from semiseg_jax.state import TrainState, Variables
 
 
@@ -55,31 +55,54 @@ class Checkpoints:
     def newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The newest checkpoint that can be read, and its step; None where there is none.
 
-        Those that cannot be read are removed: the steps since the one before are done again.
+        Damaged ones are removed: the steps since the one before are done again.
 
         Args:
             like: as for `restore`.
             say: takes a line about each one that is removed.
 
         Raises:
-            UserError: the checkpoint has other names, shapes or dtypes.
+            UserError: the checkpoint has other names, shapes or dtypes, or the storage fails;
+                nothing is removed then.
         """
         steps = distributed.agree("checkpoints", lambda: sorted(self._manager.all_steps()))
+        found, damaged = None, {}
         for step in reversed(steps):
-            state, reason = None, ""
-            try:
-                state = self.restore(step, like)
-            except (UserError, jax.errors.JaxRuntimeError):
-                raise  # The latter where another process ended: no checkpoint is to blame.
-            except Exception as error:  # orbax and tensorstore have many.
-                reason = str(error).strip().splitlines()[0][:100]
-            # What one process cannot read, none goes on from.
-            reason = next(filter(None, distributed.gather("checkpoint read", reason)), "")
-            if state is not None and not reason:
-                return step, state
-            say(f"the checkpoint of step {step} is damaged ({reason}): it is removed")
+            state, reason = self._read(step, like)
+            if state is not None:
+                found = step, state
+                break
+            damaged[step] = reason
+        # Only now: where the storage fails with the last of them, they all stay.
+        for step, reason in damaged.items():
+            say(f"the checkpoint of step {step} is damaged ({reason[:100]}): it is removed")
             self._manager.delete(step)
-        return None
+        return found
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
+        """The state of a step, or None and what is damaged; None for all where it is for one.
+
+        Raises:
+            UserError: as `restore`; or the storage fails, and the checkpoint may be sound.
+        """
+        state, reason, may_be_sound = None, "", False
+        try:
+            state = self.restore(step, like)
+        except (UserError, jax.errors.JaxRuntimeError):
+            raise  # The latter where another process ended: no checkpoint is to blame.
+        except Exception as error:  # orbax and tensorstore have many.
+            reason, may_be_sound = first_line(error), _is_of_storage(error)
+        # What one process cannot read, none goes on from.
+        told = distributed.gather("checkpoint read", (reason, may_be_sound))
+        for why, sound in told:
+            if sound:
+                raise UserError(
+                    f"The checkpoint {self._folder / str(step)} cannot be read ({why}), and may be "
+                    "sound: check the storage and start again, or remove that folder to train its "
+                    "steps anew."
+                )
+        reason = next((why for why, _ in told if why), "")
+        return (None, reason) if reason else (state, "")
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state of a step; once the arrays are copied, the rest goes on behind.
@@ -99,7 +122,7 @@ class Checkpoints:
         """One sentence for what orbax and tensorstore say in many."""
         known = "No space left on device|Permission denied|Read-only file system|quota exceeded"
         found = re.search(known, str(error), re.IGNORECASE)
-        reason = found.group() if found else str(error).strip().splitlines()[0][:200]
+        reason = found.group() if found else first_line(error)
         return UserError(
             f"A checkpoint cannot be written to {self._folder} ({reason}): make room there or give "
             "another --workdir, and start again; the complete checkpoints are kept."
@@ -137,6 +160,23 @@ class Checkpoints:
                     f"The checkpoint {self._folder / str(step)} holds {old} as {name} where the "
                     f"config makes {new}: use the config it was made with, or another workdir."
                 )
+
+
+# How tensorstore's messages begin where the storage fails. Those on what it read begin otherwise:
+# DATA_LOSS, OUT_OF_RANGE, FAILED_PRECONDITION, NOT_FOUND.
+_STORAGE_FAILS = (
+    *("UNAVAILABLE", "UNKNOWN", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED"),
+    *("RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"),
+)
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether a file could not be read, rather than was read, or missed, and found damaged."""
+    if error.__cause__:  # orbax raises errors of its own from tensorstore's.
+        return _is_of_storage(error.__cause__)
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return str(error).startswith(_STORAGE_FAILS)
 
 
 def _by_name(state: TrainState) -> dict[str, Any]:

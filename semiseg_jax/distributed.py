@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -192,7 +192,7 @@ def _join(where: str, arguments: dict[str, Any], on_cpu: bool) -> None:
     except RuntimeError as error:
         raise UserError(
             f"The processes of this run cannot join each other at {where} "
-            f"({_first_line(error)}): check its address and that its port is free."
+            f"({first_line(error)}): check its address and that its port is free."
         ) from error
     state = of_jax.global_state
     if state.num_processes == 1:
@@ -451,7 +451,7 @@ def _end_all(run: _Run, error: BaseException) -> NoReturn:
     sentence = str(error)
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-        sentence = f"{type(error).__name__}: {_first_line(error)}"
+        sentence = f"{type(error).__name__}: {first_line(error)}"
     _ending.set()
     run.say("ended", sentence)
     if is_main():
@@ -513,10 +513,6 @@ def _watch(run: _Run) -> None:
                 seen[number] = (life, now)
             elif now - seen[number][1] > LOST_SECONDS:
                 _end(f"Process {number} was not heard of for {LOST_SECONDS} s: {_GO_ON}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _when_aborted(end: Callable[[], NoReturn] | None) -> None:

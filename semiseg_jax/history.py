@@ -36,7 +36,8 @@ class History:
         self._lines.append({"step": step, **finite})
         content = "".join(json.dumps(line) + "\n" for line in self._lines)
         if distributed.is_main():
-            write_bytes(self._path, content.encode())
+            # Training does not wait for the disk; a damaged history is none (see `read`).
+            write_bytes(self._path, content.encode(), sync=False)
 
 
 def copy(source: epath.Path, folder: epath.Path) -> None:

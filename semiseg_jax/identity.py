@@ -19,6 +19,7 @@ FREE = frozenset(
         "data.cache_dir",
         "data.prefetch",
         "data.threads",
+        "data.palette",
         "train.log_every",
         "train.checkpoint_every",
         "train.profile_at",

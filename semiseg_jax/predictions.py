@@ -249,14 +249,18 @@ class Writer:
             picture = pictures.with_legend(image, classes, deployed.classes, deployed.palette)
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=90)
-            labels.write_bytes(self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue())
+            labels.write_bytes(
+                self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue(), sync=False
+            )
         if self._probabilities:
             buffer = io.BytesIO()
             names = np.array(deployed.classes)
             np.savez_compressed(buffer, probabilities=levels, classes=names)
-            labels.write_bytes(self._output / PROBABILITIES / f"{name}.npz", buffer.getvalue())
+            labels.write_bytes(
+                self._output / PROBABILITIES / f"{name}.npz", buffer.getvalue(), sync=False
+            )
         png = labels.encode_mask(classes, deployed.palette)
-        labels.write_bytes(self._output / f"{name}.png", png)
+        labels.write_bytes(self._output / f"{name}.png", png, sync=False)
 
 
 def _read_sizes(examples: Sequence[Example], note: pipeline.Broken) -> dict[str, Size]:

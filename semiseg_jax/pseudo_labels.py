@@ -249,12 +249,14 @@ class Labeler:
             "histogram": json.dumps({str(i): int(counts[i]) for i in np.flatnonzero(counts)}),
         }
         png = labels.encode_mask(classes, self._dataset.palette, text)
-        labels.write_bytes(folder / f"{name}.png", png)
+        # One that a power cut damages is found by `_todo`, and made again.
+        labels.write_bytes(folder / f"{name}.png", png, sync=False)
 
 
 def _write_grey(path: epath.Path, pixels: UInt8[np.ndarray, "h w"]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
+    # Synced, however many: nobody would find a damaged one.
     labels.write_bytes(path, buffer.getvalue())
 
 

@@ -118,10 +118,10 @@ class Pictures:
             return
         truth = self._gallery / f"{seen.id}.png"
         if not truth.exists():
-            labels.write_bytes(self._gallery / f"{seen.id}.jpg", jpeg(image))
-            labels.write_bytes(truth, labels.encode_mask(label, self._palette))
+            labels.write_bytes(self._gallery / f"{seen.id}.jpg", jpeg(image), sync=False)
+            labels.write_bytes(truth, labels.encode_mask(label, self._palette), sync=False)
         map_ = labels.encode_mask(predicted, self._palette)
-        labels.write_bytes(self._predictions / f"{seen.id}.png", map_)
+        labels.write_bytes(self._predictions / f"{seen.id}.png", map_, sync=False)
 
 
 def small(picture: UInt8[np.ndarray, "h w *rgb"]) -> UInt8[np.ndarray, "sh sw *rgb"]:
@@ -244,7 +244,9 @@ def keep_pseudo(
     for example in dataset.unlabeled:
         if example.id in wanted:
             image = small(labels.read_image(example.image))
-            labels.write_bytes(stage / PSEUDO_GALLERY / f"{example.id}.jpg", jpeg(image))
+            labels.write_bytes(
+                stage / PSEUDO_GALLERY / f"{example.id}.jpg", jpeg(image), sync=False
+            )
     _write_json(stage / f"{PSEUDO_GALLERY}.json", found)
 
 

@@ -322,7 +322,9 @@ class Job:
         for example, kind in itertools.product(distributed.share(labeled), kinds):
             name = f"{kind}/{example.id}.png"
             if (teacher.stage.folder / name).exists():
-                write_bytes(stage.folder / name, (teacher.stage.folder / name).read_bytes())
+                content = (teacher.stage.folder / name).read_bytes()
+                # As where they are made: a damaged label map is found, a confidence map is not.
+                write_bytes(stage.folder / name, content, sync=kind != PSEUDO_LABELS)
         self._scorer.adopted(stage, network, say, teacher.stage, teacher.network, variables)
         _mark_done(stage)
 

@@ -106,7 +106,10 @@ def sixteen_bits(root):
 
 
 def labelled_in_evaluation(root):
-    return [write_list(root, "evaluation.txt", PAIR.format(0)), "--config.data.labels=0.0"]
+    return [
+        write_list(root, "labeled.txt", PAIR.format(0) + PAIR.format(1)),
+        write_list(root, "evaluation.txt", PAIR.format(0)),
+    ]
 
 
 def unlabelled_in_evaluation(root):

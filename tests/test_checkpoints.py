@@ -55,6 +55,65 @@ def test_another_dtype_or_shape_is_refused_by_name(tmp_path, made, change, sente
         kept.restore(1, shapes(other))
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def out_of_reach(path):
+    """There, and an error of the file system to read."""
+    path.unlink()
+    if path.name == "_METADATA":  # read by Python, which would miss such a link
+        path.mkdir()
+    else:
+        path.symlink_to(path.name)
+
+
+@pytest.fixture
+def two(tmp_path, made):
+    """The folder of two checkpoints, of steps 3 and 5."""
+    with checkpoints.Checkpoints(tmp_path / "c") as kept:
+        for step in (3, 5):
+            kept.save(step, made)
+    return tmp_path / "c"
+
+
+def newest(folder, made):
+    said = []
+    with checkpoints.Checkpoints(folder) as kept:
+        found = kept.newest(shapes(made), said.append)
+    return found and found[0], said
+
+
+def test_damaged_checkpoints_are_removed(two, made):
+    cut(two / "5/state/manifest.ocdbt")
+    step, said = newest(two, made)
+    assert step == 3 and said[0].startswith("the checkpoint of step 5 is damaged (DATA_LOSS")
+    assert [p.name for p in two.iterdir()] == ["3"]
+    cut(two / "3/state/_METADATA")
+    assert newest(two, made)[0] is None
+    assert not list(two.iterdir())
+
+
+@pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA"])
+@pytest.mark.parametrize("harm", [out_of_reach, cut])
+def test_where_the_storage_fails_no_checkpoint_is_removed(two, made, name, harm):
+    out_of_reach(two / "3" / name)
+    harm(two / "5" / name)
+    with pytest.raises(UserError, match=r"c/\d cannot be read \(.*\), and may be sound: check the"):
+        newest(two, made)
+    assert sorted(p.name for p in two.iterdir()) == ["3", "5"]
+
+
+def test_an_error_of_the_storage_is_known_below_that_of_orbax(two, made, monkeypatch):
+    def restore(*_):
+        raise Exception("Encountered error while reading") from ValueError("UNAVAILABLE: no store")
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "restore", restore)
+    with pytest.raises(UserError, match=r"c/5 cannot be read \(Encountered .* may be sound"):
+        newest(two, made)
+    assert sorted(p.name for p in two.iterdir()) == ["3", "5"]
+
+
 def test_weights_are_one_file_with_a_description(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = {"params": {"a": {"kernel": jnp.arange(3.0)}}}

@@ -8,7 +8,7 @@ from etils import epath
 
 from semiseg_jax import distributed, selection
 from semiseg_jax.data import pipeline, sources
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 from tests import mains, processes
 
 
@@ -25,6 +25,19 @@ from tests import mains, processes
 def test_what_does_not_fit_together_is_one_sentence(given, sentence):
     with pytest.raises(UserError, match=sentence):
         distributed.start(*given, on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("\n one\ntwo"), "one"),
+        (AssertionError(), "AssertionError"),
+        (OSError(" \n"), "OSError"),
+        (ValueError("x" * 900), "x" * 200),
+    ],
+)
+def test_of_an_error_one_line_is_told(error, line):
+    assert first_line(error) == line
 
 
 def test_flags_and_environment_reach_it_through_main(monkeypatch, folder_config):
@@ -93,7 +106,7 @@ import sys, time
 import numpy as np
 from absl import flags
 from semiseg_jax import command_line, distributed
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 command_line.define_processes()
 flags.FLAGS(["two"])
 def refuse():

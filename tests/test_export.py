@@ -216,12 +216,16 @@ def test_what_a_user_can_cause_is_one_sentence(workdir, tmp_path, case, sentence
     assert not made
 
 
-def test_a_disk_that_fills_leaves_nothing(workdir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(28, "No space left on device"), "No space left on device"), (OSError(), "OSError")],
+)
+def test_a_disk_that_fills_leaves_nothing(workdir, tmp_path, monkeypatch, error, reason):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(artefacts, "_stablehlo", full)
-    with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=rf"out cannot be written \({reason}\)"):
         make(workdir, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

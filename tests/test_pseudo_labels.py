@@ -58,10 +58,10 @@ def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
     """Else the next start would take the image for done."""
     write = labels.write_bytes
 
-    def full(path, content):
+    def full(path, content, **how):
         if "pseudo_confidence" in str(path):
             raise UserError("full")
-        write(path, content)
+        write(path, content, **how)
 
     monkeypatch.setattr(labels, "write_bytes", full)
     with pytest.raises(UserError, match="full"):
@@ -95,3 +95,18 @@ def test_a_round_whose_labels_are_gone_is_not_compared_with(
         f"not compared with the round before: {before}/manifest.json is missing or damaged"
     )
     assert "changed" not in json.loads((folder / "health.json").read_text())
+
+
+@pytest.mark.parametrize("left", [b"", bytes(900)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_a_power_cut_leaves_of_a_label_map_is_made_again(label, tmp_path, left, manifest):
+    """Label maps are not synced: their names may be on the disk and their content not."""
+    label()
+    folder = tmp_path / "labels" / "maps"
+    path = min(folder.rglob("*.png"))
+    whole = path.read_bytes()
+    path.write_bytes(left)
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    label()
+    assert path.read_bytes() == whole

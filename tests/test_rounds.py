@@ -155,6 +155,8 @@ def test_another_config_is_refused_with_the_difference(config, tmp_path):
     identity.refuse_other_config(tmp_path, config)
     identity.keep_config(tmp_path, config)
     identity.refuse_other_config(tmp_path, config)
+    config.data.palette = ((0, 0, 0), (1, 2, 3), (4, 5, 6))  # no result depends on it
+    identity.refuse_other_config(tmp_path, config)
     config.train.steps = 5
     with pytest.raises(UserError, match=r"train\.steps: 4 there, 5 here"):
         identity.refuse_other_config(tmp_path, config)

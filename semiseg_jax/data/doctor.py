@@ -401,6 +401,13 @@ def main(argv: list[str]) -> None:
     command_line.options_only(argv)
     paths = {name: given[name].value or "" for name in NAMES}
     if given.config is not None:
+        # Here, because it lies above: only the command looks at all of a config.
+        from semiseg_jax import settings
+
+        try:
+            settings.check(given.config)
+        except UserError as error:
+            sys.exit(f"Error: {error}")
         report = examine_config(given.config)
     elif any(paths.values()):
         report = examine_lists(paths, given.root)

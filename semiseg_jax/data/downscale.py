@@ -85,7 +85,7 @@ def _outdated(cached: epath.Path, source: str) -> bool:
 
 
 def _write_as_old_as(path: epath.Path, content: bytes, source: str) -> None:
-    labels.write_bytes(path, content)
+    labels.write_bytes(path, content, sync=False)
     stamp = os.stat(source).st_mtime_ns
     os.utime(path, ns=(stamp, stamp))
 

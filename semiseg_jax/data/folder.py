@@ -1,6 +1,8 @@
 """Images and masks in folders of one's own."""
 
+import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,8 @@ def described_classes(
     """Class names, palette and id table as `data.classes` and the keys beside it say.
 
     Raises:
-        UserError: too few or too many names, colours for other than all of them, impossible ids.
+        UserError: too few or too many names, colours for other than all of them or no colours at
+            all, impossible ids.
     """
     data = data_config
     if not 2 <= len(data.classes) <= labels.IGNORE:
@@ -62,9 +65,28 @@ def described_classes(
             f"data.palette has {len(data.palette)} colours for {len(data.classes)} classes: give "
             "one for each, or none."
         )
-    palette = tuple(map(tuple, data.palette)) or labels.generated_palette(len(data.classes))
+    palette = _colours(data.palette) or labels.generated_palette(len(data.classes))
     table = labels.id_table(len(data.classes), data.ignore_ids, data.id_map)
     return tuple(data.classes), palette, table
+
+
+def _colours(palette: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:
+    """`data.palette`, looked at before it is first written with, which is after a training.
+
+    Raises:
+        UserError: one of it is not three integers from 0 to 255.
+    """
+    for colour in palette:
+        try:
+            fine = len(colour) == 3 and all(operator.index(level) in range(256) for level in colour)
+        except TypeError:  # a name, or a number alone
+            fine = False
+        if not fine:
+            raise UserError(
+                f"data.palette has {colour!r}: make each of its colours (R, G, B), three integers "
+                "from 0 to 255."
+            )
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
 
 
 def _say_what_has_no_image(

@@ -8,7 +8,7 @@ see the same pixels.
 import contextlib
 import io
 import os
-import struct
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16, UInt8
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from semiseg_jax import distributed
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 IGNORE = 255
 # Large images are data here, not an attack.
@@ -95,9 +95,21 @@ class _File:
     def decode(self) -> Image.Image:
         """The upright image."""
         self.image.load()
-        if self._orientation == 1:
-            return self.image
-        return ImageOps.exif_transpose(self.image)
+        turn = _TURNS.get(self._orientation)
+        return self.image if turn is None else self.image.transpose(turn)
+
+
+# What shows an image upright, by its orientation. Not Pillow's exif_transpose, which also writes
+# the EXIF anew, and fails where a tag that nobody asked for is malformed.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _orientation(image: Image.Image) -> int:
@@ -110,7 +122,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, struct.error):
+    except Exception:  # Pillow has as many as there are kinds of damage.
         return 1  # damaged EXIF beside sound pixels
     return orientation if orientation in range(1, 9) else 1
 
@@ -122,8 +134,8 @@ def _opening(path: epath.PathLike, refusal: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        why = str(error)
+    except Exception as error:  # Pillow's decoders have many, down to TypeError and OverflowError.
+        why = first_line(error)
         if isinstance(error, UnidentifiedImageError):  # it names the Python object that was read
             why = "of no known kind" if epath.Path(path).stat().length else "the file is empty"
         raise UserError(f"{path} {refusal.format(why)}") from error
@@ -309,18 +321,26 @@ def has_rename(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
+def write_bytes(path: epath.PathLike, content: bytes, sync: bool = True) -> None:
     """Writes a file so that it is never seen half-written: temporary name, then rename.
 
     Stores without rename (see `has_rename`) show a file only once all of it was written, and get
     it under its own name.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        sync: wait until the disk has it, so that a power cut leaves the old file or the new one.
+            Not for files by the thousand, for which that takes longer than making them. A power
+            cut may leave these empty or cut off, and whoever reads them has to find out: label
+            maps are known by their stamp and hash, and made again.
 
     Raises:
         UserError: the disk is full or not writable.
     """
     try:
         if has_rename(path):
-            _write_and_rename(os.fspath(path), content)
+            _write_and_rename(os.fspath(path), content, sync)
         else:
             target = epath.Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +352,11 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         ) from error
 
 
-def _write_and_rename(path: str, content: bytes) -> None:
+# The names of temporary files, and whose they are.
+_TEMPORARY = re.compile(r"\..+\.\d+-(?P<process>\d{1,9})\.tmp")
+
+
+def _write_and_rename(path: str, content: bytes, sync: bool) -> None:
     """Writes a file of a file system.
 
     Few system calls, and no objects for paths: prediction and labelling write small files by the
@@ -341,15 +365,31 @@ def _write_and_rename(path: str, content: bytes) -> None:
     folder, name = os.path.split(path)
     # On a shared file system processes of several machines may have one number.
     maker = f"{distributed.index()}-{os.getpid()}"
-    temporary = os.path.join(folder, f".{name}.{maker}.tmp")
+    temporary = os.path.join(folder, f".{name}.{maker}.tmp")  # as _TEMPORARY has it
     try:
         with _made(temporary) as file:
             file.write(content)
+            if sync:
+                # Else the rename may reach the disk before what it renames.
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    if sync:
+        _sync_folder(folder or ".")
+
+
+def _sync_folder(folder: str) -> None:
+    """Waits until the disk has the names of a folder, where its file system can be asked to."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _made(path: str) -> BinaryIO:
@@ -362,10 +402,29 @@ def _made(path: str) -> BinaryIO:
 
 
 def remove_leftovers(folder: epath.PathLike) -> None:
-    """Removes the temporary files below a folder that `write_bytes` left when it was killed."""
-    folder = epath.Path(folder)
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir():
-            remove_leftovers(path)
-        elif path.name.startswith(".") and path.suffix == ".tmp":
-            path.unlink()
+    """Removes the temporary files below a folder that `write_bytes` left when it was killed.
+
+    Links to folders are not followed: what lies there is not ours. What another process of this
+    machine may be about to rename stays.
+    """
+    if not has_rename(folder):
+        return  # None are made there.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            made = _TEMPORARY.fullmatch(name)
+            if made and not _is_another_alive(int(made["process"])):
+                # One that cannot be removed, or was by another process, does no harm.
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(place, name))
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # In a container the killed process had the same number.
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

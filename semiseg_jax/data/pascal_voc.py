@@ -115,7 +115,9 @@ def _converted(folder: epath.Path, cache: epath.Path, say: Say) -> dict[str, epa
     with futures.ThreadPoolExecutor() as pool:
 
         def convert(path: epath.Path) -> None:
-            labels.write_bytes(masks[path.stem], labels.encode_mask(read_mat(path), palette))
+            labels.write_bytes(
+                masks[path.stem], labels.encode_mask(read_mat(path), palette), sync=False
+            )
 
         for _ in pool.map(convert, todo):
             pass

@@ -99,10 +99,15 @@ def plan(config: Any, say: Say = lambda line: None) -> tuple[Dataset, epath.Path
 def _split(config: Any, layout: Layout, say: Say) -> Dataset:
     """Labelled, unlabelled and evaluation examples, from lists or by the seeded draw."""
     data = config.data
-    candidates = _candidates(data, layout)
     evaluation, evaluated_on = layout.evaluation, config.eval.split
+    listed: set[str] = set()
     if data.evaluation_list:
-        evaluation = _listed(data.evaluation_list, layout, layout.evaluation)
+        # Of two images of one name that of the evaluation set, which comes last.
+        known = (*layout.train, *layout.evaluation)
+        evaluation = _listed(data.evaluation_list, layout, known)
+        # They may be training images, which are not drawn then, and not unlabelled.
+        listed = {_real(e) for e in evaluation}
+    candidates = _candidates(data, layout, listed)
     held_out: tuple[Example, ...] = ()
     selection: tuple[Example, ...] = ()
     if data.holdout and not evaluation:
@@ -128,7 +133,8 @@ def _split(config: Any, layout: Layout, say: Say) -> Dataset:
             f"{len(selection)} of {len(labeled) + len(selection)} labelled images are held out to "
             "choose the weights of each stage by, never trained on (data.holdout)."
         )
-    unlabeled = _unlabeled(data, layout, {_real(e) for e in (*labeled, *held_out)})
+    taken = {_real(e) for e in (*labeled, *held_out)} | listed
+    unlabeled = _unlabeled(data, layout, taken)
     if data.unlabeled_ratio:
         unlabeled = _at_ratio(unlabeled, data, len(labeled))
     return Dataset(
@@ -149,8 +155,14 @@ def _real(example: Example) -> str:
     return os.path.realpath(example.image)
 
 
-def _candidates(data: Any, layout: Layout) -> tuple[Example, ...]:
-    """The images that may be labelled: the list's, or all that have a mask."""
+def _candidates(data: Any, layout: Layout, evaluated: set[str]) -> tuple[Example, ...]:
+    """The images that may be labelled: the list's, or all that have a mask and are not evaluated.
+
+    Args:
+        data: `config.data`.
+        layout: what there is.
+        evaluated: the real paths of images that `data.evaluation_list` names.
+    """
     if data.labeled_list:
         return _listed(data.labeled_list, layout, layout.train)
     candidates = tuple(e for e in layout.train if e.mask)
@@ -162,7 +174,15 @@ def _candidates(data: Any, layout: Layout) -> tuple[Example, ...]:
             f"{layout.train[0].id if layout.train else 'as it'}{data.mask_suffix}, or name pairs "
             "in data.labeled_list."
         )
-    return candidates
+    if not evaluated:
+        return candidates
+    left = tuple(e for e in candidates if _real(e) not in evaluated)
+    if not left:
+        raise UserError(
+            f"{data.evaluation_list} names all {len(candidates)} training images with masks: leave "
+            "some of them to train on."
+        )
+    return left
 
 
 def _unlabeled(data: Any, layout: Layout, taken: set[str]) -> tuple[Example, ...]:

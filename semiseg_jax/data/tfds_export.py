@@ -18,7 +18,7 @@ from semiseg_jax.data import cityscapes, labels
 from semiseg_jax.data.examples import Example, Layout, Say, pairs, safe_id
 from semiseg_jax.data.folder import described_classes
 from semiseg_jax.data.places import cache_dir
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 PREFIX = "tfds:"
 CITYSCAPES = "cityscapes/semantic_segmentation"
@@ -111,7 +111,7 @@ def _builder(name: str, data_dir: str) -> Any:
         return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
         raise UserError(
-            f"data.name={PREFIX}{name} is not known to TFDS ({str(error).splitlines()[0]}): give "
+            f"data.name={PREFIX}{name} is not known to TFDS ({first_line(error)}): give "
             "the name of one of its data sets, with /CONFIG where it has several, or in data.root "
             "the folder of one that is prepared."
         ) from error
@@ -137,7 +137,7 @@ def _prepare(builder: Any, say: Say) -> None:
     try:
         builder.download_and_prepare()
     except (AssertionError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].rstrip(".: ")
+        reason = first_line(error).rstrip(".: ")
         instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         raise UserError(
             f"TFDS cannot prepare {name} ({reason}): put its archives into {archives}, as they "
@@ -193,7 +193,8 @@ class _Export:
             total = self._builder.info.splits[name].num_examples
             self._say(f"{total} {name} examples of {self._builder.name} go to {self.folder}, once.")
             ids = [self._write(name, example) for example in self._examples(name)]
-            labels.write_bytes(done, (json.dumps({"ids": len(ids)}) + "\n").encode())
+            # Not on the disk before the images that it speaks for.
+            labels.write_bytes(done, (json.dumps({"ids": len(ids)}) + "\n").encode(), sync=False)
         masks = self.folder / "masks" / name
         return pairs(self.folder / "images" / name, masks)
 
@@ -229,7 +230,9 @@ class _Export:
             suffix = _suffix(content, feature)
             # A mask is looked for by this name; it is read by what it is.
             suffix = suffix if kind == "image" else ".png"
-            labels.write_bytes(self.folder / f"{kind}s" / split / f"{id_}{suffix}", content)
+            labels.write_bytes(
+                self.folder / f"{kind}s" / split / f"{id_}{suffix}", content, sync=False
+            )
         return id_
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 CPU = "cpu"
 
@@ -95,7 +95,7 @@ def topology(name: str) -> Topology:
     try:
         found: list[Any] = topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"--topology={name} does not exist ({reason}): v5e and v6e have two axes, v4 and v5p "
             "three, all even but for a single chip."

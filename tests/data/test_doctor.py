@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -171,8 +172,7 @@ def test_the_data_of_a_config(folder_config, folder_data):
     assert report.sizes == {"labeled": 4, "unlabeled": 8, "val": 5}
     assert any("The split's hash is" in note for note in report.notes)
     (folder_data / "evaluation.txt").write_text(PAIR.format("train", 0))
-    folder_config.data.evaluation_list = "evaluation.txt"
-    folder_config.data.labels = 0.0
+    folder_config.data.evaluation_list = folder_config.data.labeled_list = "evaluation.txt"
     (error,) = [e for e in doctor.examine_config(folder_config).errors if "in the val list" in e]
     assert "images/train/000.png in the labeled" in error
     folder_config.data.root = "/nowhere"
@@ -219,6 +219,25 @@ def command(*arguments):
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ({"data.name": "foldr"}, "data.name is 'foldr': make it one of "),
+        ({"data.split_seed": -1}, "data.split_seed is -1: make it at least 0."),
+    ],
+)
+def test_a_config_out_of_its_constraints_is_one_sentence(
+    folder_config, monkeypatch, override, sentence
+):
+    folder_config.update_from_flattened_dict(override)
+    # In this process: another one is long in starting.
+    given = mock.MagicMock(config=folder_config)
+    monkeypatch.setattr(doctor, "flags", mock.Mock(FLAGS=given))
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["splits"])
+    assert str(end.value.code).startswith(f"Error: {sentence}")
 
 
 def test_the_command_ends_with_a_status(good, folder_data):

@@ -1,4 +1,6 @@
+import os
 import struct
+import subprocess
 import zlib
 
 import cv2
@@ -144,6 +146,55 @@ def test_writing_leaves_the_old_file_or_the_new_and_nothing_else(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_the_disk_has_a_file_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(opened):
+        at = os.readlink(f"/proc/self/fd/{opened}")
+        done.append(("sync", os.path.getsize(at) if os.path.isfile(at) else at))
+        sync(opened)
+
+    def replaced(source, target):
+        done.append(("name", os.fspath(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(labels.os, "fsync", synced)
+    monkeypatch.setattr(labels.os, "replace", replaced)
+    folder = tmp_path / "new"
+    labels.write_bytes(folder / "f", b"content")
+    assert done == [("sync", 7), ("name", str(folder / "f")), ("sync", str(folder))]
+    done.clear()
+    labels.write_bytes(folder / "f", b"of many", sync=False)
+    assert done == [("name", str(folder / "f"))]
+
+
+def test_leftovers_are_removed_and_no_other_file(tmp_path, monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folder, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    for place in (folder / "deep", elsewhere):
+        place.mkdir(parents=True)
+    (folder / "link").symlink_to(elsewhere)
+    monkeypatch.setattr(labels.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # as where it is killed
+        labels.write_bytes(folder / "a b.png", b"cut")
+    leftovers = [folder / f".c.png.0-{gone.pid}.tmp", folder / "deep" / f".d.12-{gone.pid}.tmp"]
+    others = [
+        folder / ".other.tmp",
+        folder / "deep" / ".swap.0-x.tmp",
+        folder / f"seen.png.0-{gone.pid}.tmp",
+        folder / f".busy.png.0-{os.getppid()}.tmp",
+        elsewhere / f".c.png.0-{gone.pid}.tmp",
+    ]
+    for path in (*leftovers, *others):
+        path.write_bytes(b"")
+    assert len(list(folder.glob(".a b.png.*.tmp"))) == 1
+    labels.remove_leftovers(folder)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(others)
+    labels.remove_leftovers(tmp_path / "none")
+
+
 def test_generated_palette_is_that_of_pascal_voc():
     assert labels.generated_palette(5) == (
         (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128),
@@ -180,6 +231,27 @@ def test_damaged_exif_beside_sound_pixels_is_left_alone(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "i.jpg", exif=b"Exif\0\0nonsense")
     assert labels.image_size(str(tmp_path / "i.jpg")) == (4, 8)
     assert labels.read_image(str(tmp_path / "i.jpg")).shape == (4, 8, 3)
+
+
+def test_a_malformed_tag_beside_the_orientation_is_left_alone(tmp_path):
+    """Text as XResolution, which is a number: Pillow reads it and cannot write it."""
+    tags = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4)
+    Image.new("RGB", (8, 4)).save(tmp_path / "i.jpg", exif=exif)
+    assert labels.image_size(tmp_path / "i.jpg") == (8, 4)
+    assert labels.read_image(tmp_path / "i.jpg").shape == (8, 4, 3)
+
+
+def test_whatever_the_decoder_raises_is_one_sentence(tmp_path):
+    """A width that no integer of the decoder holds: neither an OSError nor a ValueError."""
+    path = tmp_path / "i.bmp"
+    Image.new("RGB", (8, 4)).save(path)
+    content = bytearray(path.read_bytes())
+    content[18:22] = b"\xff" * 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"i\.bmp cannot be decoded \(.*\): it is truncated") as end:
+        labels.read_image(path)
+    assert isinstance(end.value.__cause__, OverflowError)
 
 
 def test_grey_palette_and_transparent_images(tmp_path):

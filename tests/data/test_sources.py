@@ -103,7 +103,8 @@ def test_ids_never_lead_out_of_a_folder(folder_config, folder_data):
 def test_an_image_in_two_sets_is_found_whatever_its_path(folder_config, folder_data):
     (folder_data / "e.txt").write_text("images/train/000.png masks/train/000.png\n")
     folder_config.data.evaluation_list = "e.txt"
-    folder_config.data.labels = 0.0
+    (folder_data / "l.txt").write_text("images/../images/train/000.png masks/train/000.png\n")
+    folder_config.data.labeled_list = "l.txt"
     folder_config.data.root = f"{folder_data}/../{folder_data.name}"
     with pytest.raises(UserError, match="also in the evaluation set"):
         sources.load(folder_config)
@@ -211,6 +212,66 @@ def test_nothing_is_held_out_where_there_is_an_evaluation_set(folder_config):
     before = sources.load(folder_config)
     folder_config.data.holdout = 0.25
     assert sources.load(folder_config).split_hash == before.split_hash
+
+
+@pytest.mark.parametrize("wrong", [(300, 0, 0), (-1, 0, 0), (1, 2), 7, "red", (0.5, 0, 0)])
+def test_what_is_no_colour_is_told_before_anything_is_trained(folder_config, wrong):
+    folder_config.data.palette = ((0, 0, 0), wrong, (255, 255, 255))
+    with pytest.raises(
+        UserError, match=r"data\.palette has .*: make each of its colours \(R, G, B\)"
+    ):
+        sources.plan(folder_config)
+    folder_config.data.palette = ((0, 0, 0), (1, 2, 3), (255, 255, 255))
+    assert sources.plan(folder_config)[0].palette == folder_config.data.palette
+
+
+@pytest.fixture
+def flat_config(folder_config, folder_data):
+    """The training images of `folder_config` without a subfolder, and no others."""
+    for kind in ("images", "masks"):
+        (folder_data / kind / "train").rename(folder_data / f"only_{kind}")
+    folder_config.data.image_dir, folder_config.data.mask_dir = "only_images", "only_masks"
+    folder_config.data.holdout = 0.25
+    return folder_config
+
+
+@pytest.mark.parametrize(
+    "line", ["only_images/{0}.png only_masks/{0}.png", "only_images/{0}.png", "{0}"]
+)
+@pytest.mark.parametrize("count", [4.0, 0.0])
+def test_images_listed_for_evaluation_are_neither_drawn_nor_unlabelled(
+    flat_config, folder_data, line, count
+):
+    (folder_data / "e.txt").write_text("".join(f"{line.format(n)}\n" for n in ("003", "007")))
+    flat_config.data.evaluation_list = "e.txt"
+    flat_config.data.labels = count
+    data = sources.load(flat_config)
+    labelled = 4 if count else 10
+    assert [len(p) for p in (data.labeled, data.unlabeled)] == [labelled, 10 - labelled]
+    assert [e.id for e in data.evaluation] == ["003", "007"]
+    assert [Path(e.mask).name for e in data.evaluation] == ["003.png", "007.png"]
+    assert not {"003", "007"} & {e.id for e in (*data.labeled, *data.unlabeled)}
+
+
+def test_a_bare_id_in_the_list_for_evaluation_is_first_of_an_image_for_evaluation(
+    folder_config, folder_data
+):
+    before = sources.load(folder_config)
+    (folder_data / "e.txt").write_text("000\n011\n")
+    folder_config.data.evaluation_list = "e.txt"
+    data = sources.load(folder_config)
+    places = [str(Path(e.image).relative_to(folder_data)) for e in data.evaluation]
+    assert places == ["images/val/000.png", "images/train/011.png"]
+    assert {e.id for e in (*data.labeled, *data.unlabeled)} == {
+        e.id for e in (*before.labeled, *before.unlabeled)
+    } - {"011"}
+
+
+def test_a_list_for_evaluation_leaves_something_to_train_on(flat_config, folder_data):
+    (folder_data / "e.txt").write_text("".join(f"{i:03d}\n" for i in range(12)))
+    flat_config.data.evaluation_list = "e.txt"
+    with pytest.raises(UserError, match=r"e\.txt names all 12 training images with masks: leave"):
+        sources.load(flat_config)
 
 
 @pytest.mark.parametrize(("ending", "suffix"), [("_photo.JPG", "_photo.JPG"), (".jpg", "")])
