@@ -134,6 +134,8 @@ class Writer:
             self._tiles(large, sizes, note), self._start, self._write_tiles, asked
         ):
             progress(int(part.last))
+        # Threads found them, in any order; the record is the same each time.
+        broken = dict(sorted(broken.items()))
         self._record({"ended": True, "images": len(examples) - len(broken), "broken": broken})
         return broken
 
