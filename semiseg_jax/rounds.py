@@ -66,7 +66,7 @@ def run(
         Interrupted: that was asked for; the same call goes on.
     """
     job = _begin(config, epath.Path(workdir), asked)
-    first = teacher = job.finished("teacher", 0) or job.train("teacher", 0)
+    first = teacher = job.teacher()
     # Controls of fewer students are of a time when no more were asked for.
     controls = [n for n in range(1, config.rounds.count) if job.is_done("control", n)]
     for round_ in range(1, config.rounds.count + 1):
@@ -91,8 +91,7 @@ def teach(
     config: Any, workdir: epath.PathLike, asked: interruption.Asked = interruption.never
 ) -> "Trained":
     """The first part of `run`: the teacher, trained unless it is there; for others to adopt."""
-    job = _begin(config, epath.Path(workdir), asked)
-    return job.finished("teacher", 0) or job.train("teacher", 0)
+    return _begin(config, epath.Path(workdir), asked).teacher()
 
 
 def _begin(config: Any, workdir: epath.Path, asked: interruption.Asked) -> "Job":
@@ -199,6 +198,10 @@ class Job:
         seed = streams.stage_seed(self._config.seed, round_, kind)
         folder = self._workdir / f"round_{round_}" / kind
         return training.Stage(kind, round_, num_steps, seed, folder)
+
+    def teacher(self) -> Trained:
+        """The first teacher, trained unless it is there."""
+        return self.finished("teacher", 0) or self.train("teacher", 0)
 
     def is_done(self, kind: str, round_: int) -> bool:
         """Whether a stage has been trained to its end."""
