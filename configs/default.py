@@ -284,7 +284,7 @@ def pseudo() -> ConfigDict:
     # As eval.window and eval.window_stride; what images are padded to is eval.pad_to here too.
     pseudo.window = ()
     pseudo.window_stride = ()
-    # Images labelled at a time, a multiple of the number of devices.
+    # Images labelled at a time; where they do not divide over the devices, as many more as do.
     pseudo.batch = 8
     # Also keep each pixel's confidence, as grey PNGs: 255 times the largest probability.
     pseudo.keep_confidence = False
@@ -306,7 +306,7 @@ def evaluation() -> ConfigDict:
     # Where a set has more than 8 sizes of image, a side is padded to a multiple of this, in pixels,
     # so that few programs are compiled; 1 for never. Labelling pads so too.
     evaluation.pad_to = 128
-    # Images evaluated at a time, a multiple of the number of devices.
+    # Images evaluated at a time, as pseudo.batch.
     evaluation.batch = 8
     # Steps between evaluations inside a stage; 0 for its end alone.
     evaluation.every = 0

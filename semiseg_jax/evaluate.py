@@ -79,7 +79,7 @@ class Evaluator:
         self.pad_to = padding_for(dataset.evaluation, eval_config.pad_to)
         self._dataset = dataset
         self._mesh = mesh
-        self._batch = eval_config.batch
+        self._batch = mesh_lib.batch_over(eval_config.batch, mesh.size)
         self._colour = colour
         self._asked = asked
         self._predictor = Predictor(

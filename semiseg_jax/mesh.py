@@ -55,8 +55,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def batch_over(images: int, devices: int) -> int:
+    """The fewest images, at least as many as given, that divide over the devices.
+
+    For batches that no result follows from, those of labelling and of evaluation: what is too much
+    is filled with empty images.
+    """
+    return -(-images // devices) * devices
+
+
 def check_batches(config: Any, devices: int) -> None:
-    """Refuses batches that do not divide over the devices, or there into micro-batches.
+    """Refuses training batches that do not divide over the devices, or there into micro-batches.
+
+    No other number is taken for them, because the recipe is another with it.
 
     Args:
         config: the whole config.
@@ -65,15 +76,14 @@ def check_batches(config: Any, devices: int) -> None:
     Raises:
         UserError: naming the batch's key.
     """
-    for key in ("train.batch_labeled", "train.batch_unlabeled", "pseudo.batch", "eval.batch"):
-        section, name = key.split(".")
-        size = config[section][name]
-        parts = config.train.accumulate if section == "train" else 1
+    parts = config.train.accumulate
+    for name in ("batch_labeled", "batch_unlabeled"):
+        size = config.train[name]
         if size % (devices * parts):
             turns = f", {parts} times each" if parts > 1 else ""
             raise UserError(
-                f"{key} is {size}, which does not divide over {devices} devices{turns}: make it a "
-                f"multiple of {devices * parts}."
+                f"train.{name} is {size}, which does not divide over {devices} devices{turns}: "
+                f"make it a multiple of {devices * parts}."
             )
 
 

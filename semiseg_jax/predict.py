@@ -112,7 +112,6 @@ def _predict(changes: dict[str, Any], asked: interruption.Asked) -> dict[str, st
 
     from semiseg_jax import deployed, mesh, predictions, seeing
     from semiseg_jax.data import inputs
-    from semiseg_jax.errors import UserError
 
     say = Console(highlight=False, soft_wrap=True).print
     model = deployed.load(_WORKDIR.value)
@@ -120,11 +119,6 @@ def _predict(changes: dict[str, Any], asked: interruption.Asked) -> dict[str, st
     devices = mesh.make_mesh()
     usual = seeing.as_evaluated(model, devices.size)
     protocol = dataclasses.replace(usual, **changes)
-    if protocol.batch % devices.size:
-        raise UserError(
-            f"--batch is {protocol.batch}, which does not divide over {devices.size} devices: make "
-            f"it a multiple of {devices.size}."
-        )
     miou = f"mIoU {100 * model.description['miou']:.2f} on {model.protocol['split']}"
     departs = [f"--{k}={v}" for k, v in changes.items() if v != getattr(usual, k)]
     say(

@@ -67,6 +67,7 @@ class Labeler:
         self._config = config.pseudo
         self._config_hash = provenance.config_hash(config)
         self._mesh = mesh
+        self._batch = mesh_lib.batch_over(config.pseudo.batch, mesh.size)
         self._colour = colour
         self._asked = asked
         self._pad_if_many_sizes_to = config.eval.pad_to
@@ -189,7 +190,7 @@ class Labeler:
         """Images are read ahead, and files written, while the devices are at a batch."""
         total = len(self._dataset.unlabeled)
         done = total - len(todo)
-        batches = image_batches(todo, self._dataset, self._config.batch, self._pad_to, self._colour)
+        batches = image_batches(todo, self._dataset, self._batch, self._pad_to, self._colour)
         start = functools.partial(self._start, variables)
         write = functools.partial(self._writing, folder, stamp)
         for batch in one_behind(batches, start, write, self._asked):

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Collection
 
+from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.pipeline import MAX_EXACT_SIZES, Size
 from semiseg_jax.deployed import Deployed
 from semiseg_jax.inference import window_starts
@@ -23,7 +24,7 @@ class Protocol:
         scales, flip, window, window_stride: as `Predictor` takes them.
         pad_to: sides of all images are padded to multiples of it, in pixels; 1 for none of them;
             None for what evaluation does (see `Sizes`).
-        batch: images at a time at most, a multiple of the number of devices.
+        batch: images at a time at most, filled up to a multiple of the number of devices.
         max_pixels: that a device is given at a time; larger images are seen in tiles.
     """
 
@@ -41,7 +42,7 @@ def as_evaluated(deployed: Deployed, num_devices: int) -> Protocol:
     says = deployed.protocol
     whole = says["window"] == "whole"
     # The batch is a multiple of the devices that there were; here may be others.
-    batch = -(-deployed.batch // num_devices) * num_devices
+    batch = mesh_lib.batch_over(deployed.batch, num_devices)
     return Protocol(
         scales=tuple(says["scales"]),
         flip=says["flip"],
@@ -73,8 +74,8 @@ class Sizes:
         self._max_pixels = protocol.max_pixels
         self._num_devices = num_devices
         # No more than there are images, so that a few are not computed among many empty ones.
-        count = -(-max(len(sizes), 1) // num_devices) * num_devices
-        self._most = min(protocol.batch, count)
+        count = mesh_lib.batch_over(max(len(sizes), 1), num_devices)
+        self._most = min(mesh_lib.batch_over(protocol.batch, num_devices), count)
         self._exact: frozenset[Size] = frozenset()
         if protocol.pad_to is not None:
             self.pad_to = protocol.pad_to

@@ -70,10 +70,11 @@ def test_scales_and_mirror_agree_with_a_plain_loop(network, two, average):
         np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
-def test_evaluation_counts_every_pixel_once(network, two, folder_config):
-    """5 images of two sizes in batches of 4: two batches, both padded."""
+@pytest.mark.parametrize("batch", [4, 3])
+def test_evaluation_counts_every_pixel_once(network, two, folder_config, batch):
+    """5 images of two sizes in batches of 4, as many as 3 are on 2 devices: two, both padded."""
     model, variables = network
-    folder_config.eval.batch = 4
+    folder_config.eval.batch = batch
     data = sources.load(folder_config)
     seen = {}
     shown = ("000", "004")

@@ -1,10 +1,12 @@
-"""How calls of compiled programs return."""
+"""How calls of compiled programs return, and batches that fill the devices."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
+from semiseg_jax import mesh as mesh_lib
 
 IN_ORDER = """
 import sys
@@ -26,3 +28,8 @@ def test_a_step_is_done_when_its_call_returns(mode, ready):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == ready
+
+
+@pytest.mark.parametrize("images, filled", [(1, 8), (8, 8), (9, 16)])
+def test_a_batch_that_fills_the_devices(images, filled):
+    assert mesh_lib.batch_over(images, 8) == filled

@@ -25,7 +25,9 @@ def label(config_of_pairs, tmp_path):
     """Labels every pixel with class 1, whatever the network; the folder is labels/maps."""
     config = config_of_pairs
     config.pseudo.keep_confidence = True
-    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    # Fewer images at a time than devices, of which one has an empty image.
+    config.pseudo.batch = 1
+    mesh = mesh_lib.make_mesh(jax.devices()[:2])
     model = deeplab.build(config.model, 3)
     colour = np.zeros(3, np.uint8)
     variables = {"params": {}, "batch_stats_weak": {}}

@@ -187,8 +187,9 @@ def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(conf
 
 
 def test_batches_that_do_not_divide_are_refused_before_anything_is_trained(config, tmp_path):
-    config.eval.batch = 3
-    with pytest.raises(UserError, match=r"eval\.batch is 3, which does not divide over 2 devices"):
+    config.train.batch_labeled = 3
+    wanted = r"train\.batch_labeled is 3, which does not divide over 2 devices"
+    with pytest.raises(UserError, match=wanted):
         rounds.run(config, tmp_path / "run")
 
 

@@ -192,7 +192,8 @@ def inference(
     for scale in protocol.scales:
         trace = functools.partial(_trace_scale, plain, kind, backbone, load.classes, size, scale)
         cost = cost_of(trace, topology, how)
-        yield Program(kind, backbone, scale, protocol.batch, size, cost)
+        images = mesh_lib.batch_over(protocol.batch, len(topology.devices))
+        yield Program(kind, backbone, scale, images, size, cost)
 
 
 def _trace_scale(
@@ -221,9 +222,9 @@ def _trace_scale(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         state_lib.for_inference(state_lib.variable_shapes(model)),
     )
-    images = jax.ShapeDtypeStruct((protocol.batch, *size, 3), jnp.uint8, sharding=split)
-    shape = (protocol.batch, *size, classes)
-    total = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+    batch = mesh_lib.batch_over(protocol.batch, mesh.size)
+    images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8, sharding=split)
+    total = jax.ShapeDtypeStruct((batch, *size, classes), jnp.float32, sharding=split)
     return predictor.add_scale.trace(total, variables, images, scale)
 
 

@@ -92,7 +92,8 @@ def _changes(config: Any, kind: str, devices: int) -> list[Change]:
     smaller: Change = {}
     for key in keys:
         section, name = key.split(".")
-        half = config[section][name] // 2 // blocks * blocks
+        # Those of labelling and evaluation fill the devices, so they may be more than is asked for.
+        half = mesh_lib.batch_over(config[section][name], blocks) // 2 // blocks * blocks
         if half:
             smaller[key] = half
     if smaller:

@@ -112,8 +112,8 @@ def test_without_the_tpus_compiler(monkeypatch):
 
 
 def test_devices_that_do_not_divide_the_batch():
-    with pytest.raises(UserError, match=r"pseudo.batch is 12, .* make it a multiple of 8"):
-        planner.run(streets_config(pseudo__batch=12), ["cpu"])
+    with pytest.raises(UserError, match=r"train.batch_unlabeled is 12, .* multiple of 8"):
+        planner.run(streets_config(train__batch_unlabeled=12), ["cpu"])
 
 
 def test_micro_batches_that_do_not_divide_the_batch():
