@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 
 def confusion_matrix(
@@ -14,21 +14,28 @@ def confusion_matrix(
 ) -> Integer[Array, "classes classes"]:
     """Pixel counts, rows the labels and columns the predictions.
 
-    Pixels whose label is `ignore` count nowhere. Exact for up to 2^31 - 1 pixels a call; add the
-    matrices of several calls in int64 on the host. Jittable; the batch may be sharded.
+    Pixels whose label is `ignore` count nowhere, nor do those whose label or prediction is no class
+    (the 255 of a pseudo-label of little confidence). Exact for up to 2^31 - 1 pixels a call; add
+    the matrices of several calls in int64 on the host. Jittable; the batch may be sharded.
 
     Args:
-        predictions: class ids, below `num_classes`.
+        predictions: class ids, 0 to C - 1.
         labels: class ids, or `ignore`.
         num_classes: C.
         ignore: the label to leave out.
     """
     labels = jnp.asarray(labels).astype(jnp.int32).ravel()
     predictions = jnp.asarray(predictions).astype(jnp.int32).ravel()
-    # One bin beyond the matrix takes the ignored pixels.
+    counted = (labels != ignore) & _is_class(labels, num_classes)
+    counted &= _is_class(predictions, num_classes)
+    # One bin beyond the matrix takes the other pixels.
     cells = num_classes * num_classes
-    index = jnp.where(labels == ignore, cells, labels * num_classes + predictions)
+    index = jnp.where(counted, labels * num_classes + predictions, cells)
     return jnp.bincount(index, length=cells + 1)[:cells].reshape(num_classes, num_classes)
+
+
+def _is_class(ids: Integer[Array, " pixels"], num_classes: int) -> Bool[Array, " pixels"]:
+    return (ids >= 0) & (ids < num_classes)
 
 
 def iou(confusion: Integer[ArrayLike, "classes classes"]) -> Float[np.ndarray, " classes"]:

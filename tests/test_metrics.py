@@ -43,6 +43,14 @@ def test_iou_is_scikit_learns_and_nan_for_a_class_that_never_occurs(maps):
     )
 
 
+def test_what_is_no_class_counts_nowhere():
+    labels = np.array([0, -1, 3, 254, 1, 1, 2])
+    predictions = np.array([255, 0, 1, 1, -1, 3, 2])
+    expected = np.zeros((3, 3))
+    expected[2, 2] = 1
+    np.testing.assert_array_equal(metrics.confusion_matrix(predictions, labels, 3), expected)
+
+
 def test_by_hand():
     matrix = np.array([[3, 1], [2, 4]])
     np.testing.assert_allclose(metrics.iou(matrix), [3 / 6, 4 / 7])

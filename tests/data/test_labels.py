@@ -54,6 +54,7 @@ def test_unknown_values_are_named(tmp_path, mask):
         ({"id_map": ((0, 0), (1, 7))}, "mask value 1 class 7"),
         ({"id_map": ((300, 0),)}, "mask value 300 class 0"),
         ({"ignore_ids": (300,)}, "mask value 300 class 255"),
+        ({"id_map": ((0, 0), (255, 1))}, "mask value 255 a class, and data.ignore_ids ignores it"),
         ({"id_map": (0, 0, 1, 1)}, "make it .*mask value, class id"),
     ],
 )

