@@ -98,6 +98,7 @@ def _begin(config: Any, workdir: epath.Path, asked: interruption.Asked) -> "Job"
     """A run whose workdir says what it is of."""
     distributed.agree("config", lambda: identity.refuse_other_config(workdir, config))
     job = Job(config, workdir, asked)
+    job.refuse_weights()
     job.refuse_too_large()
     # Only now: a run that could not start leaves the folder to its corrected config.
     if distributed.is_main():
@@ -158,6 +159,13 @@ class Job:
     def results(self) -> Results:
         """The rows of results.json."""
         return self._scorer.results
+
+    def refuse_weights(self) -> None:
+        """Refuses pretrained weights that do not fit, those of students too."""
+        for kind in ("teacher", "student") if self._config.rounds.count else ("teacher",):
+            network = self._network(self._backbone(kind))
+            if path := network.model_config.pretrained:
+                pretrained.check(path, network.shapes)
 
     def refuse_too_large(self) -> None:
         """Refuses a config of which a stage's step does not fit into the devices' memory.

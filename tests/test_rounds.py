@@ -263,6 +263,25 @@ def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(
     assert "weights of layout semiseg_jax" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_weights_that_do_not_fit_leave_the_workdir_to_others(config, tmp_path, kind):
+    """Names are those of the network, so that a look at them does not tell; a shape is not."""
+    shapes = variable_shapes(deeplab.build(config.model, 3))
+    weights = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), for_inference(shapes))
+    stem = weights["params"]["backbone"]["stem"]["conv"]
+    stem["kernel"] = stem["kernel"][..., :3]
+    path = tmp_path / "weights.safetensors"
+    checkpoints.save_weights(path, weights, {})
+    if kind == "teacher":
+        config.model.pretrained = str(path)
+    else:
+        config.rounds.student_pretrained = str(path)
+        config.rounds.student_model, config.model.backbone = config.model.backbone, "resnet18"
+    with pytest.raises(UserError, match="does not fit the network: shapes or types differ"):
+        rounds.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
     config.rounds.count = 0
     config.eval.every = 2

@@ -21,6 +21,9 @@ from semiseg_jax.models.weight_layouts import LAYOUTS, Conventions, Layout, name
 # Part of the network that belongs to one set of classes: "classifier", "classifier1", …
 _CLASSIFIER = "classifier"
 
+# Of a file, by the name here: the name there, and the tensor.
+_Given = Mapping[str, tuple[str, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -87,27 +90,47 @@ def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any
             network.
     """
     file = weight_files.read(path)
+    given = _fitting(path, file, variables)
+    flat = traverse_util.flatten_dict(variables)
+    wanted = {name_here(place) for place in flat}
+    loaded = {place: given[name_here(place)][1] for place in flat if name_here(place) in given}
+    used = {name for target, (name, _) in given.items() if target in wanted}
+    report = Report(
+        _layout_of(path, file).conventions(file),
+        loaded=tuple("/".join(place) for place in loaded),
+        left=tuple(
+            name for name in file.tensors if name not in used and not NO_WEIGHT.search(name)
+        ),
+        unmatched=tuple("/".join(place) for place in flat if place not in loaded),
+    )
+    merged = {p: _like(loaded[p], leaf) if p in loaded else leaf for p, leaf in flat.items()}
+    return traverse_util.unflatten_dict(merged), report
+
+
+def check(path: epath.PathLike, shapes: dict[str, Any]) -> None:
+    """Refuses weights that `load` would refuse, without loading them.
+
+    Args:
+        path: as there.
+        shapes: shapes and dtypes of the network's variables.
+
+    Raises:
+        UserError: as there.
+    """
+    _fitting(path, weight_files.read(path), shapes)
+
+
+def _fitting(path: epath.PathLike, file: File, variables: dict[str, Any]) -> _Given:
+    """What the file has for the network, by its name here."""
     layout = _layout_of(path, file)
-    conventions = layout.conventions(file)
     here = {name: layout.translate(name, tensor) for name, tensor in file.tensors.items()}
-    # By name here: the name in the file, the tensor.
     given = {target[0]: (name, target[1]) for name, target in here.items() if target}
     flat = traverse_util.flatten_dict(variables)
     wanted = {name_here(place): leaf for place, leaf in flat.items()}
     if _other_classes(given, wanted):
         given = {name: value for name, value in given.items() if not name.startswith(_CLASSIFIER)}
-    _check_fits(path, layout, conventions, given, wanted)
-
-    loaded = {place: given[name_here(place)][1] for place in flat if name_here(place) in given}
-    used = {name for target, (name, _) in given.items() if target in wanted}
-    report = Report(
-        conventions,
-        loaded=tuple("/".join(place) for place in loaded),
-        left=tuple(name for name in here if name not in used and not NO_WEIGHT.search(name)),
-        unmatched=tuple("/".join(place) for place in flat if place not in loaded),
-    )
-    merged = {p: _like(loaded[p], leaf) if p in loaded else leaf for p, leaf in flat.items()}
-    return traverse_util.unflatten_dict(merged), report
+    _check_fits(path, layout, layout.conventions(file), given, wanted)
+    return given
 
 
 def _layout_of(path: epath.PathLike, file: File) -> Layout:
@@ -120,7 +143,7 @@ def _layout_of(path: epath.PathLike, file: File) -> Layout:
     )
 
 
-def _other_classes(given: Mapping[str, tuple[str, np.ndarray]], wanted: Mapping[str, Any]) -> bool:
+def _other_classes(given: _Given, wanted: Mapping[str, Any]) -> bool:
     """Whether file and network both have a classifier, of different numbers of classes."""
     return any(
         target in wanted and tensor.shape != wanted[target].shape
@@ -133,7 +156,7 @@ def _check_fits(
     path: epath.PathLike,
     layout: Layout,
     conventions: Conventions,
-    given: Mapping[str, tuple[str, np.ndarray]],
+    given: _Given,
     wanted: Mapping[str, Any],
 ) -> None:
     """Raises a UserError that names what is missing, too much or of another shape."""
