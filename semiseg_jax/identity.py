@@ -12,7 +12,7 @@ from semiseg_jax.data.splits import split_hash
 from semiseg_jax.errors import UserError
 
 # Keys beside most of `eval` that may change while a run goes on: no stage's result follows from
-# them. (Images that moved to another root are the same by id, see `refuse_other_data`.)
+# them. (Images that moved to another root are the same by id and size, see `refuse_other_data`.)
 FREE = frozenset(
     {
         "data.root",
@@ -67,11 +67,15 @@ def refuse_other_data(workdir: epath.PathLike, dataset: sources.Dataset) -> None
         UserError: with the counts of images then and now.
     """
     then, now = known(epath.Path(workdir), "data.json"), _described(dataset)
-    if then is not None and then != now:
+    # What was written before pixels were counted does not tell them.
+    if then is not None and then != {key: now[key] for key in now if key in then}:
+        same = all(then[key] == now[key] for key in ("labeled", "unlabeled", "ids_hash"))
+        sizes = ", of other sizes" if same and then["data"] == now["data"] else ""
         raise UserError(
             f"The data changed since {workdir} was begun ({then['labeled']} labelled and "
             f"{then['unlabeled']} unlabelled images of {then['data']} then, {now['labeled']} and "
-            f"{now['unlabeled']} of {now['data']} now): restore it, or give another --workdir."
+            f"{now['unlabeled']} of {now['data']} now{sizes}): restore it, or give "
+            "another --workdir."
         )
 
 
@@ -86,6 +90,7 @@ def _described(dataset: sources.Dataset) -> dict[str, Any]:
         "labeled": len(dataset.labeled),
         "unlabeled": len(dataset.unlabeled),
         "ids_hash": split_hash([[e.id for e in p] for p in (dataset.labeled, dataset.unlabeled)]),
+        "pixels": dataset.pixels,
     }
 
 

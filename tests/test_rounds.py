@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import weakref
 from unittest import mock
 
@@ -28,7 +29,7 @@ from semiseg_jax import (
     state,
     train,
 )
-from semiseg_jax.data import sources
+from semiseg_jax.data import labels, sources
 from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab
 from semiseg_jax.state import for_inference, variable_shapes
@@ -351,6 +352,21 @@ def test_other_training_images_are_refused(config, tmp_path):
     fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
     with pytest.raises(UserError, match=r"4 labelled and 8 unlabelled .* then, 4 and 7 of .* now"):
         identity.refuse_other_data(tmp_path, fewer)
+
+
+def test_images_of_the_same_names_and_other_sizes_are_refused(config, tmp_path):
+    data = sources.load(config)
+    images = (*data.labeled, *data.unlabeled)
+    assert data.pixels == sum(math.prod(labels.image_size(e.image)) for e in images)
+    identity.keep_data(tmp_path, data)
+    larger = dataclasses.replace(data, pixels=4 * data.pixels)
+    with pytest.raises(UserError, match=r"8 of .* now, of other sizes\): restore it"):
+        identity.refuse_other_data(tmp_path, larger)
+    # Workdirs from before it was counted go on.
+    known = json.loads((tmp_path / "data.json").read_text())
+    del known["pixels"]
+    (tmp_path / "data.json").write_text(json.dumps(known))
+    identity.refuse_other_data(tmp_path, larger)
 
 
 def selecting(config, select):

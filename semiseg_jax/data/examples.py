@@ -39,6 +39,8 @@ class Dataset:
         evaluated_on: what the evaluation set is, such as "val"; "holdout" where it was set aside
             from the training images.
         selection: labelled images held out to choose a stage's weights by; mostly none.
+        pixels: of the labelled and the unlabelled images, before any downscaling; 0 while they are
+            not checked.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Dataset:
     evaluation: tuple[Example, ...]
     evaluated_on: str = "val"
     selection: tuple[Example, ...] = ()
+    pixels: int = 0
 
     @property
     def split_hash(self) -> str:

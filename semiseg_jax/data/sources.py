@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
@@ -76,7 +77,7 @@ def load(config: Any, say: Say = lambda line: None) -> Dataset:
             mask or one of another size, a mask has unknown values, sets overlap.
     """
     dataset, root = plan(config, say)
-    check(dataset, say)
+    dataset = dataclasses.replace(dataset, pixels=check(dataset, say))
     if config.data.downscale == 1:
         return dataset
     with distributed.main_first("smaller images"):
@@ -319,7 +320,7 @@ def _below(root: epath.Path, entry: splits.Entry, known: Collection[str]) -> spl
     return entry
 
 
-def check(dataset: Dataset, say: Say = lambda line: None) -> None:
+def check(dataset: Dataset, say: Say = lambda line: None) -> int:
     """Refuses what would corrupt an experiment before anything is trained.
 
     Masks are read whole; of images only the headers; each process looks at its share.
@@ -327,6 +328,9 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
     Args:
         dataset: what to look at.
         say: takes lines on what may be as it should.
+
+    Returns:
+        The pixels of the images to train on.
 
     Raises:
         UserError: see `load`.
@@ -338,10 +342,13 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
         counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
         evaluation = distributed.share(dataset.evaluation)
         evaluated = sum(pool.map(check_pair, evaluation), np.zeros(256, np.int64))
-        for part, look in ((dataset.selection, check_pair), (dataset.unlabeled, _check_image)):
-            for _ in pool.map(look, distributed.share(part)):
-                pass
-    counts, evaluated = distributed.total("data checked", np.stack([counts, evaluated]))
+        for _ in pool.map(check_pair, distributed.share(dataset.selection)):
+            pass
+        unlabeled = distributed.share(dataset.unlabeled)
+        unseen = sum(math.prod(size) for size in pool.map(_check_image, unlabeled))
+    found_here = np.concatenate([counts, evaluated, [unseen]])
+    *both, unseen = distributed.total("data checked", found_here).tolist()
+    counts, evaluated = np.reshape(both, (2, 256))
     refuse_one_class(counts, dataset.classes)
     if not evaluated[: len(dataset.classes)].any():
         raise UserError(
@@ -354,6 +361,7 @@ def check(dataset: Dataset, say: Say = lambda line: None) -> None:
         say(
             f"No labelled pixel of {', '.join(absent)}: the teacher cannot learn what it never saw."
         )
+    return int(counts.sum()) + unseen
 
 
 def refuse_one_class(counts: Int[np.ndarray, "256"], classes: Sequence[str]) -> None:
