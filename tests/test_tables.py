@@ -155,6 +155,14 @@ def test_a_step_is_over_the_row_that_it_adds_to_paired_by_seed():
     )
 
 
+@pytest.mark.parametrize(("split", "step"), [("a", "+2.00"), ("b", "")])
+def test_a_step_over_rows_from_before_their_images_had_a_hash(split, step):
+    table = Table("A table", (Row("one", "sda"), Row("two", "sda_dsbn", over="sda")))
+    old = source("sda", 0, {("student", 1): 0.4}, evaluation_hash=None)
+    new = source("sda_dsbn", 0, {("student", 1): 0.42}, split_hash=split)
+    assert tables.lines(table, [old, new], students=1)[-1].step == step
+
+
 def test_the_last_round_is_no_row_of_its_own_where_it_is_the_first():
     table = Table("A table", (Row("one", "full"), Row("all {rounds}", "full", round="last")))
     results = {("student", 1): 0.4, ("student", 2): 0.5}
