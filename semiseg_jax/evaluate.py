@@ -227,8 +227,7 @@ def comparable(
         one, other: protocols.
         keys: COMPARED, or EVALUATION.
     """
-    # Rows from before there was a hash of the evaluated images alone: of the same split they are the
-    # same too.
+    # Rows from before the evaluated images had a hash: those of one split are the same.
     if one.get("split_hash") == other.get("split_hash"):
         keys = [key for key in keys if key != "evaluation_hash"]
     return all(one.get(key) == other.get(key) for key in keys)
