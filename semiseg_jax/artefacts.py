@@ -30,7 +30,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import streets
 from semiseg_jax.data.examples import IMAGE_SUFFIXES, files_below, is_image
 from semiseg_jax.data.labels import read_image
-from semiseg_jax.errors import UserError, first_line
+from semiseg_jax.errors import UserError, reason
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
 from semiseg_jax.state import Variables
@@ -172,10 +172,9 @@ def _appears_whole(output: Path) -> Iterator[Path]:
             yield made
             made.rename(output)
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{output} cannot be written ({reason}): free space or give another --output, and "
-            "start again."
+            f"{output} cannot be written ({reason(error)}): free space or give another --output, "
+            "and start again."
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a stage (orbax), and the final weights (safetensors)."""
 
+import errno
 import json
-import re
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import traverse_util
 
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
-from semiseg_jax.errors import UserError, first_line
+from semiseg_jax.errors import UserError, first_line, reason
 from semiseg_jax.state import TrainState, Variables
 
 
@@ -26,14 +27,23 @@ class Checkpoints:
         # Without rename a file that is written last, commit_success.txt, makes a checkpoint count.
         by_marker = ocp.path.atomicity.CommitFileTemporaryPath
         finishing = None if labels.has_rename(self._folder) else by_marker
-        self._manager = ocp.CheckpointManager(
-            self._folder.resolve(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, create=True, temporary_path_class=finishing
-            ),
-            # Named here, so that a new process can read what is saved without saving first.
-            item_handlers={"state": ocp.StandardCheckpointHandler()},
-        )
+        try:
+            if self._folder.exists() and not self._folder.is_dir():
+                # orbax would find out as it saves, and then wait for minutes.
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            self._manager = ocp.CheckpointManager(
+                self._folder.resolve(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2, create=True, temporary_path_class=finishing
+                ),
+                # Named here, so that a new process can read what is saved without saving first.
+                item_handlers={"state": ocp.StandardCheckpointHandler()},
+            )
+        except OSError as error:
+            raise UserError(
+                f"The folder of checkpoints {self._folder} cannot be opened ({reason(error)}): "
+                "make it readable and writable, or give another --workdir."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -68,14 +78,14 @@ class Checkpoints:
         steps = distributed.agree("checkpoints", lambda: sorted(self._manager.all_steps()))
         found, damaged = None, {}
         for step in reversed(steps):
-            state, reason = self._read(step, like)
+            state, why = self._read(step, like)
             if state is not None:
                 found = step, state
                 break
-            damaged[step] = reason
+            damaged[step] = why
         # Only now: where the storage fails with the last of them, they all stay.
-        for step, reason in damaged.items():
-            say(f"the checkpoint of step {step} is damaged ({reason[:100]}): it is removed")
+        for step, why in damaged.items():
+            say(f"the checkpoint of step {step} is damaged ({why[:100]}): it is removed")
             self._manager.delete(step)
         return found
 
@@ -85,15 +95,15 @@ class Checkpoints:
         Raises:
             UserError: as `restore`; or the storage fails, and the checkpoint may be sound.
         """
-        state, reason, may_be_sound = None, "", False
+        state, why, may_be_sound = None, "", False
         try:
             state = self.restore(step, like)
         except (UserError, jax.errors.JaxRuntimeError):
             raise  # The latter where another process ended: no checkpoint is to blame.
         except Exception as error:  # orbax and tensorstore have many.
-            reason, may_be_sound = first_line(error), _is_of_storage(error)
+            why, may_be_sound = first_line(error), _is_of_storage(error)
         # What one process cannot read, none goes on from.
-        told = distributed.gather("checkpoint read", (reason, may_be_sound))
+        told = distributed.gather("checkpoint read", (why, may_be_sound))
         for why, sound in told:
             if sound:
                 raise UserError(
@@ -101,8 +111,8 @@ class Checkpoints:
                     "sound: check the storage and start again, or remove that folder to train its "
                     "steps anew."
                 )
-        reason = next((why for why, _ in told if why), "")
-        return (None, reason) if reason else (state, "")
+        damage = next((why for why, _ in told if why), "")
+        return (None, damage) if damage else (state, "")
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves the state of a step; once the arrays are copied, the rest goes on behind.
@@ -120,12 +130,9 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> UserError:
         """One sentence for what orbax and tensorstore say in many."""
-        known = "No space left on device|Permission denied|Read-only file system|quota exceeded"
-        found = re.search(known, str(error), re.IGNORECASE)
-        reason = found.group() if found else first_line(error)
         return UserError(
-            f"A checkpoint cannot be written to {self._folder} ({reason}): make room there or give "
-            "another --workdir, and start again; the complete checkpoints are kept."
+            f"A checkpoint cannot be written to {self._folder} ({reason(error)}): make room there "
+            "or give another --workdir, and start again; the complete checkpoints are kept."
         )
 
     def restore(self, step: int, like: TrainState) -> TrainState:

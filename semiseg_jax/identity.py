@@ -9,7 +9,7 @@ from flax import traverse_util
 from semiseg_jax.data import sources
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.splits import split_hash
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 
 # Keys beside most of `eval` that may change while a run goes on: no stage's result follows from
 # them. (Images that moved to another root are the same by id and size, see `refuse_other_data`.)
@@ -106,6 +106,8 @@ def known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text())
+    except OSError as error:
+        raise unread(path, error, "make it readable, or give another --workdir") from error
     except ValueError as error:
         if not (workdir / "round_0").exists():
             return None  # The run ended as it began: nothing is there that the file is of.

@@ -34,6 +34,7 @@ from PIL import Image
 from semiseg_jax import health, provenance
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
+from semiseg_jax.errors import unread
 from semiseg_jax.evaluate import Score, Seen
 from semiseg_jax.models.dsbn import DOMAINS, stats_collection
 from semiseg_jax.state import Variables
@@ -251,9 +252,15 @@ def keep_pseudo(
 
 
 def read_json(path: epath.Path) -> Any:
-    """A file's content; None where it is missing or damaged."""
+    """A file's content; None where it is missing or damaged.
+
+    Raises:
+        UserError: it may not be read.
+    """
     try:
         return json.loads(path.read_text()) if path.exists() else None
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
     except ValueError:
         return None
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from semiseg_jax import distributed, metrics
 from semiseg_jax.data.labels import write_bytes
 from semiseg_jax.data.streams import stage_name
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 from semiseg_jax.evaluate import Score, comparable
 
 Row = dict[str, Any]
@@ -30,6 +30,8 @@ def read(path: epath.Path) -> dict[str, list[Row]]:
         return {"rows": [], "curve": []}
     try:
         return json.loads(path.read_text())
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
     except ValueError as error:
         raise UserError(
             f"{path} cannot be read ({error}): remove it, and start again to evaluate every stage "

@@ -29,6 +29,7 @@ from semiseg_jax import (
     history,
     identity,
     interruption,
+    lock,
     optim,
     record,
     report,
@@ -62,10 +63,15 @@ def run(
         The rows of results.json.
 
     Raises:
-        UserError: bad data or config, or a workdir of another config or of other data.
+        UserError: bad data or config, or a workdir of another config or of other data, or in use.
         Interrupted: that was asked for; the same call goes on.
     """
-    job = _begin(config, epath.Path(workdir), asked)
+    with lock.held(workdir):
+        return _run(config, epath.Path(workdir), asked)
+
+
+def _run(config: Any, workdir: epath.Path, asked: interruption.Asked) -> Results:
+    job = _begin(config, workdir, asked)
     first = teacher = job.teacher()
     # Controls of fewer students are of a time when no more were asked for.
     controls = [n for n in range(1, config.rounds.count) if job.is_done("control", n)]
@@ -82,7 +88,7 @@ def run(
                 job.train("control", count, first)
     job.keep_model(teacher)
     if distributed.is_main():
-        report.write(epath.Path(workdir))
+        report.write(workdir)
     job.print_table()
     return job.results
 
@@ -91,7 +97,8 @@ def teach(
     config: Any, workdir: epath.PathLike, asked: interruption.Asked = interruption.never
 ) -> "Trained":
     """The first part of `run`: the teacher, trained unless it is there; for others to adopt."""
-    return _begin(config, epath.Path(workdir), asked).teacher()
+    with lock.held(workdir):
+        return _begin(config, epath.Path(workdir), asked).teacher()
 
 
 def _begin(config: Any, workdir: epath.Path, asked: interruption.Asked) -> "Job":

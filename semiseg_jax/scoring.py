@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from clu import metric_writers
 from etils import epath
 from jax.sharding import Mesh
 
-from semiseg_jax import distributed, evaluate, record
+from semiseg_jax import distributed, evaluate, record, summaries
 from semiseg_jax.data import sources, streams
 from semiseg_jax.models.dsbn import DOMAINS
 from semiseg_jax.network import Network
@@ -159,9 +158,7 @@ class Scorer:
         say(f"{place}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
         with_names = zip(self._dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in with_names if v is not None}
-        writer = metric_writers.create_default_writer(
-            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
-        )
+        writer = summaries.Writer(stage.folder)
         writer.write_scalars(look.step, scalars)
         record.summarise(writer, look.step, look.pictures, norms)
         writer.close()

@@ -22,6 +22,7 @@ from semiseg_jax import (
     evaluate,
     identity,
     interruption,
+    lock,
     paper,
     results,
     rounds,
@@ -281,10 +282,12 @@ class Study:
             trained = [p for p in same if p.is_trained("teacher", 0)]
             donor = max(trained, key=Piece.labels_made)
             donor.refuse_other_config()
-            lender = rounds.Job(donor.config_of(donor.counts[0]), donor.workdir, asked)
-            teacher = lender.finished("teacher", 0)
+            with lock.held(donor.workdir):  # It may be evaluated anew.
+                lender = rounds.Job(donor.config_of(donor.counts[0]), donor.workdir, asked)
+                teacher = lender.finished("teacher", 0)
         if teacher:
-            rounds.Job(piece.config_of(piece.counts[0]), piece.workdir, asked).adopt(teacher)
+            with lock.held(piece.workdir):
+                rounds.Job(piece.config_of(piece.counts[0]), piece.workdir, asked).adopt(teacher)
 
     def _same_teacher(self, piece: Piece) -> list[Piece]:
         """The runs that have a run's teacher, whatever their table, and itself among them."""

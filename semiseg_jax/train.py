@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import metric_writers, periodic_actions
+from clu import periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 
-from semiseg_jax import distributed, interruption, steps
+from semiseg_jax import distributed, interruption, steps, summaries
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import state as state_lib
 from semiseg_jax.checkpoints import Checkpoints
@@ -124,9 +124,7 @@ def run(
             first, state = 0, state_lib.create(start(), program.tx, mesh)
         if evaluation_is_due(first):
             score(first, state.variables)
-        writer = metric_writers.create_default_writer(
-            stage.folder, just_logging=not distributed.is_main(), asynchronous=False
-        )
+        writer = summaries.Writer(stage.folder)
         log = _Log(stage, program, writer, say, first, train_config)
         ahead = _ahead(batches(range(first, stage.steps)), mesh, log)
         # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
@@ -249,7 +247,7 @@ class _Log:
         self,
         stage: Stage,
         program: Program,
-        writer: metric_writers.MetricWriter,
+        writer: summaries.Writer,
         say: Callable[[str], None],
         first: int,
         train_config: Any,
@@ -293,7 +291,8 @@ class _Log:
             self._read()
         self._progress(step)
         if self._profile:
-            self._profile(step)
+            with summaries.writing(self._stage.folder):
+                self._profile(step)
 
     def settle(self) -> None:
         """Reads all that is under way."""

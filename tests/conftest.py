@@ -1,6 +1,7 @@
 """Eight simulated devices for every test, shape checks at run time, and the smallest data."""
 
 import os
+import subprocess
 
 # Compiling is what the tests spend their time on; tiny networks run fast enough as they come.
 os.environ["XLA_FLAGS"] = (
@@ -102,3 +103,17 @@ def one_device(monkeypatch):
     """Runs take one device, for which programs compile fastest."""
     make = mesh.make_mesh
     monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 8 MB: a whole run with its report fits."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +124,20 @@ def test_weights_are_one_file_with_a_description(tmp_path):
         assert list(file.keys()) == ["params/a/kernel"]
         np.testing.assert_array_equal(file.get_tensor("params/a/kernel"), [0, 1, 2])
         assert json.loads(file.metadata()["description"]) == {"classes": ["x"]}
+
+
+@pytest.mark.parametrize("place", ["file", "file/checkpoints", "closed/checkpoints"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    makedirs = os.makedirs
+
+    def refuse(path, *args, **kwargs):
+        if "closed" in os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        makedirs(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    reason = "Not a directory" if "file" in place else "Permission denied"
+    sentence = rf"{tmp_path / place} cannot be opened \({reason}\): make it readable"
+    with pytest.raises(UserError, match=sentence):
+        checkpoints.Checkpoints(tmp_path / place)

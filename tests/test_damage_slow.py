@@ -115,20 +115,6 @@ def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
         rounds.run(config, run)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, 8 MB: a whole run with its report fits."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     config, tmp_path, small_disk
 ):

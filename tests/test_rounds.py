@@ -22,6 +22,7 @@ from semiseg_jax import (
     history,
     identity,
     interruption,
+    lock,
     mesh,
     report,
     rounds,
@@ -491,3 +492,19 @@ def without_selection(config):
 
 def flat(variables):
     return traverse_util.flatten_dict(for_inference(variables), sep="/")
+
+
+@pytest.mark.parametrize("begin", [rounds.run, rounds.teach])
+def test_a_workdir_in_use_is_refused_and_left_as_it_was(config, tmp_path, begin):
+    with lock.held(tmp_path / "run"):
+        with pytest.raises(UserError, match=r"run is in use by process \d+ on .+: wait until it"):
+            begin(config, tmp_path / "run")
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [lock.FILE]
+
+
+@pytest.mark.parametrize("begin", [rounds.run, rounds.teach])
+def test_a_run_that_cannot_start_leaves_no_folder(config, tmp_path, begin):
+    config.data.root = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is missing"):
+        begin(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

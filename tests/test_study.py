@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
-from semiseg_jax import evaluate, history, identity, interruption, paper, rounds, study
+from semiseg_jax import evaluate, history, identity, interruption, lock, paper, rounds, study
 from semiseg_jax.data import sources
 from semiseg_jax.errors import UserError
 
@@ -253,3 +253,31 @@ def test_every_change_of_a_run_is_a_config_key_of_the_right_type(config):
             section, leaf = key.split(".")
             assert flat[section][leaf] == value
             assert np.ndim(flat[section][leaf]) == np.ndim(value)
+
+
+def test_a_teacher_passes_from_workdir_to_workdir_while_no_other_run_is_in_them(
+    config, tmp_path, monkeypatch
+):
+    made = study.Study(config, "2", [0], tmp_path, only=("full", "sda"))
+    full, sda = made.piece("full", 0), made.piece("sda", 0)
+    monkeypatch.setattr(
+        study.Piece, "is_trained", lambda piece, kind, round_: piece.workdir == full.workdir
+    )
+    seen = []
+
+    class Job:
+        def __init__(self, config, workdir, asked):
+            with pytest.raises(UserError, match="is in use"), lock.held(workdir):
+                pass
+            self._workdir = workdir
+
+        def finished(self, kind, round_):
+            seen.append(("lends", self._workdir))
+            return "teacher"
+
+        def adopt(self, teacher):
+            seen.append((teacher, self._workdir))
+
+    monkeypatch.setattr(rounds, "Job", Job)
+    made._teach(sda, interruption.never)
+    assert seen == [("lends", full.workdir), ("teacher", sda.workdir)]

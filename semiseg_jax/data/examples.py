@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Int16
 
 from semiseg_jax.data import splits
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -87,6 +87,20 @@ class Layout:
     masks_of_lists: bool = True
 
 
+def inside(folder: epath.Path) -> list[epath.Path]:
+    """What a folder holds, in order of name.
+
+    Raises:
+        UserError: it may not be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise unread(
+            f"The folder {folder}", error, "make it readable, or take it out of what is read"
+        ) from error
+
+
 def files_below(
     folder: epath.Path, left_out: Callable[[epath.Path], bool] = lambda folder: False
 ) -> Iterator[epath.Path]:
@@ -95,8 +109,11 @@ def files_below(
     Args:
         folder: to look into.
         left_out: whether not to look into a folder below it.
+
+    Raises:
+        UserError: a folder may not be read.
     """
-    for path in sorted(folder.iterdir()):
+    for path in inside(folder):
         if path.name.startswith("."):
             continue
         if path.is_dir():

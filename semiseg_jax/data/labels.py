@@ -19,7 +19,7 @@ from jaxtyping import Int, Int16, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from semiseg_jax import distributed
-from semiseg_jax.errors import UserError, first_line
+from semiseg_jax.errors import UserError, first_line, unwritten
 
 IGNORE = 255
 # Large images are data here, not an attack.
@@ -353,10 +353,7 @@ def write_bytes(path: epath.PathLike, content: bytes, sync: bool = True) -> None
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free space or give another "
-            "folder, and start again."
-        ) from error
+        raise unwritten(path, error) from error
 
 
 # The names of temporary files, and whose they are.

@@ -21,7 +21,7 @@ import scipy.io
 from etils import epath
 
 from semiseg_jax.data import labels
-from semiseg_jax.data.examples import Example, Layout, Say
+from semiseg_jax.data.examples import Example, Layout, Say, inside
 from semiseg_jax.data.places import cache_dir, data_root
 from semiseg_jax.data.splits import read_list
 from semiseg_jax.errors import UserError
@@ -88,7 +88,7 @@ def _augmented_masks(
     """SBD's mask of each image it has one for, as PNG."""
     for png_folder in (voc / "SegmentationClassAug", root / "SegmentationClassAug"):
         if png_folder.is_dir():
-            return {m.stem: m for m in png_folder.iterdir() if m.suffix == ".png"}
+            return {m.stem: m for m in inside(png_folder) if m.suffix == ".png"}
     places = [root / p for p in ("benchmark_RELEASE/dataset/cls", "sbd/cls", "dataset/cls", "cls")]
     folder = next((f for f in places if f.is_dir()), None)
     if folder is None:
@@ -102,11 +102,11 @@ def _augmented_masks(
 
 def _converted(folder: epath.Path, cache: epath.Path, say: Say) -> dict[str, epath.Path]:
     """The label maps of a folder of .mat files as PNGs in the cache, made once."""
-    sources = sorted(path for path in folder.iterdir() if path.suffix == ".mat")
+    sources = [path for path in inside(folder) if path.suffix == ".mat"]
     key = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:12]
     target = cache / f"sbd-{key}"
     masks = {path.stem: target / f"{path.stem}.png" for path in sources}
-    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    there = {path.name for path in inside(target)} if target.is_dir() else set()
     # Each file is written whole or not at all, so those that are there are done.
     todo = [path for path in sources if f"{path.stem}.png" not in there]
     if todo:

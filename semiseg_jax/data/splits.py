@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from etils import epath
 
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 
 # Masks read at a time while looking for images of each class.
 CHUNK = 64
@@ -53,6 +53,8 @@ def read_list(path: epath.PathLike) -> tuple[Entry, ...]:
     entries = []
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise unread(f"The split list {path}", error, "make it readable") from error
     except UnicodeDecodeError as error:
         raise UserError(f"The split list {path} is not UTF-8: save it as UTF-8.") from error
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):

@@ -109,11 +109,13 @@ def _builder(name: str, data_dir: str) -> Any:
 
     try:
         return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
+        # Before what is wrong TFDS may repeat all that it was called with.
+        why = first_line(Exception(str(error).rpartition('}": ')[2])).rstrip(".: ")
         raise UserError(
-            f"data.name={PREFIX}{name} is not known to TFDS ({first_line(error)}): give "
-            "the name of one of its data sets, with /CONFIG where it has several, or in data.root "
-            "the folder of one that is prepared."
+            f"data.name={PREFIX}{name} is not known to TFDS ({why}): give the name of one of its "
+            "data sets, with /CONFIG where it has several and a :VERSION that it has, or in "
+            "data.root the folder of one that is prepared."
         ) from error
 
 

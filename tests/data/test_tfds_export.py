@@ -148,6 +148,10 @@ def test_masks_that_tfds_does_not_keep_as_files_and_names_of_its_own(config, fea
             {"eval__split": "val"},
             "has no split val: set data.tfds_train and eval.split to one of",
         ),
+        (
+            {"data__name": "tfds:mnist:9.9.9"},
+            r"mnist:9.9.9 is not known to TFDS \(Dataset mnist cannot .*, only: \d.\d.\d\): give",
+        ),
         ({"data__classes": ()}, "data.classes has 0 names"),
         ({"data__id_map": ()}, r"Pet_\d.png holds the values 3, which are neither a class nor ign"),
     ],
