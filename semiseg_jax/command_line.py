@@ -1,6 +1,7 @@
 """What the programs with a config have in common: its flag, and what is wrong with a command."""
 
 import contextlib
+import itertools
 import logging as python_logging
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from semiseg_jax import distributed, interruption
 from semiseg_jax.errors import UserError
@@ -86,19 +87,51 @@ def one_sentence() -> Iterator[None]:
 
 def parse(argv: list[str]) -> list[str]:
     """The arguments that are not flags; a wrong flag, key or config ends in one sentence."""
+    _refuse_missing_file(argv)
     try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        # Written two ways: 'stepz' by an override, Key "stepz" by a config file.
-        pattern = r"(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
-        found = re.search(pattern, str(error), re.DOTALL)
-        key, near = found.groups() if found else (str(error), None)
+        left = flags.FLAGS(argv)
+        config = flags.FLAGS.config
+        # An OSError of the file is raised by whatever is asked for first.
+        getattr(config, "seed", None)
+    except Exception as error:  # A config file may raise anything.
+        sys.exit(f"Error: {_sentence_on(error)}")
+    if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
+        returned = "nothing" if config is None else type(config).__name__
+        sys.exit(
+            f"Error: get_config of the config file returns {returned}: have it return the config "
+            "that configs.default.get_config() gives."
+        )
+    return left
+
+
+def _refuse_missing_file(argv: list[str]) -> None:
+    """A config file that is not there, in words; ml_collections has its own for later."""
+    given = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-config")]
+    given += [a.partition("=")[2] for a in argv if re.match("--?config=", a)]
+    for value in given:
+        path = Path(value.partition(":")[0])
+        if not value:
+            sys.exit("Error: --config is empty: name a file, such as configs/streets.py.")
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is missing"
+            sys.exit(f"Error: The config {path} {what}: configs/ has those there are.")
+
+
+def _sentence_on(error: Exception) -> str:
+    # Of an unknown key, written two ways: 'stepz' by an override, Key "stepz" by a config file.
+    pattern = r"\W*(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
+    found = re.match(pattern, str(error), re.DOTALL)
+    if isinstance(error, AttributeError | KeyError) and found:
+        key, near = found.groups()
         hint = f"did you mean {near}?" if near else "configs/default.py has every key."
-        sys.exit(f"Error: There is no config key {key}: {hint}")
-    except (flags.Error, TypeError, ValueError, SyntaxError, NameError, ImportError) as error:
-        # A config file that raises comes wrapped in its traceback, with the reason last.
-        reason = str(error).strip().splitlines()[-1].strip()
-        sys.exit(f"Error: {reason}; configs/default.py documents every key, --help the flags.")
+        return f"There is no config key {key}: {hint}"
+    if str(error).startswith("string indices must be integers"):
+        return "A --config.key goes on behind a text: configs/default.py has every key."
+    # A config file that raises a TypeError comes wrapped in its traceback, with the reason last.
+    reason = (str(error).strip().splitlines() or [""])[-1].strip()
+    if not isinstance(error, flags.Error):
+        reason = f"The config file raises {type(error).__name__}: {reason}"
+    return f"{reason}; configs/default.py documents every key, --help the flags."
 
 
 def parse_plain(argv: list[str]) -> list[str]:
@@ -134,7 +167,4 @@ def config_path(argv: list[str]) -> str:
     options_only(argv)
     if not flags.FLAGS["config"].present:
         sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not Path(path.partition(":")[0]).exists():
-        sys.exit(f"Error: The config {path} is missing: configs/ has those there are.")
-    return path
+    return config_flags.get_config_filename(flags.FLAGS["config"])

@@ -90,4 +90,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "norms", None, "A PNG to write as well: the weak against the strong norm of some layers."
     )
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=command_line.parse_plain)

@@ -1,6 +1,7 @@
 """The config's constraints, checked before anything runs, and its path on the command line."""
 
 import difflib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ _SCALES: Rule = (
     "a tuple of numbers above 0, at least one",
 )
 
+_NAMES: Rule = (
+    lambda v: (
+        isinstance(v, tuple) and all(isinstance(n, str) and n for n in v) and len(set(v)) == len(v)
+    ),
+    "a tuple of distinct names",
+)
+_MASK_VALUES: Rule = (
+    lambda v: isinstance(v, tuple) and all(type(n) is int and 0 <= n < 256 for n in v),
+    "a tuple of integers from 0 to 255",
+)
+
 _SOURCE: Rule = (
     lambda v: (
         v in LAYOUTS or (isinstance(v, str) and len(v) > len(PREFIX) and v.startswith(PREFIX))
@@ -69,8 +81,20 @@ _SOURCE: Rule = (
     f"one of {', '.join(LAYOUTS)}, or {PREFIX}NAME",
 )
 
+# Keys that may be None, for what the network or the loss takes by itself.
+_OPEN = frozenset(
+    {
+        "loss.scl.saturate",
+        "model.align_corners",
+        "model.norm_epsilon.backbone",
+        "model.norm_epsilon.head",
+    }
+)
+
 RULES: dict[str, Rule] = {
     "data.name": _SOURCE,
+    "data.classes": _NAMES,
+    "data.ignore_ids": _MASK_VALUES,
     "data.downscale": _at_least(1),
     "data.unlabeled_ratio": _at_least(0),
     "data.labels": _at_least(0),
@@ -155,6 +179,13 @@ def check(config: Any) -> None:
         UserError: naming the key, its value and what it may be.
     """
     flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    for key, value in flat.items():
+        if value is None and key not in _OPEN:
+            raise UserError(
+                f"{key} is None: give it a value, configs/default.py has the usual one."
+            )
+        if not is_finite(value):
+            raise UserError(f"{key} is {value!r}: make it finite.")
     for key, (holds, what) in RULES.items():
         if key not in flat:
             raise UserError(f"The config has no {key}: start from configs.default.get_config().")
@@ -191,6 +222,13 @@ def check(config: Any) -> None:
         )
     deeplab.check_multi_grid(config.model)
     _check_weights(config)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number is, and all in a tuple; what is no number is."""
+    if isinstance(value, tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_window(prefix: str, window: tuple[int, ...], stride: tuple[int, ...]) -> None:

@@ -308,7 +308,8 @@ class _Log:
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
                 f"{', '.join(ids)}): look at this batch in {self._keep(step, batch)}, or "
-                f"lower optim.{rates}.learning_rate; the checkpoints before it are kept."
+                f"lower optim.{rates}.learning_rate with another --workdir; the checkpoints before "
+                "it are kept."
             )
         self._window.append(values)
         if step % self._config.log_every == 0 or step == self._stage.steps:

@@ -1,6 +1,7 @@
 """Configs, their keys and their constraints, and the sentences a user gets for a wrong one."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from configs import default
 from semiseg_jax import settings
 from semiseg_jax.errors import UserError
+from tests import mains
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -60,12 +62,38 @@ def test_teacher_steps_follow_steps_and_not_the_other_way():
         ("train__steps", 0, "train.steps is 0: make it at least 1"),
         ("optim__momentum", 1.0, "below 1"),
         ("sda__ops", ("blurr",), "out of contrast_gamma"),
+        ("data__classes", ("a", "a"), "a tuple of distinct names"),
+        ("data__classes", ("a", 1), "a tuple of distinct names"),
+        ("data__ignore_ids", (255.0,), "integers from 0 to 255"),
         ("pseudo__scales", (), "at least one"),
     ],
 )
 def test_values_outside_their_constraints_are_one_sentence(key, value, sentence):
     with pytest.raises(UserError, match=sentence):
         settings.check(tiny_config(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("seed", None, "seed is None: give it a value"),
+        ("data.classes", None, "data.classes is None"),
+        ("eval.flip", None, "eval.flip is None"),
+        ("data.labels", float("inf"), "data.labels is inf: make it finite"),
+        ("eval.scales", (1.0, float("inf")), r"eval.scales is \(1.0, inf\): make it finite"),
+        ("loss.scl.alpha", float("nan"), "loss.scl.alpha is nan: make it finite"),
+    ],
+)
+def test_nothing_and_what_is_not_finite_are_no_values(key, value, sentence):
+    config = tiny_config()
+    section, _, name = key.rpartition(".")
+    held = config
+    for part in filter(None, section.split(".")):
+        held = held[part]
+    with config.ignore_type():
+        held[name] = value
+    with pytest.raises(UserError, match=sentence):
+        settings.check(config)
 
 
 def test_both_streams_empty_is_refused():
@@ -118,6 +146,41 @@ def run_main(*arguments):
 
 
 @pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("def get_config(): pass", "returns nothing: have it return the config"),
+        ("def get_config(): return 3", "returns int: have it return the config"),
+        ("def get_config(): return 1 // 0", "The config file raises ZeroDivisionError: integer"),
+        ("", "raises AttributeError: module .* has no attribute 'get_config'"),
+        ("def get_config(): return open('/nowhere/x')", "raises OSError: .*'/nowhere/x'"),
+        ("from configs import default\ndefault.get_confg()", "no attribute 'get_confg'"),
+    ],
+)
+def test_config_files_that_go_wrong(source, sentence, tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    # Where the file of the test before is still to be found, of the same name.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    assert re.search(sentence, mains.refused(monkeypatch, f"--config={path}"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config="], "--config is empty"),
+        (["--config", str(ROOT / "configs")], "configs is a folder"),
+        (["--config=nothere.py:half", "--config.seed=1"], "The config nothere.py is missing"),
+        (
+            [f"--config={ROOT / 'configs/streets.py'}", "--config.data.root.x=1"],
+            "goes on behind a text",
+        ),
+    ],
+)
+def test_commands_without_a_config_file(arguments, sentence, monkeypatch):
+    assert sentence in mains.refused(monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (
@@ -125,7 +188,7 @@ def run_main(*arguments):
             "no config key stepz: did you mean steps?",
         ),
         (["--config=configs/streets.py", "--config.train.steps=many"], "many"),
-        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/none.py", "--config.seed=1"], "The config configs/none.py is missing"),
         (
             ["--config=configs/camvid.py:third"],
             "is 'third': make it one of full, half, one of 1_30",
