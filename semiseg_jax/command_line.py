@@ -6,6 +6,7 @@ import logging as python_logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from semiseg_jax import distributed, interruption
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, first_line
 
 
 def define_config(what: str) -> flags.FlagHolder:
@@ -87,51 +88,86 @@ def one_sentence() -> Iterator[None]:
 
 def parse(argv: list[str]) -> list[str]:
     """The arguments that are not flags; a wrong flag, key or config ends in one sentence."""
-    _refuse_missing_file(argv)
+    files = _config_files(argv)
+    _refuse_missing(files)
     try:
         left = flags.FLAGS(argv)
         config = flags.FLAGS.config
         # An OSError of the file is raised by whatever is asked for first.
         getattr(config, "seed", None)
     except Exception as error:  # A config file may raise anything.
-        sys.exit(f"Error: {_sentence_on(error)}")
+        sys.exit(f"Error: {_sentence_on(error, ' '.join(['The config file', *files[-1:]]))}")
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
-        returned = "nothing" if config is None else type(config).__name__
-        sys.exit(
-            f"Error: get_config of the config file returns {returned}: have it return the config "
-            "that configs.default.get_config() gives."
-        )
+        sys.exit(f"Error: {_no_config(type(config).__name__)}")
     return left
 
 
-def _refuse_missing_file(argv: list[str]) -> None:
-    """A config file that is not there, in words; ml_collections has its own for later."""
+def _config_files(argv: list[str]) -> list[str]:
+    """The values of --config, as far as they are paths."""
     given = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-config")]
     given += [a.partition("=")[2] for a in argv if re.match("--?config=", a)]
-    for value in given:
-        path = Path(value.partition(":")[0])
-        if not value:
+    return [value.partition(":")[0] for value in given]
+
+
+def _refuse_missing(files: list[str]) -> None:
+    """A config file that is not there, in words; ml_collections has its own for later."""
+    for file in files:
+        path = Path(file)
+        if not file:
             sys.exit("Error: --config is empty: name a file, such as configs/streets.py.")
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "is missing"
             sys.exit(f"Error: The config {path} {what}: configs/ has those there are.")
 
 
-def _sentence_on(error: Exception) -> str:
-    # Of an unknown key, written two ways: 'stepz' by an override, Key "stepz" by a config file.
+def _no_config(returned: str) -> str:
+    returned = "nothing" if returned == "NoneType" else returned
+    return (
+        f"get_config of the config file returns {returned}: have it return the config that "
+        "configs.default.get_config() gives."
+    )
+
+
+def _sentence_on(error: BaseException, file: str) -> str:
+    """What went wrong in the flags, or in the config file that is called `file`."""
+    error = _unwrapped(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if unknown := _unknown_key(error, frames[-1].f_globals["__name__"]):
+        return unknown
+    if any(frame.f_code.co_qualname == "ConfigFileFlagParser.parse" for frame in frames):
+        reason = f"{file} raises {type(error).__name__}: {first_line(error)}"
+    elif isinstance(error, flags.Error):
+        reason = first_line(error)
+    # An override of what is no config at all: the lookup ends at its first part.
+    elif found := re.search(r"<class '(\w+)'>\.(\w+) .* lookup: \2\b", str(error)):
+        return _no_config(found.group(1))
+    else:
+        return (
+            "A --config.key asks for a part that its value does not have: configs/default.py has "
+            "every key."
+        )
+    return f"{reason}; configs/default.py documents every key, --help the flags."
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a config file raised, of an exception that ml_collections and absl made of it."""
+    inner = error.__cause__ or error.__context__
+    wrappers = "flag --config=|Error whilst parsing config file|Configuration is not available"
+    return _unwrapped(inner) if inner and re.match(wrappers, str(error)) else error
+
+
+def _unknown_key(error: BaseException, module: str) -> str | None:
+    """The sentence on a key that ml_collections does not know; `module` raised the error."""
+    # Written two ways: 'stepz' by an override, Key "stepz" by a config file.
     pattern = r"\W*(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
     found = re.match(pattern, str(error), re.DOTALL)
-    if isinstance(error, AttributeError | KeyError) and found:
-        key, near = found.groups()
-        hint = f"did you mean {near}?" if near else "configs/default.py has every key."
-        return f"There is no config key {key}: {hint}"
-    if str(error).startswith("string indices must be integers"):
-        return "A --config.key goes on behind a text: configs/default.py has every key."
-    # A config file that raises a TypeError comes wrapped in its traceback, with the reason last.
-    reason = (str(error).strip().splitlines() or [""])[-1].strip()
-    if not isinstance(error, flags.Error):
-        reason = f"The config file raises {type(error).__name__}: {reason}"
-    return f"{reason}; configs/default.py documents every key, --help the flags."
+    # A config file may look up something else in vain, which reads the same.
+    ours = isinstance(error, AttributeError | KeyError) and module.startswith("ml_collections")
+    if not (ours and found):
+        return None
+    key, near = found.groups()
+    hint = f"did you mean {near}?" if near else "configs/default.py has every key."
+    return f"There is no config key {key}: {hint}"
 
 
 def parse_plain(argv: list[str]) -> list[str]:

@@ -150,9 +150,12 @@ def run_main(*arguments):
     [
         ("def get_config(): pass", "returns nothing: have it return the config"),
         ("def get_config(): return 3", "returns int: have it return the config"),
-        ("def get_config(): return 1 // 0", "The config file raises ZeroDivisionError: integer"),
+        ("def get_config(): return 1 // 0", r"mine\.py raises ZeroDivisionError: integer"),
+        ("def get_config(): return {'a': 1}['b']", r"mine\.py raises KeyError: 'b'"),
+        ("def get_config(): return 'x'.foo", "raises AttributeError: 'str' object has no attrib"),
+        ("def get_config(): raise ValueError('one\\ntwo')", "raises ValueError: one; configs"),
         ("", "raises AttributeError: module .* has no attribute 'get_config'"),
-        ("def get_config(): return open('/nowhere/x')", "raises OSError: .*'/nowhere/x'"),
+        ("def get_config(): return open('/nowhere/x')", "raises FileNotFoundError: .*'/nowhere/x'"),
         ("from configs import default\ndefault.get_confg()", "no attribute 'get_confg'"),
     ],
 )
@@ -170,14 +173,26 @@ def test_config_files_that_go_wrong(source, sentence, tmp_path, monkeypatch):
         (["--config="], "--config is empty"),
         (["--config", str(ROOT / "configs")], "configs is a folder"),
         (["--config=nothere.py:half", "--config.seed=1"], "The config nothere.py is missing"),
-        (
-            [f"--config={ROOT / 'configs/streets.py'}", "--config.data.root.x=1"],
-            "goes on behind a text",
-        ),
     ],
 )
 def test_commands_without_a_config_file(arguments, sentence, monkeypatch):
     assert sentence in mains.refused(monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("key", ["data.root.x", "seed.x", "data.crop.x", "model.align_corners.x"])
+def test_an_override_that_goes_on_behind_a_value(key, monkeypatch):
+    said = mains.refused(
+        monkeypatch, f"--config={ROOT / 'configs/streets.py'}", f"--config.{key}=1"
+    )
+    assert "asks for a part that its value does not have" in said
+
+
+@pytest.mark.parametrize("returned", ["None", "3"])
+def test_an_override_of_what_is_no_config(returned, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(f"def get_config(): return {returned}")
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    said = mains.refused(monkeypatch, f"--config={tmp_path / 'mine.py'}", "--config.data.root=x")
+    assert "get_config of the config file returns" in said
 
 
 @pytest.mark.parametrize(
