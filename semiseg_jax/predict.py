@@ -91,7 +91,9 @@ def _changes() -> dict[str, Any]:
         ) from error
     for name, value in changes.items():
         holds, what = settings.RULES.get(f"eval.{name}", (lambda v: True, ""))
-        if not (settings.is_finite(value) and holds(value)):
+        if not settings.is_finite(value):
+            raise UserError(f"--{name} is {value!r}: make it finite.")
+        if not holds(value):
             raise UserError(f"--{name} is {value!r}: make it {what}.")
     if ("window" in changes) != ("window_stride" in changes):
         raise UserError("--window and --window_stride go together: give both, or none.")

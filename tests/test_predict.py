@@ -331,6 +331,7 @@ def test_what_cannot_be_done_is_one_sentence(few, photos, tmp_path, monkeypatch)
     for option, sentence in (
         ("--scales=1,x", "numbers with commas between them"),
         ("--scales=0", "--scales is (0.0,): make it a tuple of numbers above 0"),
+        ("--scales=1,inf", "--scales is (1.0, inf): make it finite"),
         ("--window=16,16", "--window and --window_stride go together"),
         ("--batch=0", "--batch is 0: make it at least 1"),
         ("--max_pixels=0", "--max_pixels is 0"),
