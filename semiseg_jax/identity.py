@@ -29,6 +29,12 @@ FREE = frozenset(
     }
 )
 
+# What such a file has at least; later versions added to it.
+_KEYS = {
+    "config.json": {"data", "model", "train", "rounds"},
+    "data.json": {"data", "labeled", "unlabeled", "ids_hash"},
+}
+
 
 def refuse_other_config(workdir: epath.PathLike, config: Any) -> None:
     """Refuses a workdir that belongs to another config.
@@ -105,7 +111,10 @@ def known(workdir: epath.Path, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not content.keys() >= _KEYS[name]:
+            raise ValueError("it is of another form")
+        return content
     except OSError as error:
         raise unread(path, error, "make it readable, or give another --workdir") from error
     except ValueError as error:

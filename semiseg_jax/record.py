@@ -251,14 +251,15 @@ def keep_pseudo(
     _write_json(stage / f"{PSEUDO_GALLERY}.json", found)
 
 
-def read_json(path: epath.Path) -> Any:
-    """A file's content; None where it is missing or damaged.
+def read_json(path: epath.Path, *keys: str) -> Any:
+    """The object in a file; None where it is missing, damaged or without one of the keys.
 
     Raises:
         UserError: it may not be read.
     """
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        found = json.loads(path.read_text()) if path.exists() else None
+        return found if isinstance(found, dict) and found.keys() >= set(keys) else None
     except OSError as error:
         raise unread(path, error, "make it readable") from error
     except ValueError:

@@ -29,7 +29,7 @@ def read(path: epath.Path) -> dict[str, list[Row]]:
     if not path.exists():
         return {"rows": [], "curve": []}
     try:
-        return json.loads(path.read_text())
+        return content(json.loads(path.read_text()))
     except OSError as error:
         raise unread(path, error, "make it readable") from error
     except ValueError as error:
@@ -37,6 +37,28 @@ def read(path: epath.Path) -> dict[str, list[Row]]:
             f"{path} cannot be read ({error}): remove it, and start again to evaluate every stage "
             "anew."
         ) from error
+
+
+def content(found: Any) -> dict[str, list[Row]]:
+    """What a results.json holds; no curve where it has rows alone.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    if not isinstance(found, dict) or "rows" not in found:
+        raise ValueError("it has no rows")
+    kept = {"rows": found["rows"], "curve": found.get("curve", [])}
+    for name, rows in kept.items():
+        if not (isinstance(rows, list) and all(map(_is_row, rows))):
+            raise ValueError(f"its {name} are no result rows")
+    return kept
+
+
+def _is_row(found: Any) -> bool:
+    needed = {"stage", "round", "protocol"}  # By which rows are told apart before one is shown.
+    return (
+        isinstance(found, dict) and found.keys() >= needed and isinstance(found["protocol"], dict)
+    )
 
 
 class Results:

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from semiseg_jax import results
+from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import COMPARED, Score
 
 PROTOCOL = {key: key for key in COMPARED} | {"seed": 0, "config_hash": "a", "split": "val"}
@@ -45,6 +46,24 @@ def test_a_row_of_another_protocol_stands_beside_the_old_one(tmp_path):
     kept.add(row("teacher", 0, 1), final=True)
     kept.add(row("teacher", 0, 3, PROTOCOL | {"split": "test"}), final=True)
     assert [r["split"] for r in kept.rows] == ["val", "test"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "3", '{"rows": 3}', '{"rows": [3]}', '{"rows": [{}]}', '{"curve": []}']
+)
+def test_results_of_another_form_are_refused_as_damaged_ones(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"results\.json cannot be read \(.* remove it, and start"):
+        results.Results(tmp_path / "results.json")
+
+
+def test_results_without_a_curve(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"rows": [row("teacher", 0, 1)]}))
+    kept = results.Results(path)
+    assert [r["stage"] for r in kept.rows] == ["teacher"] and kept.curve == []
+    kept.add(row("teacher", 0, 3, step=5), final=False)
+    assert len(json.loads(path.read_text())["curve"]) == 1
 
 
 def test_the_table_has_gains():

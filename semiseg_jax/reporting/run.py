@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from semiseg_jax import history, record
+from semiseg_jax import history, record, results
 from semiseg_jax.data import labels
 from semiseg_jax.data.streams import stage_name
 from semiseg_jax.errors import UserError
@@ -105,15 +105,23 @@ def read(workdir: epath.PathLike) -> Run:
         UserError: it is not that of a run.
     """
     workdir = epath.Path(workdir)
-    config = record.read_json(workdir / "config.json")
+    config = record.read_json(workdir / "config.json", "model", "rounds", "train")
     if config is None:
         raise UserError(
             f"{workdir} has no config.json: give the --workdir of a run that has begun."
         )
-    results = record.read_json(workdir / "results.json") or {"rows": [], "curve": []}
-    about = record.read_json(workdir / record.RUN)
+    scores = _results(workdir)
+    about = record.read_json(workdir / record.RUN, "classes", "palette", "images")
     stages = list(_stages(workdir, config))
-    return Run(workdir, config, about, results["rows"], results["curve"], stages)
+    return Run(workdir, config, about, scores["rows"], scores["curve"], stages)
+
+
+def _results(workdir: epath.Path) -> dict[str, list[dict[str, Any]]]:
+    """Of results.json; none where it is missing or damaged, as the page says then."""
+    try:
+        return results.content(record.read_json(workdir / "results.json"))
+    except ValueError:
+        return {"rows": [], "curve": []}
 
 
 def _stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[Stage]:
@@ -125,6 +133,6 @@ def _stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[Stage]:
         wanted.append(("control", rounds["count"], train["teacher_steps"]))
     for number, (kind, round_, begins) in enumerate(wanted):
         folder = workdir / f"round_{round_}" / kind
-        evaluation = record.read_json(folder / record.EVALUATION)
+        evaluation = record.read_json(folder / record.EVALUATION, "gallery", "protocol")
         done = (folder / DONE).exists()
         yield Stage(number, kind, round_, begins, folder, done, evaluation)
