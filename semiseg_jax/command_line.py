@@ -96,7 +96,8 @@ def parse(argv: list[str]) -> list[str]:
         # An OSError of the file is raised by whatever is asked for first.
         getattr(config, "seed", None)
     except Exception as error:  # A config file may raise anything.
-        sys.exit(f"Error: {_sentence_on(error, ' '.join(['The config file', *files[-1:]]))}")
+        # A --flagfile may name the config, which argv then does not.
+        sys.exit(f"Error: {_sentence_on(error, files[-1] if files else 'given')}")
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         sys.exit(f"Error: {_no_config(type(config).__name__)}")
     return left
@@ -129,13 +130,13 @@ def _no_config(returned: str) -> str:
 
 
 def _sentence_on(error: BaseException, file: str) -> str:
-    """What went wrong in the flags, or in the config file that is called `file`."""
+    """What went wrong in the flags, or in the config file at `file`."""
     error = _unwrapped(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if unknown := _unknown_key(error, frames[-1].f_globals["__name__"]):
         return unknown
     if any(frame.f_code.co_qualname == "ConfigFileFlagParser.parse" for frame in frames):
-        reason = f"{file} raises {type(error).__name__}: {first_line(error)}"
+        reason = f"The config file {file} raises {type(error).__name__}: {first_line(error)}"
     elif isinstance(error, flags.Error):
         reason = first_line(error)
     # An override of what is no config at all: the lookup ends at its first part.
