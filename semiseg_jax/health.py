@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
+from semiseg_jax.errors import unread
 from semiseg_jax.pseudo_labels import MANIFEST
 
 HEALTH = "health.json"
@@ -81,6 +82,8 @@ def _earlier_manifest(before: epath.Path) -> dict[str, Any] | None:
         path = before / MANIFEST
         try:
             return json.loads(path.read_text()) if path.exists() else None
+        except OSError as error:
+            raise unread(path, error, "make it readable") from error
         except ValueError:
             return None
 

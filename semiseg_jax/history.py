@@ -12,6 +12,7 @@ from etils import epath
 
 from semiseg_jax import distributed
 from semiseg_jax.data.labels import write_bytes
+from semiseg_jax.errors import unread
 
 FILE = "metrics.jsonl"
 
@@ -47,9 +48,15 @@ def copy(source: epath.Path, folder: epath.Path) -> None:
 
 
 def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a stage, in the order of its steps; none of a missing or damaged history."""
+    """The lines of a stage, in the order of its steps; none of a missing or damaged history.
+
+    Raises:
+        UserError: it may not be read.
+    """
     path = folder / FILE
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
     except ValueError:
         return []

@@ -27,7 +27,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data import labels
 from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
 from semiseg_jax.data.sources import Dataset, Example
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 from semiseg_jax.inference import Predictor, one_behind
 from semiseg_jax.state import Variables, for_inference
 
@@ -278,6 +278,8 @@ def _read_manifest(folder: epath.Path, made_by: dict[str, Any]) -> Manifest | No
         return None
     try:
         manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
     except ValueError:
         return None  # Damaged: made again from the files.
     for key, value in made_by.items():
@@ -305,7 +307,7 @@ def _is_as_written(folder: epath.Path, example: Example, entry: dict[str, Any] |
     path = folder / f"{example.id}.png"
     if entry is None or not path.exists():
         return False
-    if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != entry["sha256"]:
+    if _digest(path) != entry["sha256"]:
         return False
     size = labels.image_size(example.image)
     if list(size) != entry["size"]:
@@ -317,6 +319,14 @@ def _is_as_written(folder: epath.Path, example: Example, entry: dict[str, Any] |
     return True
 
 
+def _digest(path: epath.Path) -> str:
+    """16 hex digits that name the content of a label map's file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
+
+
 def _has_confidence(folder: epath.Path, example: Example) -> bool:
     """Whether the image's confidence is there, which maps made without it have not."""
     return (folder.parent / CONFIDENCE / f"{example.id}.png").exists()
@@ -326,7 +336,7 @@ def _description(folder: epath.Path, example: Example) -> dict[str, Any]:
     path = folder / f"{example.id}.png"
     text = labels.read_text(path)
     return {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "sha256": _digest(path),
         "size": list(labels.image_size(path)),
         "mean_confidence": float(text["mean_confidence"]),
         "histogram": json.loads(text["histogram"]),

@@ -239,7 +239,7 @@ def keep_pseudo(
     sure = {name: entry["mean_confidence"] for name, entry in manifest["images"].items()}
     found = {
         "least_confident": dict(sorted(sure.items(), key=lambda item: item[1])[:SHOWN_PSEUDO]),
-        "most_changed": json.loads((folder / health.HEALTH).read_text()).get("most_changed", {}),
+        "most_changed": (read_json(folder / health.HEALTH) or {}).get("most_changed", {}),
     }
     wanted = {name for chosen in found.values() for name in chosen}
     for example in dataset.unlabeled:

@@ -29,7 +29,7 @@ from semiseg_jax import (
     tables,
 )
 from semiseg_jax.data import sources, streams
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
 
 # What a teacher does not depend on: all that is read behind it, and its kind of norm, of which it
@@ -129,6 +129,8 @@ class Piece:
         def count() -> int:
             try:
                 return len(json.loads(path.read_text())["images"]) if path.exists() else 0
+            except OSError as error:
+                raise unread(path, error, "make it readable") from error
             except (ValueError, KeyError):
                 return 0  # Labelling looks at what is there, and says what is damaged.
 

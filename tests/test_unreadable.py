@@ -7,9 +7,10 @@ import pathlib
 import pytest
 from etils import epath
 
-from semiseg_jax import identity, report, results
-from semiseg_jax.data import doctor, examples, inputs, sources, splits
+from semiseg_jax import health, history, identity, pseudo_labels, report, results
+from semiseg_jax.data import doctor, examples, inputs, labels, sources, splits
 from semiseg_jax.errors import UserError
+from semiseg_jax.models import weight_files
 
 
 @pytest.fixture
@@ -80,6 +81,14 @@ def test_the_folder_itself(folder_data, closed):
             "make it readable",
         ),
         ("config.json", report.write, "make it readable"),
+        ("metrics.jsonl", history.read, "make it readable"),
+        (
+            "manifest.json",
+            lambda folder: pseudo_labels._read_manifest(folder, {}),
+            "make it readable",
+        ),
+        ("manifest.json", health._earlier_manifest, "make it readable"),
+        ("a.png", lambda folder: pseudo_labels._digest(folder / "a.png"), "make it readable"),
     ],
 )
 def test_a_file_of_the_workdir(tmp_path, closed, name, read, remedy):
@@ -88,4 +97,22 @@ def test_a_file_of_the_workdir(tmp_path, closed, name, read, remedy):
     with pytest.raises(UserError) as refused:
         read(epath.Path(tmp_path))
     path = tmp_path / name
+    assert str(refused.value) == f"{path} cannot be read (Permission denied): {remedy}."
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "remedy"),
+    [
+        ("a.npz", weight_files.read, "make it readable"),
+        ("a.safetensors", weight_files.read, "make it readable"),
+        ("a.png", labels.read_image, "make it readable, or take it out of its list"),
+    ],
+)
+def test_weights_and_images(tmp_path, closed, name, read, remedy):
+    """None of them is called damaged."""
+    path = tmp_path / name
+    path.write_bytes(b"sound")
+    closed(path)
+    with pytest.raises(UserError) as refused:
+        read(path)
     assert str(refused.value) == f"{path} cannot be read (Permission denied): {remedy}."

@@ -19,7 +19,7 @@ from jaxtyping import Int, Int16, UInt8
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from semiseg_jax import distributed
-from semiseg_jax.errors import UserError, first_line, unwritten
+from semiseg_jax.errors import UserError, first_line, unread, unwritten
 
 IGNORE = 255
 # Large images are data here, not an attack.
@@ -141,6 +141,8 @@ def _opening(path: epath.PathLike, refusal: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore it or take it out of its list.") from error
+    except PermissionError as error:
+        raise unread(path, error, "make it readable, or take it out of its list") from error
     except Exception as error:  # Pillow's decoders have many, down to TypeError and OverflowError.
         why = first_line(error)
         if isinstance(error, UnidentifiedImageError):  # it names the Python object that was read

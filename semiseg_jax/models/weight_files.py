@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from semiseg_jax.errors import UserError
+from semiseg_jax.errors import UserError, unread
 
 # Names of counters and of optimisers' variables, which are no weights.
 NO_WEIGHT = re.compile(
@@ -71,6 +71,8 @@ def read(path: epath.PathLike) -> File:
         raise UserError(
             f"{path} is missing: correct the path to the weights, or leave model.pretrained empty."
         ) from error
+    except PermissionError as error:
+        raise unread(path, error, "make it readable") from error
     except _DAMAGED as error:
         raise UserError(
             f"{path} cannot be read ({error}): it is truncated, corrupt or no such file; get it "
