@@ -55,7 +55,7 @@ def content(found: Any) -> dict[str, list[Row]]:
 
 
 def _is_row(found: Any) -> bool:
-    needed = {"stage", "round", "protocol"}  # By which rows are told apart before one is shown.
+    needed = {*KEY, "protocol", "miou", "iou"}  # What every table and figure reads.
     return (
         isinstance(found, dict) and found.keys() >= needed and isinstance(found["protocol"], dict)
     )

@@ -57,6 +57,16 @@ def test_results_of_another_form_are_refused_as_damaged_ones(content, tmp_path):
         results.Results(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize("key", ["stage", "round", "step", "seed", "protocol", "miou", "iou"])
+def test_a_row_without_what_tables_read_is_refused(key, tmp_path):
+    whole = row("teacher", 0, 1)
+    (tmp_path / "results.json").write_text(
+        json.dumps({"rows": [{k: v for k, v in whole.items() if k != key}]})
+    )
+    with pytest.raises(UserError, match="its rows are no result rows"):
+        results.Results(tmp_path / "results.json")
+
+
 def test_results_without_a_curve(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"rows": [row("teacher", 0, 1)]}))

@@ -88,7 +88,8 @@ def test_an_interrupted_study_goes_on_where_it_stopped(config, tmp_path, monkeyp
             folder.mkdir(parents=True, exist_ok=True)
             (folder / rounds.DONE).touch()
         protocol = evaluate.protocol(config, sources.load(config), 1)
-        rows.extend({"stage": kind, "round": n, "protocol": protocol} for kind, n in stages)
+        row = {"step": 1, "split": "val", "seed": 0, "miou": 0.5, "iou": [], "protocol": protocol}
+        rows.extend({"stage": kind, "round": n, **row} for kind, n in stages)
         (workdir / "results.json").write_text(json.dumps({"rows": rows, "curve": []}))
 
     monkeypatch.setattr(rounds, "run", run)
