@@ -111,8 +111,9 @@ def _read_torch(path: epath.Path) -> File:
     except ImportError as error:
         raise UserError(
             f"{path} can be read only where torch is installed; convert it there with python -c "
-            '"import sys, torch, safetensors.torch as s; s.save_file(torch.load(sys.argv[1], '
-            "weights_only=True, map_location='cpu'), sys.argv[2])\" "
+            '"import sys, torch, safetensors.torch as s; '
+            "w = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
+            's.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])" '
             f"{path.name} {path.stem}.safetensors, and give that file."
         ) from error
     try:

@@ -200,7 +200,10 @@ def test_unknown_layouts_and_endings_are_one_sentence(tmp_path):
 def test_pth_without_torch_says_how_to_convert(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"only where torch is installed; .* weights\.safetensors"):
+    with pytest.raises(
+        UserError,
+        match=r"only where torch is installed; .* v\.contiguous\(\).* weights\.safetensors",
+    ):
         pretrained.inspect(tmp_path / "weights.pth")
 
 
