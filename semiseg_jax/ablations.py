@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
     config_path = command_line.config_path(argv)
     if _TABLE.value is None:
         sys.exit(f"Error: Say which table, as --table=1; there are {', '.join(paper.TABLES)}.")
+    if _DRY_RUN.value and _TABLES_ONLY.value:
+        sys.exit("Error: --dry-run and --tables-only are two things: give one of them.")
     with startup.of_a_run(_CONFIG.value):
         from semiseg_jax import settings, study
 

@@ -7,8 +7,11 @@ share the teacher and its pseudo-labels. Its teacher is made by the first run he
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+from semiseg_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Run:
     curve: bool = False
     optional: bool = False
 
+
+# What the rows mean by the method's own loss, norm and magnitudes. A config with others would have
+# labels in its tables that are not true.
+METHOD = {"loss.unlabeled": "scl", "model.norm": "dsbn", "sda.magnitude": "uniform"}
 
 # Plain cross-entropy on the pseudo-labels: what the loss is before SCL comes in.
 CE = {"loss.unlabeled": "ce"}
@@ -226,6 +233,22 @@ PUBLISHED: dict[tuple[str, str, int], Mapping[str, float]] = {
 }
 # Beside results on data that the paper has not.
 REFERENCE = ("cityscapes", "v3plus xception65", 372)
+
+
+def refuse_another_method(config: Any, table: str) -> None:
+    """Refuses a config that has already changed what the rows of a table change.
+
+    Raises:
+        UserError: naming the key.
+    """
+    changed = {key for row in TABLES[table].rows for key in RUNS[row.run].changes}
+    for key, value in METHOD.items():
+        found = functools.reduce(getattr, key.split("."), config)
+        if key in changed and found != value:
+            raise UserError(
+                f"{key} is {found}: the rows of --table={table} change it themselves, from "
+                f"{value}; leave it there."
+            )
 
 
 def published(data: str, network: str, labels: int) -> tuple[str, Mapping[str, float]]:

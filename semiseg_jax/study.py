@@ -61,12 +61,13 @@ def seeds(texts: Sequence[str]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A run of one seed: its name in `paper.RUNS`, config and workdir."""
+    """A run of one seed: its name in `paper.RUNS`, config, workdir, and how many students."""
 
     name: str
     seed: int
     config: Any
     workdir: epath.Path
+    students: int
 
     @property
     def title(self) -> str:
@@ -76,9 +77,8 @@ class Piece:
     @property
     def counts(self) -> list[int]:
         """The values of rounds.count that it goes through, each with its control."""
-        students = paper.RUNS[self.name].students
-        count = {"none": 0, "one": 1, "all": self.config.rounds.count}[students]
-        return [1, count] if self.config.rounds.control and count > 1 else [count]
+        several = self.config.rounds.control and self.students > 1
+        return [1, self.students] if several else [self.students]
 
     @property
     def stages(self) -> list[tuple[str, int]]:
@@ -165,6 +165,7 @@ class Study:
     ):
         if config.rounds.count < 1:
             raise UserError("rounds.count is 0: the paper's tables need at least one student.")
+        paper.refuse_another_method(config, table)
         self.table = paper.TABLES[table]
         self._name = table
         self._config = config
@@ -188,7 +189,7 @@ class Study:
         def there() -> list[int]:
             folder = self._workdir / name
             names = [path.name for path in folder.iterdir()] if folder.exists() else []
-            return [int(n.removeprefix("seed_")) for n in names if re.fullmatch(r"seed_\d+", n)]
+            return [int(n.removeprefix("seed_")) for n in names if re.fullmatch(r"seed_-?\d+", n)]
 
         return sorted({*self._seeds, *distributed.agree(f"seeds of {name}", there)})
 
@@ -199,6 +200,8 @@ class Study:
         Without the optional runs for which there are no images, which is said.
         """
         kept = []
+        if any(paper.RUNS[name].optional for name in self._names):
+            sources.plan(self._config)  # What is wrong with the data is wrong with all runs.
         for name in self._names:
             try:
                 if paper.RUNS[name].optional:
@@ -221,7 +224,20 @@ class Study:
             # Evaluations inside a stage make curves, and choose weights; all else needs none.
             if config.eval.select == "last":
                 config.eval.every = 0
-        return Piece(name, seed, config, self._workdir / name / f"seed_{seed}")
+        workdir = self._workdir / name / f"seed_{seed}"
+        return Piece(name, seed, config, workdir, self._students(name, workdir))
+
+    def _students(self, name: str, workdir: epath.Path) -> int:
+        """How many students a run has: where no row shows a later one, the first is enough."""
+        count = {"none": 0, "one": 1, "all": self._config.rounds.count}[paper.RUNS[name].students]
+        shown = any(row.run == name and row.round != "first" for row in self.table.rows)
+        if count <= 1 or shown:
+            return count
+        # Of a run that another table has given more, no stage may be taken away.
+        kept = distributed.agree(
+            f"rounds of {name}", lambda: identity.known(workdir, "config.json")
+        )
+        return min(count, kept["rounds"]["count"]) if kept and kept["rounds"]["count"] else 1
 
     def run(self, asked: interruption.Asked = interruption.never) -> None:
         """Makes what is missing; the table is written again after every run.
@@ -248,14 +264,28 @@ class Study:
                 jax.clear_caches()
             if distributed.is_main():
                 self.write()
-        self.print_table()
+        self._write_and_print()
         if failed:
             raise UserError(" ".join(f"{title} failed: {error}" for title, error in failed.items()))
 
     def print_table(self) -> None:
-        """Writes and prints the table of what is done."""
-        if distributed.is_main():
-            self._console.print(self.write(), markup=False)
+        """Writes and prints the table of what is done.
+
+        Raises:
+            UserError: nothing is, by the protocol that is asked for.
+        """
+        if not self._write_and_print():
+            raise UserError(
+                f"{self._workdir} has no result of this table by this config's protocol: correct "
+                "--workdir, --table or --config, or run it without --tables-only first."
+            )
+
+    def _write_and_print(self) -> bool:
+        """Whether there was something to print."""
+        text = distributed.agree("table", self.write)
+        if text is not None:
+            self._console.print(text, markup=False)
+        return text is not None
 
     def _make(self, piece: Piece, asked: interruption.Asked) -> None:
         if not piece.is_trained("teacher", 0):
@@ -297,26 +327,36 @@ class Study:
         others = [self.piece(name, piece.seed) for name in paper.RUNS]
         return [other for other in others if of_teacher(other.config) == wanted]
 
-    def write(self) -> str:
-        """Writes the table of what is done, as Markdown, CSV and a picture; the Markdown."""
+    def write(self) -> str | None:
+        """Writes the table of what is done, as Markdown, CSV and a picture; the Markdown.
+
+        None where nothing is: a table of before, perhaps of another protocol, stays.
+        """
         config = self._config
-        found = [
-            tables.Source(p.name, p.seed, p.results(), data)
-            for p in self._shown
-            if (data := identity.known(p.workdir, "data.json")) is not None
-        ]
+        found = []
+        for piece in self._shown:
+            data, kept = identity.known(piece.workdir, "data.json"), piece.results()
+            if data is not None:
+                found.append(tables.Source(piece.name, piece.seed, kept, data))
+            elif kept["rows"]:
+                self._console.print(
+                    f"{piece.title} is left out: {piece.workdir} has no data.json", markup=False
+                )
         lines = tables.lines(self.table, found, config.rounds.count)
+        if not lines:
+            return None
         about = tables.About(self._name, f"{config.model.head} {config.model.backbone}")
         return tables.write(self._workdir, self.table, lines, about)
 
     def print_plan(self) -> None:
         """Rows, runs, what each costs and what is done."""
-        rows = Printed("row", "run", box=box.SIMPLE_HEAD, title=self.table.title)
+        whole = functools.partial(Column, overflow="fold")  # Names are copied into --runs.
+        rows = Printed("row", whole("run"), box=box.SIMPLE_HEAD, title=self.table.title)
         for row in self.table.rows:
             rows.add_row(row.label.format(rounds=self._config.rounds.count), row.run)
         counts = ("images to train on", "views to label", "images to evaluate")
         printed = Printed(
-            *("run", "seed", "stage"),
+            *(whole("run", min_width=max(map(len, self._names))), "seed", "stage"),
             *(Column(name, justify="right") for name in counts),
             "",
             box=box.SIMPLE_HEAD,

@@ -78,7 +78,10 @@ class Line:
 
     @property
     def gain(self) -> str:
-        """Over the control, such as "+1.72 ± 0.20", the standard error of the mean of pairs."""
+        """Over the control, such as "+1.72 ± 0.20", the standard error of the mean of pairs.
+
+        With the count of pairs, as "(2 of 3)", where not every seed has a control.
+        """
         return _difference(self.miou, self.control)
 
     @property
@@ -96,7 +99,8 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     if not pairs:
         return ""
     error = f" ± {np.std(pairs, ddof=1) / math.sqrt(len(pairs)):.2f}" if len(pairs) > 1 else ""
-    return f"{np.mean(pairs):+z.2f}{error}"
+    count = f" ({len(pairs)} of {len(ours)})" if len(pairs) < len(ours) else ""
+    return f"{np.mean(pairs):+z.2f}{error}{count}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _lines(label: str, row: Row, round_: int, sources: Sequence[Source]) -> list
                 round_,
                 dict(sorted(found.items())),
                 _control(row, round_, sources, found, like) if student else {},
-                _results(row.over, "student", 1, sources, protocol) if row.over else {},
+                _results(row.over, "student", 1, sources, protocol, COMPARED) if row.over else {},
                 {seed: _curve(mine[seed], row.stage, round_) for seed in found},
                 like["labeled"],
                 like["unlabeled"],
@@ -164,14 +168,19 @@ def _row(source: Source, stage: str, round_: int) -> Any:
 
 
 def _results(
-    run: str, stage: str, round_: int, sources: Sequence[Source], protocol: Mapping[str, Any]
+    run: str,
+    stage: str,
+    round_: int,
+    sources: Sequence[Source],
+    protocol: Mapping[str, Any],
+    keys: Sequence[str],
 ) -> dict[int, float]:
-    """Percent, by seed, of a run's stage, where it was evaluated in the same way."""
+    """Percent, by seed, of a run's stage, where it has the same values of a protocol's keys."""
     rows = {s.seed: _row(s, stage, round_) for s in sources if s.run == run}
     return {
         seed: _percent(row)
         for seed, row in rows.items()
-        if row is not None and comparable(row["protocol"], protocol, EVALUATION)
+        if row is not None and comparable(row["protocol"], protocol, keys)
     }
 
 
@@ -186,7 +195,7 @@ def _control(
     labels = [s for s in sources if s.data["labeled"] == like["labeled"]]
     protocol = found[min(found)]["protocol"]
     for run in (row.run, *dict.fromkeys(s.run for s in labels)):
-        if control := _results(run, "control", round_, labels, protocol):
+        if control := _results(run, "control", round_, labels, protocol, EVALUATION):
             return control
     return {}
 
@@ -230,30 +239,44 @@ def markdown(table: Table, found: Sequence[Line], about: About) -> str:
 
 
 def _section(table: Table, found: Sequence[Line], about: About) -> str:
-    first = found[0]
-    protocol = first.protocol
-    setting, theirs = published(protocol["data"], about.network, first.labeled)
-    images = f"{first.labeled} labelled and {first.unlabeled} unlabelled images"
-    steps = any(line.row.over for line in found)
-    names = ["mIoU", "gain", *(["step"] if steps else []), "seeds", f"the paper's ({setting})"]
-    names[:0] = ["labelled + unlabelled"] if table.images_vary else []
+    columns = _columns(table, found, about)
+    explained = {
+        "gain": "gain over the control of the same length",
+        "step": "step over the row that this one adds to",
+    }
+    differences = ", ".join(what for name, what in explained.items() if name in columns)
+    protocol = found[0].protocol
+    images = f"{found[0].labeled} labelled and {found[0].unlabeled} unlabelled images; "
     rows = [
-        f"{protocol['data']}: {'' if table.images_vary else images + '; '}"
+        f"{protocol['data']}: {'' if table.images_vary else images}"
         f"{protocol['split']}, scales {protocol['scales']}, "
         f"{'mirrored too' if protocol['flip'] else 'not mirrored'}, {protocol['selection']} "
-        "checkpoint; mIoU in %, mean ± standard deviation; gain over the control of the same "
-        f"length{', step over the row that this one adds to,' if steps else ''} ± standard error, "
-        "paired by seed.\n",
-        "| " + "".join(f"| {name} " for name in names) + "|",
-        "|---" * (len(names) + 1) + "|",
+        "checkpoint; mIoU in %, mean ± standard deviation"
+        f"{f'; {differences}, ± standard error, paired by seed' if differences else ''}.\n",
+        "| " + "".join(f"| {name} " for name in columns) + "|",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    for line in found:
-        number = theirs.get(line.row.paper)
-        cells = [line.mean, line.gain, *([line.step] if steps else [])]
-        cells += [", ".join(map(str, line.found)), "" if number is None else f"{number:.1f}"]
-        cells[:0] = [f"{line.labeled} + {line.unlabeled}"] if table.images_vary else []
+    for line, *cells in zip(found, *columns.values(), strict=True):
         rows.append(f"| {line.label} " + "".join(f"| {cell} " for cell in cells) + "|")
     return "\n".join(rows) + "\n"
+
+
+def _columns(table: Table, found: Sequence[Line], about: About) -> dict[str, list[str]]:
+    """The cells by heading, one for each line; no gains or steps where no line has one."""
+    first = found[0]
+    setting, theirs = published(first.protocol["data"], about.network, first.labeled)
+    paper = [theirs.get(line.row.paper) for line in found]
+    images = [f"{line.labeled} + {line.unlabeled}" for line in found]
+    made = {
+        "labelled + unlabelled": images if table.images_vary else [],
+        "mIoU": [line.mean for line in found],
+        "gain": [line.gain for line in found],
+        "step": [line.step for line in found],
+        "seeds": [", ".join(map(str, line.found)) for line in found],
+        f"the paper's ({setting})": ["" if n is None else f"{n:.1f}" for n in paper],
+    }
+    empty = [name for name in ("labelled + unlabelled", "gain", "step") if not any(made[name])]
+    return {name: cells for name, cells in made.items() if name not in empty}
 
 
 def as_csv(table: Table, found: Sequence[Line], about: About) -> str:

@@ -209,9 +209,10 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
 
 def test_a_table_has_the_seeds_of_before(config, tmp_path):
     (tmp_path / "sda" / "seed_3").mkdir(parents=True)
+    (tmp_path / "sda" / "seed_-2").mkdir(parents=True)
     (tmp_path / "sda" / "seed_3.old").mkdir(parents=True)
     made = study.Study(config, "2", [1], tmp_path)
-    assert [p.seed for p in made._shown if p.name == "sda"] == [1, 3]
+    assert [p.seed for p in made._shown if p.name == "sda"] == [-2, 1, 3]
     assert {p.seed for p in made.pieces} == {1}
 
 
@@ -282,3 +283,74 @@ def test_a_teacher_passes_from_workdir_to_workdir_while_no_other_run_is_in_them(
     monkeypatch.setattr(rounds, "Job", Job)
     made._teach(sda, interruption.never)
     assert seen == [("lends", full.workdir), ("teacher", sda.workdir)]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("1", "loss.unlabeled", "ce"),
+        ("2", "model.norm", "shared"),
+        ("augmentation", "sda.magnitude", "released"),
+    ],
+)
+def test_a_config_that_makes_the_labels_of_rows_untrue_is_refused(
+    config, tmp_path, table, key, value
+):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"^{key} is {value}: the rows of --table={table} change"):
+        study.Study(config, table, [0], tmp_path)
+    if key == "sda.magnitude":
+        study.Study(config, "1", [0], tmp_path)  # No row changes it: it is the recipe of all.
+
+
+def test_no_student_is_made_that_no_row_shows(config, tmp_path):
+    config.rounds.count = 3
+
+    def stages(table, name="full"):
+        return study.Study(config, table, [0], tmp_path).piece(name, 0).stages
+
+    one = [("teacher", 0), ("student", 1), ("control", 1)]
+    three = [("teacher", 0), *(("student", n) for n in (1, 2, 3)), ("control", 1), ("control", 3)]
+    assert stages("2") == one and stages("1") == three
+    # Another table has given the run two of the three already.
+    piece = study.Study(config, "1", [0], tmp_path).piece("full", 0)
+    piece.workdir.mkdir(parents=True)
+    identity.keep_config(piece.workdir, piece.config_of(2))
+    assert [place for place in stages("2") if place[0] == "student"] == [
+        ("student", 1),
+        ("student", 2),
+    ]
+    assert stages("1") == three
+
+
+def test_where_nothing_is_done_no_table_is_written(config, tmp_path):
+    (tmp_path / "table_2.md").write_text("of another protocol")
+    with pytest.raises(UserError, match=r"has no result of this table by this config's protocol"):
+        study.Study(config, "2", [0], tmp_path).print_table()
+    assert [path.name for path in tmp_path.glob("table_*")] == ["table_2.md"]
+    assert (tmp_path / "table_2.md").read_text() == "of another protocol"
+    with pytest.raises(UserError, match="nowhere has no result"):
+        study.Study(config, "2", [0], tmp_path / "nowhere").print_table()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_results_without_their_data_are_said_to_be_left_out(config, tmp_path, capsys):
+    protocol = evaluate.protocol(config, sources.load(config), 1)
+    row = {"stage": "teacher", "round": 0, "step": 2, "seed": 0, "miou": 0.5, "iou": []}
+    for seed in (0, 1):
+        folder = tmp_path / "full" / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        content = {"rows": [{**row, "protocol": protocol}]}
+        (folder / "results.json").write_text(json.dumps(content))
+    identity.keep_data(epath.Path(folder), sources.load(config))
+    study.Study(config, "2", [0, 1], tmp_path).print_table()
+    said = capsys.readouterr().out
+    assert f"full, seed 0 is left out: {tmp_path}/full/seed_0 has no data.json" in said
+    assert "full, seed 1 is left out" not in said
+
+
+def test_what_is_wrong_with_the_data_is_said_of_no_single_run(config, tmp_path, capsys):
+    config.data.root = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        study.Study(config, "figure_4", [0], tmp_path).print_plan()
+    assert "left out" not in capsys.readouterr().out

@@ -208,3 +208,29 @@ def test_every_table_names_runs_that_there_are():
     assert {row.run for row in rows} == set(RUNS)
     assert {row.over for row in rows} - {""} <= set(RUNS)
     assert {row.paper for row in rows} - {""} <= {k for v in PUBLISHED.values() for k in v}
+
+
+def test_fewer_pairs_than_seeds_are_counted():
+    students = [full(0, 0.3, 0.42, 0.4), full(1, 0.3, 0.44, 0.4)]
+    third = source("full", 2, {("student", 1): 0.46})
+    (_, student) = tables.lines(TABLE, [*students, third], students=1)
+    # Gains of 2 and 4, and of the third seed none.
+    assert student.gain == "+3.00 ± 1.00 (2 of 3)"
+
+
+def test_a_step_is_over_a_row_of_the_same_images():
+    table = Table("A table", (Row("student", "full"), Row("+ more", "sda", over="full")))
+    below = [source("full", seed, {("student", 1): 0.4}) for seed in (0, 1)]
+    above = [source("sda", seed, {("student", 1): 0.5}, split_hash="b") for seed in (0, 1)]
+    assert tables.lines(table, [*below, *above], students=1)[-1].step == ""
+    same = [source("sda", seed, {("student", 1): 0.5}) for seed in (0, 1)]
+    assert tables.lines(table, [*below, *same], students=1)[-1].step == "+10.00 ± 0.00"
+
+
+def test_columns_that_no_line_fills_are_left_out():
+    lines = tables.lines(TABLE, [source("full", 0, {("student", 1): 0.4})], students=1)
+    text = tables.markdown(TABLE, lines, ABOUT)
+    assert "| gain " not in text and "| step " not in text and "paired" not in text
+    lines = tables.lines(TABLE, [full(0, 0.3, 0.42, 0.4)], students=1)
+    text = tables.markdown(TABLE, lines, ABOUT)
+    assert "| gain " in text and "| step " not in text and "standard error, paired by seed" in text
