@@ -98,7 +98,7 @@ class Row:
     """A line of a table.
 
     Attributes:
-        label: for people; {rounds} in it is the count of students.
+        label: for people; {rounds} in it is how many there are, as "3 rounds".
         run: of RUNS.
         stage: "teacher", "student" or "control".
         round: "first", "last", or "each" for a line per round; "last" is left out where it is the
@@ -113,6 +113,10 @@ class Row:
     round: Literal["first", "last", "each"] = "first"
     over: str = ""
     paper: str = ""
+
+    def title(self, students: int) -> str:
+        """The label, with the count of students."""
+        return self.label.format(rounds=f"{students} round{'s' if students > 1 else ''}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,20 +145,18 @@ SELF_TRAINING = Row("self-training", "self_training")
 SDA = Row("+ SDA", "sda", over="self_training")
 DSBN = Row("+ DSBN", "sda_dsbn", over="sda")
 SCL = Row("+ SCL (the method, one round)", "full", over="sda_dsbn")
-FULL = Row(
-    "+ rounds: the method, {rounds} rounds", "full", round="last", over="full", paper="the method"
-)
+FULL = Row("+ rounds: the method, {rounds}", "full", round="last", over="full", paper="the method")
 CEILING = (
     Row("all labels", "all_labels", "teacher"),
     Row("all labels, extra images: control", "all_labels_extra", "control", "last"),
-    Row("all labels, extra images: the method, {rounds} rounds", "all_labels_extra", round="last"),
+    Row("all labels, extra images: the method, {rounds}", "all_labels_extra", round="last"),
 )
 
 _COMPONENTS = (TEACHER, CONTROL, SELF_TRAINING, SDA, DSBN, SCL, FULL, CONTROL_LAST, *CEILING)
 _COMPARISON = (
     TEACHER,
     Row("the method, round 1", "full"),
-    Row("the method, {rounds} rounds", "full", round="last", paper="the method"),
+    Row("the method, {rounds}", "full", round="last", paper="the method"),
     CONTROL,
     CONTROL_LAST,
 )

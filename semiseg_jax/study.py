@@ -352,8 +352,11 @@ class Study:
         """Rows, runs, what each costs and what is done."""
         whole = functools.partial(Column, overflow="fold")  # Names are copied into --runs.
         rows = Printed("row", whole("run"), box=box.SIMPLE_HEAD, title=self.table.title)
-        for row in self.table.rows:
-            rows.add_row(row.label.format(rounds=self._config.rounds.count), row.run)
+        students = self._config.rounds.count
+        left_out = {*self._names} - {piece.name for piece in self.pieces}
+        for row in tables.shown(self.table, students):
+            if row.run not in left_out:
+                rows.add_row(row.title(students), row.run)
         counts = ("images to train on", "views to label", "images to evaluate")
         printed = Printed(
             *(whole("run", min_width=max(map(len, self._names))), "seed", "stage"),
@@ -381,10 +384,12 @@ class Study:
     def _planned(
         self, piece: Piece, kind: str, round_: int, dataset: sources.Dataset, made: "_Made"
     ) -> tuple[tuple[int, int, int], str]:
-        """What a stage costs, and "done", "shared" or ""; what it makes is added to `made`."""
+        """What a stage costs, and "done", "trained", "shared" or ""; `made` gets what it makes."""
         train, views = _cost(piece, kind, round_, len(dataset.unlabeled))
         looks = 1 + (piece.inside if (kind, round_) == ("student", 1) else 0)
         state = "done" if piece.is_done(kind, round_) else ""
+        if not state and piece.is_trained(kind, round_):
+            train, views, looks, state = 0, 0, 1, "trained"  # Evaluated by another protocol.
         if (kind, round_) not in (("teacher", 0), ("student", 1)):
             return (train, views, looks * len(dataset.evaluation)), state
         key = of_teacher(piece.config)

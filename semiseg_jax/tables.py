@@ -60,6 +60,12 @@ class Line:
     unlabeled: int
 
     @property
+    def images(self) -> str:
+        """Those that it trains on: such as "12 + 355", or "12" where no student is among it."""
+        unlabeled = f" + {self.unlabeled}" if self.row.stage == "student" else ""
+        return f"{self.labeled}{unlabeled}"
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """Of the first seed; what else is compared is that of all."""
         return self.found[min(self.found)]["protocol"]
@@ -122,16 +128,23 @@ def lines(table: Table, sources: Sequence[Source], students: int) -> list[Line]:
         students: of the whole method, which is the round of rows of the last one.
     """
     made = []
-    firsts = {(row.run, row.stage) for row in table.rows if row.round == "first"}
-    for row in table.rows:
-        if row.round == "last" and students == 1 and (row.run, row.stage) in firsts:
-            continue
+    for row in shown(table, students):
         rounds = {"first": [1], "last": [students], "each": range(1, students + 1)}[row.round]
         for round_ in [0] if row.stage == "teacher" else rounds:
             number = f" {round_}" if row.round == "each" else ""
-            label = row.label.format(rounds=students) + number
+            label = row.title(students) + number
             made += _lines(label, row, round_, sources)
     return made
+
+
+def shown(table: Table, students: int) -> list[Row]:
+    """Its rows without those of the last student where that is the first, which has one."""
+    firsts = {(row.run, row.stage) for row in table.rows if row.round == "first"}
+    return [
+        row
+        for row in table.rows
+        if not (row.round == "last" and students == 1 and (row.run, row.stage) in firsts)
+    ]
 
 
 def _lines(label: str, row: Row, round_: int, sources: Sequence[Source]) -> list[Line]:
@@ -266,7 +279,7 @@ def _columns(table: Table, found: Sequence[Line], about: About) -> dict[str, lis
     first = found[0]
     setting, theirs = published(first.protocol["data"], about.network, first.labeled)
     paper = [theirs.get(line.row.paper) for line in found]
-    images = [f"{line.labeled} + {line.unlabeled}" for line in found]
+    images = [line.images for line in found]
     made = {
         "labelled + unlabelled": images if table.images_vary else [],
         "mIoU": [line.mean for line in found],
@@ -320,7 +333,7 @@ def _draw_rows(axes: Any, found: Sequence[Line]) -> None:
         values = list(line.miou.values())
         axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6)
         axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=COLOURS[1], linewidth=2)
-    labels = [f"{line.label}\n{line.labeled} + {line.unlabeled} images" for line in found]
+    labels = [f"{line.label}\n{line.images} images" for line in found]
     axes.set_yticks(range(len(found)), labels, fontsize=7)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel("mIoU, %")

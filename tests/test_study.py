@@ -170,6 +170,33 @@ def test_the_plan_knows_what_lies_in_the_workdir(config, tmp_path, capsys):
     assert ["sda_dsbn", "0", "student", "1", "8", "4"] in lines
 
 
+def test_a_stage_that_another_protocol_evaluated_is_not_planned_to_be_trained(
+    config, tmp_path, capsys
+):
+    for stage in ("round_0/teacher", "round_1/student"):
+        folder = tmp_path / "full" / "seed_0" / stage
+        folder.mkdir(parents=True)
+        (folder / rounds.DONE).touch()
+    study.Study(config, "2", [0], tmp_path, only=("full",)).print_plan()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    n = str(len(sources.plan(config)[0].evaluation))
+    assert ["full", "0", "teacher", "0", "0", n, "trained"] in lines
+    assert ["full", "0", "student", "1", "0", "0", n, "trained"] in lines
+    assert ["full", "0", "control", "1", "4", "0", n] in lines
+
+
+def test_the_plan_lists_the_rows_that_the_table_will_have(config, tmp_path, capsys):
+    config.rounds.count = 1
+    study.Study(config, "1", [0], tmp_path).print_plan()
+    said = capsys.readouterr().out
+    assert "the method, one round" in said and "1 rounds" not in said
+    assert "all students' steps longer" not in said
+    config.rounds.count = 2
+    study.Study(config, "1", [0], tmp_path).print_plan()
+    said = capsys.readouterr().out
+    assert "the method, 2 rounds" in said and "all students' steps longer" in said
+
+
 def test_evaluations_that_make_curves_are_planned(config, tmp_path, capsys):
     config.train.steps = 30
     evaluated = len(sources.plan(config)[0].evaluation)

@@ -170,7 +170,7 @@ def test_the_last_round_is_no_row_of_its_own_where_it_is_the_first():
         n: [line.label for line in tables.lines(table, [source("full", 0, results)], n)]
         for n in (1, 2)
     }
-    assert labels == {1: ["one"], 2: ["one", "all 2"]}
+    assert labels == {1: ["one"], 2: ["one", "all 2 rounds"]}
 
 
 def test_rows_that_differ_in_their_unlabelled_images_stand_together_where_that_is_compared():
@@ -234,3 +234,11 @@ def test_columns_that_no_line_fills_are_left_out():
     lines = tables.lines(TABLE, [full(0, 0.3, 0.42, 0.4)], students=1)
     text = tables.markdown(TABLE, lines, ABOUT)
     assert "| gain " in text and "| step " not in text and "standard error, paired by seed" in text
+
+
+def test_labels_alone_have_no_unlabelled_images_beside_them():
+    table = Table("A figure", TABLE.rows, x="ratio", images_vary=True)
+    lines = tables.lines(table, [full(0, 0.3, 0.42, 0.4)], students=1)
+    assert [line.images for line in lines] == ["3", "3 + 9"]
+    text = tables.markdown(table, lines, ABOUT)
+    assert "| teacher | 3 | 30.00 |" in text and "| student | 3 + 9 | 42.00 |" in text
