@@ -220,13 +220,12 @@ def _curve(source: Source, stage: str, round_: int) -> list[tuple[int, float]]:
 
 
 def write(workdir: epath.Path, table: Table, found: Sequence[Line], about: About) -> str:
-    """Writes NAME.md, NAME.csv and NAME.png into a folder; the Markdown."""
+    """Writes NAME.md, NAME.csv and NAME.png of at least one line into a folder; the Markdown."""
     name = about.table if about.table[0].isalpha() else f"table_{about.table}"
     text = markdown(table, found, about)
     write_bytes(workdir / f"{name}.md", text.encode())
     write_bytes(workdir / f"{name}.csv", as_csv(table, found, about).encode())
-    if found:
-        write_bytes(workdir / f"{name}.png", picture(table, found))
+    write_bytes(workdir / f"{name}.png", picture(table, found))
     return text
 
 
@@ -244,11 +243,8 @@ def groups(table: Table, found: Sequence[Line]) -> list[list[Line]]:
 
 def markdown(table: Table, found: Sequence[Line], about: About) -> str:
     """A table for every protocol."""
-    texts = [f"## {table.title}\n"]
-    texts += [_section(table, group, about) for group in groups(table, found)]
-    if not found:
-        texts.append("No run has a result yet.\n")
-    return "\n".join(texts)
+    sections = [_section(table, group, about) for group in groups(table, found)]
+    return "\n".join([f"## {table.title}\n", *sections])
 
 
 def _section(table: Table, found: Sequence[Line], about: About) -> str:
