@@ -102,7 +102,7 @@ def test_every_row_of_table_1_on_the_built_in_data(tmp_path):
     rows = [line.split("|") for line in text.splitlines() if "±" in line and "|" in line]
     # But for those of images beyond the training set, of which there are none.
     expected = [row for row in TABLES["1"].rows if row.run != "all_labels_extra"]
-    assert [row[1].strip() for row in rows] == [row.label.format(rounds=2) for row in expected]
+    assert [row[1].strip() for row in rows] == [row.title(2) for row in expected]
     assert all(" 0, 1 " in row for row in rows)
     assert "all_labels_extra is left out" in done.stdout
     assert (tmp_path / "table_1.png").stat().st_size > 10_000
