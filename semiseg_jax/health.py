@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from semiseg_jax import distributed
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
-from semiseg_jax.errors import unread
 from semiseg_jax.pseudo_labels import MANIFEST
 
 HEALTH = "health.json"
@@ -77,17 +76,9 @@ def check(
 
 def _earlier_manifest(before: epath.Path) -> dict[str, Any] | None:
     """What the round before says of its label maps; None where it is missing or damaged."""
-
-    def read() -> dict[str, Any] | None:
-        path = before / MANIFEST
-        try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except OSError as error:
-            raise unread(path, error, "make it readable") from error
-        except ValueError:
-            return None
-
-    return distributed.agree("label maps of the round before", read)
+    return distributed.agree(
+        "label maps of the round before", lambda: labels.read_json(before / MANIFEST)
+    )
 
 
 def class_shares(manifest: Mapping[str, Any], num_classes: int) -> Float[np.ndarray, " classes"]:

@@ -273,15 +273,9 @@ def variables_hash(variables: Variables) -> str:
 
 def _read_manifest(folder: epath.Path, made_by: dict[str, Any]) -> Manifest | None:
     """The folder's manifest, if it has one, which must be of this teacher and these settings."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-    except OSError as error:
-        raise unread(path, error, "make it readable") from error
-    except ValueError:
-        return None  # Damaged: made again from the files.
+    manifest = labels.read_json(folder / MANIFEST)
+    if manifest is None:
+        return None  # Damaged, it is made again from the files.
     for key, value in made_by.items():
         if manifest.get(key) != value:
             raise UserError(

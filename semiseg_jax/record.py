@@ -34,7 +34,6 @@ from PIL import Image
 from semiseg_jax import health, provenance
 from semiseg_jax.data import labels
 from semiseg_jax.data.sources import Dataset
-from semiseg_jax.errors import unread
 from semiseg_jax.evaluate import Score, Seen
 from semiseg_jax.models.dsbn import DOMAINS, stats_collection
 from semiseg_jax.state import Variables
@@ -239,7 +238,7 @@ def keep_pseudo(
     sure = {name: entry["mean_confidence"] for name, entry in manifest["images"].items()}
     found = {
         "least_confident": dict(sorted(sure.items(), key=lambda item: item[1])[:SHOWN_PSEUDO]),
-        "most_changed": (read_json(folder / health.HEALTH) or {}).get("most_changed", {}),
+        "most_changed": (labels.read_json(folder / health.HEALTH) or {}).get("most_changed", {}),
     }
     wanted = {name for chosen in found.values() for name in chosen}
     for example in dataset.unlabeled:
@@ -249,21 +248,6 @@ def keep_pseudo(
                 stage / PSEUDO_GALLERY / f"{example.id}.jpg", jpeg(image), sync=False
             )
     _write_json(stage / f"{PSEUDO_GALLERY}.json", found)
-
-
-def read_json(path: epath.Path, *keys: str) -> Any:
-    """The object in a file; None where it is missing, damaged or without one of the keys.
-
-    Raises:
-        UserError: it may not be read.
-    """
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-        return found if isinstance(found, dict) and found.keys() >= set(keys) else None
-    except OSError as error:
-        raise unread(path, error, "make it readable") from error
-    except ValueError:
-        return None
 
 
 def _write_json(path: epath.Path, content: Any) -> None:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,8 @@ from semiseg_jax import (
     rounds,
     tables,
 )
-from semiseg_jax.data import sources, streams
-from semiseg_jax.errors import UserError, unread
+from semiseg_jax.data import labels, sources, streams
+from semiseg_jax.errors import UserError
 from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
 
 # What a teacher does not depend on: all that is read behind it, and its kind of norm, of which it
@@ -127,12 +126,8 @@ class Piece:
         path = self.workdir / "round_0" / "teacher" / PSEUDO_LABELS / MANIFEST
 
         def count() -> int:
-            try:
-                return len(json.loads(path.read_text())["images"]) if path.exists() else 0
-            except OSError as error:
-                raise unread(path, error, "make it readable") from error
-            except (ValueError, KeyError):
-                return 0  # Labelling looks at what is there, and says what is damaged.
+            # Of a damaged one none: labelling looks at what is there, and says what is damaged.
+            return len((labels.read_json(path, "images") or {"images": ()})["images"])
 
         return distributed.agree(f"labels of {self.name} counted", count)
 

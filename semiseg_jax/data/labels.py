@@ -7,6 +7,7 @@ see the same pixels.
 
 import contextlib
 import io
+import json
 import os
 import re
 import zlib
@@ -434,3 +435,18 @@ def _is_another_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def read_json(path: epath.Path, *keys: str) -> Any:
+    """The object in a file; None where it is missing, damaged or without one of the keys.
+
+    Raises:
+        UserError: it may not be read.
+    """
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+        return found if isinstance(found, dict) and found.keys() >= set(keys) else None
+    except OSError as error:
+        raise unread(path, error, "make it readable") from error
+    except ValueError:
+        return None

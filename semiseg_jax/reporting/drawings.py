@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from semiseg_jax import figures, history, record
+from semiseg_jax.data import labels
 from semiseg_jax.errors import UserError
 from semiseg_jax.evaluate import SELECTIONS, comparable
 from semiseg_jax.reporting.markup import Section, data_uri
@@ -131,7 +132,7 @@ def norms_picture(workdir: epath.PathLike) -> bytes:
 def _drawn_norms(run: Run) -> tuple[Stage | None, dict[str, bytes]]:
     """The last student with two norms, and a PNG of each of its kept layers, by name."""
     for stage in reversed(run.stages):
-        kept = record.read_json(stage.folder / record.NORMS) if stage.done else None
+        kept = labels.read_json(stage.folder / record.NORMS) if stage.done else None
         if stage.kind == "student" and kept and all(len(v["mean"]) == 2 for v in kept.values()):
             return stage, {layer: figures.norms(layer, v) for layer, v in kept.items()}
     return None, {}

@@ -92,7 +92,7 @@ def pseudo_labels(run: Run) -> Section:
     """Label maps of the last stage that labelled: least confident, most changed."""
     for place in range(len(run.stages) - 1, -1, -1):
         stage = run.stages[place]
-        kept = record.read_json(stage.folder / f"{record.PSEUDO_GALLERY}.json")
+        kept = labels.read_json(stage.folder / f"{record.PSEUDO_GALLERY}.json")
         if kept is None:
             continue
         why: dict[str, list[str]] = {}

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from configs import default
 from semiseg_jax import record
+from semiseg_jax.data import labels
 from semiseg_jax.data.streams import stage_name
 from semiseg_jax.evaluate import comparable
 from semiseg_jax.health import HEALTH
@@ -135,7 +136,7 @@ def _by_class(
 
 def health(run: Run) -> Section:
     """What `health` found, a column a round."""
-    found = [(s, record.read_json(s.folder / PSEUDO_LABELS / HEALTH)) for s in run.stages]
+    found = [(s, labels.read_json(s.folder / PSEUDO_LABELS / HEALTH)) for s in run.stages]
     rounds = [(stage, content) for stage, content in found if content is not None]
     if not rounds:
         return {"missing": "No pseudo-labels have been looked at yet.", "rounds": []}

@@ -105,13 +105,13 @@ def read(workdir: epath.PathLike) -> Run:
         UserError: it is not that of a run.
     """
     workdir = epath.Path(workdir)
-    config = record.read_json(workdir / "config.json", "model", "rounds", "train")
+    config = labels.read_json(workdir / "config.json", "model", "rounds", "train")
     if config is None:
         raise UserError(
             f"{workdir} has no config.json: give the --workdir of a run that has begun."
         )
     scores = _results(workdir)
-    about = record.read_json(workdir / record.RUN, "classes", "palette", "images")
+    about = labels.read_json(workdir / record.RUN, "classes", "palette", "images")
     stages = list(_stages(workdir, config))
     return Run(workdir, config, about, scores["rows"], scores["curve"], stages)
 
@@ -119,7 +119,7 @@ def read(workdir: epath.PathLike) -> Run:
 def _results(workdir: epath.Path) -> dict[str, list[dict[str, Any]]]:
     """Of results.json; none where it is missing or damaged, as the page says then."""
     try:
-        return results.content(record.read_json(workdir / "results.json"))
+        return results.content(labels.read_json(workdir / "results.json"))
     except ValueError:
         return {"rows": [], "curve": []}
 
@@ -133,6 +133,6 @@ def _stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[Stage]:
         wanted.append(("control", rounds["count"], train["teacher_steps"]))
     for number, (kind, round_, begins) in enumerate(wanted):
         folder = workdir / f"round_{round_}" / kind
-        evaluation = record.read_json(folder / record.EVALUATION, "gallery", "protocol")
+        evaluation = labels.read_json(folder / record.EVALUATION, "gallery", "protocol")
         done = (folder / DONE).exists()
         yield Stage(number, kind, round_, begins, folder, done, evaluation)
