@@ -1,25 +1,27 @@
-# make quickstart   the main job on the built-in data, to the final table
-# make test         the tests
-# make help         everything else
+# make quickstart   trains on the built-in data and prints the table of results
+# make test         runs the fast tests
+# make help         lists all targets
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-# The first of these that is Python 3.11, 3.12 or 3.13; PYTHON=… chooses another.
+# Uses the first candidate that is Python 3.11, 3.12 or 3.13; PYTHON=… chooses another.
 CANDIDATES := python3.12 python3.11 python3.13 python3 python
 GOOD := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	if $$p -c "$(GOOD)" >/dev/null 2>&1; then command -v $$p; break; fi; done)
 RUN := .venv/bin/python
-# Arguments for quickstart and others: make quickstart ARGS="--config.seed=1"
+# Further arguments for the command of a target: make quickstart ARGS="--config.seed=1"
 ARGS ?=
+# Without bytecode each of the tests' processes would compile the package's source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup quickstart test test-slow test-tpu check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/ready ## make .venv with all that running and testing need
+setup: .venv/ready ## create .venv with all dependencies for runs and tests
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c "$(GOOD)" >/dev/null 2>&1; then \
@@ -30,31 +32,32 @@ setup: .venv/ready ## make .venv with all that running and testing need
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-quickstart: setup ## teacher, pseudo-labels, students and control on the built-in street scenes
+quickstart: setup ## train teacher, students and control on the built-in street scenes
 	$(RUN) -m semiseg_jax.main --config=configs/streets.py $(ARGS)
 
-test: setup ## the fast tests
-	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+test: setup ## run the fast tests
+	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
-test-slow: setup ## the tests that take minutes
-	$(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=loadfile $(ARGS)
+test-slow: setup ## run the tests that take minutes
+	$(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=worksteal $(ARGS)
 
-# The TPU's compiler has a folder of its own: where it is installed JAX starts in another way.
-test-tpu: setup ## a step compiled for a TPU that need not be there, held to bounds
+# The TPU compiler is installed in a separate folder, because JAX starts differently in an
+# environment that contains libtpu.
+test-tpu: setup ## compile a training step for a TPU (none needed), check memory and traffic
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target=.venv-libtpu libtpu==0.0.42.1
 	PYTHONPATH=.venv-libtpu $(RUN) -m pytest -m "slow or not slow" -k "v5e or tpu_mesh" \
-		tests/test_plan_slow.py tests/planning/test_planner.py tests/planning/test_drafts.py \
+		tests/test_plan_slow.py tests/planning/test_planner.py tests/planning/test_optimized_hlo.py \
 		$(ARGS)
 
-check: setup ## lint, types, layers, shell scripts
+check: setup ## check lint, types, layers, shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	.venv/bin/lint-imports
 	.venv/bin/shellcheck launch/*.sh
 
-bench: setup ## make bench NAME=train_step: measure against others
+bench: setup ## make bench NAME=train_step: measure speed beside other libraries
 	$(RUN) benchmarks/$(NAME).py $(ARGS)
 
 clean: ## remove the environment and caches

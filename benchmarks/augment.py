@@ -2,14 +2,14 @@
 
     python benchmarks/augment.py [--sizes=769,513] [--repeats=15] [--peers=imgaug,…]
 
-Every operation and the pipeline of three random ones, uint8 in, uint8 out. Ours is what the
-tf.data pipeline runs: a graph that draws the magnitude and applies the operation, with a new seed
-and another image at each call. The peers run in environments of their own, made when first needed
-under .venv-peers/ from benchmarks/peers/*.txt, and take turns with ours on the same core. Times are
-the CPU time of the process, all threads: other programs on the machine do not count. A case's
-number is the median over the repeats; a repeat of a single operation is 2 images, one of the
-pipeline 40, because its cost depends on what is drawn. The last line is one JSON object; ratio > 1
-where ours is faster.
+Measures every operation and the pipeline of three random operations, uint8 in, uint8 out. Our code
+is the graph of the tf.data pipeline: it draws the magnitude and applies the operation, with a new
+seed and another image at each call. The peers run in environments of their own, which are created
+on first use under .venv-peers/ from benchmarks/peers/*.txt, and alternate with ours on the same
+core. Times are CPU times of the process, over all threads, so that other programs on the machine do
+not count. The figure of a case is the median over the repeats; a repeat is 2 images for a single
+operation, and 40 for the pipeline, because its cost depends on the drawn operations. The last line
+of the output is one JSON object; ratio > 1 if ours is faster.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import time
 import types
 from collections.abc import Callable
 
-# Before NumPy and TensorFlow start threads; the workers inherit both.
+# Set before NumPy and TensorFlow start threads; the workers inherit affinity and environment.
 CORE = min(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {CORE})
 os.environ.update(
@@ -48,8 +48,8 @@ PIPELINE = "N=3"
 COUNTS = {PIPELINE: 40}
 
 
-def pictures(size: int) -> np.ndarray:
-    """uint8 [IMAGES, size, size, 3]: smooth colours with some noise, as photographs have."""
+def make_images(size: int) -> np.ndarray:
+    """Returns uint8 [IMAGES, size, size, 3]: smooth colours with noise, similar to photographs."""
     rng = np.random.default_rng(size)
     result = np.empty((IMAGES, size, size, 3), np.uint8)
     for image in result:
@@ -60,7 +60,7 @@ def pictures(size: int) -> np.ndarray:
 
 
 class Ours:
-    """Times our operations the way a worker times the peer's."""
+    """Times our operations in the same way as a worker times the peer's."""
 
     def __init__(self, images: dict[int, np.ndarray]):
         self._images = {size: [tf.constant(x) for x in stack] for size, stack in images.items()}
@@ -68,7 +68,7 @@ class Ours:
         self._seed = 0
 
     def time(self, case: str, size: int, count: int) -> float:
-        """Milliseconds an image, over `count` images."""
+        """Returns milliseconds per image, over `count` images."""
         if case not in self._graphs:
             self._graphs[case] = _graph(case)
         graph = self._graphs[case]
@@ -84,7 +84,8 @@ class Ours:
 
 
 def _graph(case: str) -> Callable:
-    # Image and seed are arguments of an unknown size: nothing can be computed ahead.
+    """Returns the tf.function of a case: (image, seed) -> image."""
+    # Image and seed are arguments, of unknown image size, so that no result is precomputed.
     signature = [tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([2], tf.int64)]
     sda = types.SimpleNamespace(num_ops=3, replace=True, magnitude="uniform", ops=tuple(OPS))
 
@@ -97,58 +98,61 @@ def _graph(case: str) -> Callable:
 
 
 class Peer(Worker):
-    """A peer's process, and what it can do."""
+    """A peer's process and the cases that it supports."""
 
     def __init__(self, name: str, folder: str):
         super().__init__(name, "augment_peers.py", name, folder)
         self.cases: list[str] = self.ready["cases"]
 
     def time(self, case: str, size: int, count: int) -> float:
-        """Milliseconds an image, over `count` images."""
-        return self.ask({"case": case, "size": size, "count": count})["ms"]
+        """Returns milliseconds per image, over `count` images."""
+        return self.request({"case": case, "size": size, "count": count})["ms"]
 
 
 def compare(ours: Ours, workers: dict[str, Peer], case: str, size: int, repeats: int) -> list:
-    """Interleaved repeats of one case at one size; rows of the result."""
-    having = {peer: worker for peer, worker in workers.items() if case in worker.cases}
+    """Runs the repeats of one case at one size, alternating; returns a result row for each peer."""
+    supported = {peer: worker for peer, worker in workers.items() if case in worker.cases}
     count = COUNTS.get(case, 2)
     times: dict[str, list[float]] = {"ours": []}
     for repeat in range(-1, repeats):
-        for name in ("ours", *having):
+        for name in ("ours", *supported):
             try:
-                milliseconds = having.get(name, ours).time(case, size, count)
+                milliseconds = supported.get(name, ours).time(case, size, count)
             except RuntimeError as error:
                 print(f"{case} at {size}: {name} is left out: {error}", flush=True)
                 workers[name].cases.remove(case)
                 return compare(ours, workers, case, size, repeats)
-            if repeat >= 0:  # The one before traces graphs and fills caches.
+            if repeat >= 0:  # Repeat -1 traces graphs and fills caches.
                 times.setdefault(name, []).append(milliseconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     suffix = "" if size == 769 else f" @{size}"
     rows = []
-    for peer in having:
-        mine, theirs = medians["ours"], medians[peer]
+    for peer in supported:
+        ours_ms, peer_ms = medians["ours"], medians[peer]
         rows.append(
             {
                 "case": f"{case} vs {peer}{suffix}",
-                "ours": round(mine, 3),
-                "peer": round(theirs, 3),
-                "ratio": round(theirs / mine, 3),
+                "ours": round(ours_ms, 3),
+                "peer": round(peer_ms, 3),
+                "ratio": round(peer_ms / ours_ms, 3),
             }
         )
-        print(f"{rows[-1]['case']:40} {mine:9.2f} {theirs:9.2f} {theirs / mine:8.2f}", flush=True)
+        print(
+            f"{rows[-1]['case']:40} {ours_ms:9.2f} {peer_ms:9.2f} {peer_ms / ours_ms:8.2f}",
+            flush=True,
+        )
     return rows
 
 
 def main() -> None:
-    """Runs every case that a peer has."""
+    """Runs every case that a peer supports."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default="769,513", help="sides of the square images, pixels")
     parser.add_argument("--repeats", default=15, type=int)
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--cases", default=",".join([*OPS, PIPELINE]))
     flags = parser.parse_args()
-    images = {int(size): pictures(int(size)) for size in flags.sizes.split(",")}
+    images = {int(size): make_images(int(size)) for size in flags.sizes.split(",")}
     rows, workers = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for size, stack in images.items():

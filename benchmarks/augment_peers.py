@@ -2,9 +2,9 @@
 
     python augment_peers.py PEER FOLDER
 
-FOLDER holds SIZE.npy, uint8 [count, SIZE, SIZE, 3]. The worker prints one line of JSON with the
-cases it has, then answers each line {"case", "size", "count"} with {"ms": milliseconds an image},
-until its input ends. It imports nothing but the peer, NumPy, and the standard library.
+FOLDER contains SIZE.npy, uint8 [count, SIZE, SIZE, 3]. The worker prints one line of JSON with the
+cases that it supports, then answers each line {"case", "size", "count"} with {"ms": milliseconds
+per image}, until its input ends. It imports only the peer, NumPy and the standard library.
 """
 
 import json
@@ -14,11 +14,11 @@ import time
 
 
 def imgaug_cases():
-    """Every operation; imgaug is what the released code of the method uses."""
+    """Returns all operations; the released code of the method uses imgaug."""
     import cv2
     import numpy as np
 
-    np.bool = np.bool_  # imgaug 0.4.0 uses the name, which NumPy dropped in 1.24
+    np.bool = np.bool_  # imgaug 0.4.0 uses this name, which NumPy removed in 1.24
     import imgaug.augmenters as iaa
 
     cv2.setNumThreads(1)
@@ -40,16 +40,16 @@ def imgaug_cases():
         "multiply": iaa.Multiply((0.25, 2.5), **each),
         "salt_pepper": iaa.SaltAndPepper((0.0, 0.1), **each),
         "solarize": iaa.Solarize(1.0, threshold=(64, 192)),
-        # imgaug's compression is 100 - quality.
+        # imgaug's parameter is the compression, 100 - quality.
         "jpeg_compression": iaa.JpegCompression((40, 93)),
     }
     pipeline = iaa.SomeOf(3, list(operations.values()), random_order=True)
     cases = {**operations, "N=3": pipeline}
-    return {name: _calling(case, "image") for name, case in cases.items()}
+    return {name: _timed(case, "image") for name, case in cases.items()}
 
 
 def albumentations_cases():
-    """Those with the same meaning, or nearly: the comments say where they do less."""
+    """Returns operations of equal or nearly equal meaning; comments mark those that do less."""
     import albumentations as alb
     import cv2
 
@@ -63,31 +63,31 @@ def albumentations_cases():
         ),
         "equalize": alb.Equalize(mode="pil", by_channels=True, **always),
         "hsv": alb.HueSaturationValue(20, 20, 0, **always),
-        # All channels.
+        # Always all channels.
         "invert_channel": alb.InvertImg(**always),
         "blur": alb.GaussianBlur(blur_limit=0, sigma_limit=(0.5, 2.0), **always),
         "noise_gau": alb.GaussNoise(
             std_range=(7.65 / 255, 20.4 / 255), per_channel=True, noise_scale_factor=1, **always
         ),
         "channel_shuffle": alb.ChannelShuffle(**always),
-        # One probability, as it takes no range.
+        # One probability, because it takes no range.
         "dropout": alb.PixelDropout(dropout_prob=0.275, per_channel=True, **always),
         "multiply": alb.MultiplicativeNoise(
             multiplier=(0.25, 2.5), per_channel=True, elementwise=False, **always
         ),
-        # Black and white only, all channels of a pixel at once.
+        # Black and white only, the same in all channels of a pixel.
         "salt_pepper": alb.SaltAndPepper(amount=(0.001, 0.1), **always),
         "solarize": alb.Solarize(threshold_range=(64 / 255, 192 / 255), **always),
         "jpeg_compression": alb.ImageCompression(quality_range=(7, 60), **always),
     }
     return {
-        name: _calling(lambda image, case=case: case(image=image)["image"])
+        name: _timed(lambda image, case=case: case(image=image)["image"])
         for name, case in operations.items()
     }
 
 
 def torchvision_cases():
-    """Those with the same meaning; on uint8 tensors [3, H, W], made before the clock starts."""
+    """Returns operations of equal meaning, on uint8 tensors [3, H, W] made before the timing."""
     import numpy as np
     import torch
     from torchvision.transforms import v2
@@ -106,7 +106,7 @@ def torchvision_cases():
         # One gamma for all channels.
         "contrast_gamma": lambda x: v2.functional.adjust_gamma(x, np.random.uniform(0.5, 1.5)),
         "equalize": v2.functional.equalize,
-        # All channels.
+        # Always all channels.
         "invert_channel": v2.functional.invert,
         "blur": gaussian_blur,
         "noise_gau": gaussian_noise,
@@ -118,11 +118,11 @@ def torchvision_cases():
     def prepared(image):
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
-    return {name: _calling(case, prepare=prepared) for name, case in operations.items()}
+    return {name: _timed(case, prepare=prepared) for name, case in operations.items()}
 
 
-def _calling(operation, keyword=None, prepare=None):
-    """images -> seconds an image, each image once."""
+def _timed(operation, keyword=None, prepare=None):
+    """Returns a function images -> CPU seconds per image, each image augmented once."""
 
     def run(images):
         images = [prepare(image) if prepare else image for image in images]
@@ -135,7 +135,7 @@ def _calling(operation, keyword=None, prepare=None):
 
 
 def main(peer: str, folder: str) -> None:
-    """Answers requests until the input ends."""
+    """Answers requests until its input ends."""
     import numpy as np
 
     cases = {
@@ -151,7 +151,7 @@ def main(peer: str, folder: str) -> None:
         size = request["size"]
         if size not in images:
             images[size] = np.load(pathlib.Path(folder) / f"{size}.npy")
-        # Copies: a fresh image for every call, which no operation of the peer can have changed.
+        # Copies, because an operation of the peer may change its input in place.
         chosen = [
             images[size][(turn + i) % len(images[size])].copy() for i in range(request["count"])
         ]

@@ -1,18 +1,19 @@
-"""The input pipeline from files on disk: images a second and memory, at 100 to 10,000 images.
+"""The input pipeline from files on disk: images per second and memory, for 100 to 10,000 images.
 
     python benchmarks/input.py [--counts=100,1000,10000] [--repeats=9] [--threads=2]
 
-What a student's step takes: labelled images weakly augmented, pseudo-labelled ones strongly
-augmented, half and half, a sixteenth of the images labelled. Two kinds of data: PNGs of 240x180 at
-a crop of 160x128 (CamVid at half size) and JPEGs of 1024x512 at a crop of 512x512. The files are
-drawn once into the cache folder: 200 distinct ones, and hard links to them for as many as a set
-has, so that it costs little disk and every set is in the page cache.
+Measures the batches of a student's step: half labelled images, weakly augmented, half
+pseudo-labelled images, strongly augmented; a sixteenth of the images is labelled. There are two
+kinds of data: PNGs of 240x180 with a crop of 160x128 (CamVid at half size) and JPEGs of 1024x512
+with a crop of 512x512. The files are generated once in the cache folder: 200 distinct files, and
+hard links to them for larger sets, so that the sets need little disk space and stay in the page
+cache.
 
-Every size is a process of its own, and they take turns: a repeat is the same steps in each, with
-the same draws. A number is the median over the repeats: images a second of wall time, and of CPU
-time, which other programs on the machine disturb less; and the resident memory at the end. The
-last line is one JSON object: `ours` is at the largest size, `peer` at the one before, ratio > 1
-where the larger set does better; 1 is what to hope for.
+Each size runs in its own process, and the processes alternate: a repeat is the same steps in each,
+with the same draws. Each figure is the median over the repeats: images per second of wall time, and
+of CPU time, which other programs on the machine disturb less; and the resident memory at the end.
+The last line of the output is one JSON object: `ours` is the largest size, `peer` the one before,
+ratio > 1 if the larger set is faster; ideally it is 1.
 """
 
 import argparse
@@ -34,23 +35,28 @@ sys.path.insert(0, str(ROOT))
 
 DISTINCT = 200
 CLASSES = 11
-# (height, width) of the images, their format, the crop, and the steps of a repeat.
+# (height, width) of the images, their format, (height, width) of the crop, steps per repeat.
 KINDS = {
     "png 240x180": ((180, 240), "png", (128, 160), 40),
     "jpeg 1024x512": ((512, 1024), "jpg", (512, 512), 10),
 }
-# Where the files are drawn, unless told otherwise.
+# Default of --folder, for the generated files.
 CACHE = os.environ.get("SEMISEG_CACHE") or pathlib.Path.home() / ".cache" / "semiseg_jax"
 FOLDER = pathlib.Path(CACHE) / "benchmark_input"
-BATCH = 8  # images of either stream
+BATCH = 8  # images in each stream
 PREFETCH = 2
 
 
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def photograph(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth colours with noise, which cost about what a photograph does; blocks of classes."""
+def synthetic_photograph(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an image of smooth, noisy colours and a label of class blocks.
+
+    Reading the image costs about as much as reading a photograph.
+    """
     small = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3)).astype(np.uint8)
     smooth = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.normal(0, 4, (height, width, 3))
@@ -61,14 +67,14 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> tuple[np.nd
 
 
 def make_data(folder: pathlib.Path, kind: str, count: int) -> pathlib.Path:
-    """The folder data set of `count` images of a kind; made if it is missing."""
+    """Returns the root of a folder data set of `count` images; generates it if it is missing."""
     (height, width), suffix, *_ = KINDS[kind]
     distinct = folder / f"{width}x{height}.{suffix}"
     if not distinct.exists():
         scratch = distinct.with_name(f"{distinct.name}.{os.getpid()}")
         scratch.mkdir(parents=True)
         for number in range(DISTINCT):
-            image, label = photograph(np.random.default_rng(number), height, width)
+            image, label = synthetic_photograph(np.random.default_rng(number), height, width)
             Image.fromarray(image).save(scratch / f"{number}.{suffix}", quality=90)
             Image.fromarray(label).save(scratch / f"{number}.mask.png")
         scratch.rename(distinct)
@@ -87,8 +93,8 @@ def make_data(folder: pathlib.Path, kind: str, count: int) -> pathlib.Path:
     return root
 
 
-def config_of(root: pathlib.Path) -> Any:
-    """The default config, on a data set that `make_data` made."""
+def make_config(root: pathlib.Path) -> Any:
+    """Returns the default config on a data set from `make_data`."""
     from configs import default
 
     config = default.get_config()
@@ -98,38 +104,39 @@ def config_of(root: pathlib.Path) -> Any:
     return config
 
 
-# --- One size, in a process of its own -----------------------------------------------------------
+# --- One size, in its own process ----------------------------------------------------------------
 
 
-def batches_of(root: pathlib.Path, kind: str, threads: int) -> Iterator[Any]:
-    """A student's batches from a data set, without end."""
-    from semiseg_jax.data import pipeline, sources, streams
+def student_batches(root: pathlib.Path, kind: str, threads: int) -> Iterator[Any]:
+    """Yields a student's batches from a data set, without end."""
+    from semiseg_jax import stages
+    from semiseg_jax.data import input_pipeline, load
 
-    config = config_of(root)
+    config = make_config(root)
     config.data.labels = 1 / 16
     config.data.crop = KINDS[kind][2]
     config.data.threads = threads
     config.data.prefetch = PREFETCH
     config.train.batch_labeled = config.train.batch_unlabeled = BATCH
-    dataset = sources.load(config)
+    dataset = load.load_dataset(config)
     # Masks of the unlabelled images stand in for pseudo-labels.
-    pseudo = pipeline.pseudo_examples(dataset, root / "masks" / "train")
-    return pipeline.train_batches(
+    pseudo = input_pipeline.pseudo_examples(dataset, root / "masks" / "train")
+    return input_pipeline.train_batches(
         config,
         dataset,
         pseudo,
-        streams.of_stage(config, "student"),
-        streams.stage_seed(0, 1, "student"),
+        stages.batch_spec(config, "student"),
+        stages.stage_seed(0, 1, "student"),
         range(1_000_000_000),
         np.zeros(3, np.uint8),
     )
 
 
 def serve(root: pathlib.Path, kind: str, threads: int) -> None:
-    """Answers each line with the rates of a repeat and the memory after it, until input ends."""
-    batches = batches_of(root, kind, threads)
+    """Answers each input line with the rates of a repeat and the memory after it."""
+    batches = student_batches(root, kind, threads)
     for _ in sys.stdin:
-        # While it waited for its turn the pipeline went ahead by its buffers.
+        # The pipeline filled its buffers while it waited for its turn; these batches do not count.
         for _ in range(2 * PREFETCH):
             next(batches)
         steps = KINDS[kind][3]
@@ -146,7 +153,7 @@ def serve(root: pathlib.Path, kind: str, threads: int) -> None:
 
 
 def resident_megabytes() -> float:
-    """Resident memory of this process."""
+    """Returns the resident memory of this process."""
     status = pathlib.Path("/proc/self/status").read_text()
     line = next(x for x in status.splitlines() if x.startswith("VmRSS:"))
     return int(line.split()[1]) / 1024
@@ -155,8 +162,8 @@ def resident_megabytes() -> float:
 # --- All sizes -----------------------------------------------------------------------------------
 
 
-class Size:
-    """The process of one size of one kind of data."""
+class SizeProcess:
+    """The process that serves one size of one kind of data."""
 
     def __init__(self, kind: str, count: int, flags: argparse.Namespace):
         command = [sys.executable, __file__, f"--serve={kind}", f"--counts={count}"]
@@ -170,7 +177,7 @@ class Size:
         )
 
     def repeat(self) -> dict[str, float]:
-        """What `serve` answers."""
+        """Runs one repeat and returns the answer of `serve`."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -185,26 +192,30 @@ class Size:
 
 
 def compare(kind: str, counts: list[int], flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """Interleaved repeats of one kind of data; rows of the result, and lines for a person."""
-    sizes = {count: Size(kind, count, flags) for count in counts}
+    """Runs the repeats of one kind of data, alternating between the sizes; prints a line per size.
+
+    Returns:
+        Result rows that compare the last two sizes.
+    """
+    sizes = {count: SizeProcess(kind, count, flags) for count in counts}
     answers: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for repeat in range(-1, flags.repeats):
         for count, size in sizes.items():
             answer = size.repeat()
-            if repeat >= 0:  # The one before traces graphs and fills caches.
+            if repeat >= 0:  # Repeat -1 traces graphs and fills caches.
                 answers[count].append(answer)
     medians = {}
     for count, size in sizes.items():
         size.close()
-        given = answers[count]
-        m = {key: statistics.median(answer[key] for answer in given) for key in given[0]}
-        medians[count] = m | {"memory": given[-1]["memory"]}
+        samples = answers[count]
+        rates = {key: statistics.median(answer[key] for answer in samples) for key in samples[0]}
+        medians[count] = rates | {"memory": samples[-1]["memory"]}
         spread = ", ".join(
-            f"{key} {min(a[key] for a in given):.1f} to {max(a[key] for a in given):.1f}"
+            f"{key} {min(a[key] for a in samples):.1f} to {max(a[key] for a in samples):.1f}"
             for key in ("wall", "cpu")
         )
         print(
-            f"{kind:14} {count:6} images {m['wall']:9.1f} {m['cpu']:11.1f} "
+            f"{kind:14} {count:6} images {rates['wall']:9.1f} {rates['cpu']:11.1f} "
             f"{medians[count]['memory']:8.0f}   ({spread})",
             flush=True,
         )
@@ -223,15 +234,17 @@ def compare(kind: str, counts: list[int], flags: argparse.Namespace) -> list[dic
 
 
 def main() -> None:
-    """Runs every kind at every count, or one case where told to."""
+    """Runs every kind at every count; with --serve runs one case as a subprocess."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--counts", default="100,1000,10000", help="ascending; the last two compare"
+        "--counts", default="100,1000,10000", help="ascending; the last two are compared"
     )
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--repeats", default=9, type=int)
-    parser.add_argument("--threads", default=0, type=int, help="of the pipeline; 0 for all cores")
-    parser.add_argument("--folder", default=FOLDER, help="for the files")
+    parser.add_argument(
+        "--threads", default=0, type=int, help="threads of the pipeline; 0 for all cores"
+    )
+    parser.add_argument("--folder", default=FOLDER, help="folder for the files")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     counts = [int(count) for count in flags.counts.split(",")]

@@ -1,15 +1,15 @@
-"""Predicting files against evaluating them: images a second, and memory over the images.
+"""Prediction of files against evaluation: images per second, and memory over the images.
 
     python benchmarks/predict.py [--images=200] [--kind="png 240x180"] [--batch=8]
         [--backbone=efficientnet_lite0] [--repeats=5] [--nooverlays]
 
-Images of a kind of benchmarks/input.py, DeepLabV3+, one scale. Ours is predict's writer, from files
-to label maps and overlays on the disk; the peer is evaluation, which reads the same images and
-their masks, has the same network, and counts. The two take turns; medians, in images a second of
-wall time, and of CPU time, which other programs on the machine disturb less. Memory is resident
-after every tenth of the images of predict's first turn, in which it also compiles; its row compares
-the first tenth with all of them. The last line is one JSON object; ratio > 1 where predicting is
-cheaper.
+Images of a kind of benchmarks/input.py, DeepLabV3+, one scale. "Ours" is the writer of predict,
+from files to label maps and overlays on disk; "peer" is evaluation by the same network, which reads
+the same images and their masks, and counts pixels. The two alternate. Figures are medians, in
+images per second of wall time, and of CPU time, which other programs on the machine disturb less.
+Memory is the resident memory after each tenth of the images in the first run of predict, which also
+compiles; its row compares the first tenth with all images. The last line of the output is one JSON
+object; ratio > 1 if prediction is cheaper.
 """
 
 import argparse
@@ -23,41 +23,46 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from input import CLASSES, FOLDER, KINDS, config_of, make_data, resident_megabytes
-from workers import ROOT, compared
+from input import CLASSES, FOLDER, KINDS, make_config, make_data, resident_megabytes
+from workers import ROOT, comparison_row
 
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 
-class Both:
-    """Prediction and evaluation of one network on one set of images."""
+class PredictionAndEvaluation:
+    """Runs prediction and evaluation of one network on one set of images."""
 
     def __init__(self, flags: argparse.Namespace, output: str):
         sys.path.insert(0, str(ROOT))
-        from semiseg_jax import memory
+        from semiseg_jax.eval_protocol import EvalProtocol
+        from semiseg_jax.runtime import malloc
 
-        memory.keep_freed()  # As predict does.
-        from semiseg_jax import deployed, evaluate, mesh, predictions, seeing, state
-        from semiseg_jax.data import sources
+        malloc.disable_malloc_trim()  # As in predict.
+        from semiseg_jax import evaluate, mesh, train_state
+        from semiseg_jax.data import load
         from semiseg_jax.models import deeplab
+        from semiseg_jax.runtime import xla
+        from semiseg_jax.serving import model_bundle, prediction_writer
 
-        config = config_of(make_data(pathlib.Path(flags.folder), flags.kind, flags.images))
+        config = make_config(make_data(pathlib.Path(flags.folder), flags.kind, flags.images))
         config.model.backbone = flags.backbone
         config.model = deeplab.resolve(config.model)
         config.eval.batch = flags.batch
-        mesh.compute_on_cpu()
-        found = sources.load(config)
-        # The training images have masks, and there are many of them.
-        dataset = dataclasses.replace(found, evaluation=found.labeled)
-        # As in a folder of images: what is predicted has none.
+        xla.force_cpu()
+        loaded = load.load_dataset(config)
+        # Evaluate on the training images, because the evaluation set has one image.
+        dataset = dataclasses.replace(loaded, evaluation=loaded.labeled)
+        # Without masks, as in a folder of images to predict.
         self._examples = [dataclasses.replace(e, mask=None) for e in dataset.evaluation]
         devices = mesh.make_mesh()
         model = deeplab.build(config.model, CLASSES)
         colour = deeplab.input_mean(config.model)
-        self._variables = state.for_inference(state.init_variables(model, 0, devices))
+        self._variables = train_state.inference_variables(
+            train_state.init_variables(model, 0, devices)
+        )
         self._evaluator = evaluate.Evaluator(model, dataset, config.eval, devices, colour)
-        protocol = evaluate.protocol(config, dataset, self._evaluator.pad_to)
-        network = deployed.Deployed(
+        protocol = EvalProtocol.of_run(config, dataset, self._evaluator.pad_to)
+        network = model_bundle.ModelBundle(
             model,
             self._variables,
             dataset.classes,
@@ -69,17 +74,23 @@ class Both:
             batch=flags.batch,
             largest_pixels=0,
             protocol=protocol,
-            description={"trained_on": {"data": flags.kind}, "miou": 0.0, "protocol": protocol},
+            description={
+                "trained_on": {"data": flags.kind},
+                "miou": 0.0,
+                "protocol": protocol.to_json(),
+            },
         )
-        usual = seeing.as_evaluated(network, devices.size)
-        self._writer = predictions.Writer(network, usual, devices, output, flags.overlays)
+        default_protocol = model_bundle.evaluation_config(network, devices.size)
+        self._writer = prediction_writer.PredictionWriter(
+            network, default_protocol, devices, output, flags.overlays
+        )
 
     def predict(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, float]:
-        """Images a second by clock."""
+        """Predicts all images; returns images per second by clock."""
         return self._speeds(lambda: self._writer(self._examples, progress))
 
     def evaluate(self) -> dict[str, float]:
-        """Images a second by clock."""
+        """Evaluates all images; returns images per second by clock."""
         return self._speeds(lambda: self._evaluator(self._variables))
 
     def _speeds(self, work: Callable[[], Any]) -> dict[str, float]:
@@ -89,9 +100,14 @@ class Both:
         return {name: count / (clock() - began[name]) for name, clock in CLOCKS.items()}
 
 
-def memory_row(case: str, seen: list[tuple[int, float]]) -> dict[str, Any]:
-    """Prints (images done, resident megabytes) at each tenth, and returns the case's row."""
-    tenths = [seen[int(i)] for i in np.linspace(0, len(seen) - 1, 11)][1:]
+def memory_row(case: str, samples: list[tuple[int, float]]) -> dict[str, Any]:
+    """Prints images done and resident megabytes at each tenth; returns the case's row.
+
+    Args:
+        case: its name.
+        samples: (images done, resident megabytes), ascending.
+    """
+    tenths = [samples[int(i)] for i in np.linspace(0, len(samples) - 1, 11)][1:]
     print("images", *(f"{done:7}" for done, _ in tenths))
     print("MB    ", *(f"{megabytes:7.0f}" for _, megabytes in tenths))
     (_, first), (_, last) = tenths[0], tenths[-1]
@@ -105,7 +121,7 @@ def memory_row(case: str, seen: list[tuple[int, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Predicts and evaluates a folder of images in turns."""
+    """Predicts and evaluates a folder of images alternately."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", default=200, type=int)
     parser.add_argument("--kind", default="png 240x180", choices=KINDS)
@@ -113,21 +129,23 @@ def main() -> None:
     parser.add_argument("--batch", default=8, type=int)
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--nooverlays", dest="overlays", action="store_false")
-    parser.add_argument("--folder", default=FOLDER, help="for the files")
+    parser.add_argument("--folder", default=FOLDER, help="folder for the files")
     flags = parser.parse_args()
-    seen = [(0, 0.0)]
+    samples = [(0, 0.0)]
     with tempfile.TemporaryDirectory() as output:
-        both = Both(flags, output)
-        both.predict(lambda count: seen.append((seen[-1][0] + count, resident_megabytes())))
-        both.evaluate()  # It compiles.
-        turns = [(both.predict(), both.evaluate()) for _ in range(flags.repeats)]
+        benchmark = PredictionAndEvaluation(flags, output)
+        benchmark.predict(
+            lambda count: samples.append((samples[-1][0] + count, resident_megabytes()))
+        )
+        benchmark.evaluate()  # Compiles the evaluation.
+        turns = [(benchmark.predict(), benchmark.evaluate()) for _ in range(flags.repeats)]
     case = f"{flags.backbone}, {flags.images} images, {flags.kind}"
     print(f"{'images/s':36} {'predict':>9} {'evaluate':>9} {'ratio':>8}")
     rows = []
     for clock in CLOCKS:
         ours, peer = ([turn[who][clock] for turn in turns] for who in (0, 1))
-        rows.append(compared(f"{case}, {clock} clock", {"ours": ours, "peer": peer}))
-    rows.append(memory_row(case, seen))
+        rows.append(comparison_row(f"{case}, {clock} clock", {"ours": ours, "peer": peer}))
+    rows.append(memory_row(case, samples))
     print(json.dumps({"name": "predict", "cases": rows}))
 
 

@@ -2,10 +2,10 @@
 
     python pseudo_labels_peer.py FOLDER THREADS
 
-FOLDER holds BACKBONE.npz, parameters under our names, and BATCH.npz with uint8 `images`
-[n, h, w, 3]. The worker prints a line of JSON with its version, then answers each line {"backbone",
-"batch", "scales", "save"} with {"seconds", "cpu_seconds"}; where "save" is a path, the class ids
-[n, h, w] are written there.
+FOLDER contains BACKBONE.npz, parameters under our names, and BATCH.npz with uint8 `images`
+[n, h, w, 3]. The worker prints one line of JSON with its version, then answers each line
+{"backbone", "batch", "scales", "save"} with {"seconds", "cpu_seconds"}. If "save" is a path, it
+writes the class ids [n, h, w] there.
 """
 
 import json
@@ -20,7 +20,7 @@ from train_step_peer import DeepLabV3Plus, load, resize
 
 
 class Labeler:
-    """A network in inference mode, and a batch."""
+    """Labels one batch with a network in inference mode."""
 
     def __init__(self, folder, backbone, batch):
         weights = np.load(folder / f"{backbone}.npz")
@@ -33,12 +33,12 @@ class Labeler:
 
     @torch.inference_mode()
     def label(self, scales):
-        """uint8 class ids [n, h, w], from softmax values averaged over scales and mirrors."""
+        """Returns uint8 class ids [n, h, w], from softmax averaged over scales and mirroring."""
         size, total = self.images.shape[2:], 0
         images = self.model.normalize(self.images)
         for scale in scales:
             x = resize(images, [round(scale * side) for side in size])
-            # Plain and mirrored in one pass, as ours.
+            # Original and mirror image in one pass, as in our predictor.
             logits = self.model.logits(torch.cat([x, x.flip(3)]))
             plain, mirrored = functional.softmax(resize(logits, size), 1).chunk(2)
             total = total + plain + mirrored.flip(3)
@@ -46,7 +46,7 @@ class Labeler:
 
 
 def main(folder, threads):
-    """Answers requests until the input ends."""
+    """Answers requests until its input ends."""
     torch.set_num_threads(int(threads))
     labelers = {}
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)

@@ -3,15 +3,15 @@
     python benchmarks/train_step.py [--backbones=xception65,…] [--sizes=129,257] [--batch=4]
         [--repeats=7] [--threads=N]
 
-Forward, backward, batch norm over the batch, cross-entropy and the SGD update, float32, 21 classes,
-output stride 16, without dropout. Ours is the teacher's step as `main` runs it; PyTorch's is the
-same network written the plain way, in channels_last, not compiled. Both start from the same weights
-and see the same uint8 batch, and their first losses must agree, which shows that they compute the
-same. PyTorch is a process in an environment of its own (benchmarks/peers/torchvision.txt), held to
-the same cores and threads; the two take turns. A case's number is the median over the repeats, in
-images a second; a repeat is `--steps` steps. On a machine that other programs use as well,
-`--threads=1 --clock=cpu` counts the process's CPU time instead. The last line is one JSON object;
-ratio > 1 where ours is faster.
+Forward pass, backward pass, batch norm over the batch, cross-entropy and the SGD update, float32,
+21 classes, output stride 16, without dropout. Ours is the teacher's step as `main` runs it;
+PyTorch's is the same network written in the usual way, in channels_last, not compiled. Both start
+from the same weights and use the same uint8 batch; their first losses must agree, which shows that
+the computations are the same. PyTorch runs as a process in its own environment
+(benchmarks/peers/torchvision.txt), on the same cores and with as many threads, alternating with
+ours. The figure of a case is the median over the repeats, in images per second; a repeat is
+`--steps` steps. On a machine with other programs, `--threads=1 --clock=cpu` counts the CPU time of
+the process instead. The last line of the output is one JSON object; ratio > 1 if ours is faster.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 import numpy as np
-from workers import ROOT, Worker, compared
+from workers import ROOT, Worker, comparison_row
 
 CLASSES = 21
 BACKBONES = {
@@ -32,12 +32,12 @@ BACKBONES = {
     "resnet50": "ResNet-50",
     "xception65": "Xception-65",
 }
-# PyTorch's threads wait actively for a while after their work.
+# Pause before each measurement: PyTorch's threads wait actively for a while after their work.
 REST_SECONDS = 0.3
 
 
-def batch_of(size: int, count: int) -> dict[str, np.ndarray]:
-    """uint8 images [n, h, w, 3] and labels [n, h, w], a tenth of them ignored."""
+def random_batch(size: int, count: int) -> dict[str, np.ndarray]:
+    """Returns uint8 images [n, h, w, 3] and labels [n, h, w], a tenth of which are ignored."""
     rng = np.random.default_rng(size)
     labels = rng.integers(0, CLASSES, (count, size, size)).astype(np.uint8)
     labels[rng.random(labels.shape) < 0.1] = 255
@@ -49,82 +49,86 @@ class Ours:
     """The teacher's step of the project, with one backbone."""
 
     def __init__(self, backbone: str, batch: int):
-        # Imported once affinity is set: XLA takes its number of threads from it.
+        # Imported after the affinity is set, from which XLA takes its number of threads.
         sys.path.insert(0, str(ROOT))
-        from semiseg_jax import memory
+        from semiseg_jax.runtime import malloc
 
-        memory.keep_freed()  # As main does.
+        malloc.disable_malloc_trim()  # As in main.
         import jax
 
         from configs import default
-        from semiseg_jax import mesh, optim, state, steps
-        from semiseg_jax.data.streams import Streams
+        from semiseg_jax import mesh, optim, train_state, train_step
+        from semiseg_jax.data.batch_layout import BatchSpec
         from semiseg_jax.models import deeplab
+        from semiseg_jax.runtime import xla
 
-        mesh.compute_on_cpu()
+        xla.force_cpu()
         config = default.get_config()
         config.model.backbone = backbone
         config.model.dropout = 0.0
         model = deeplab.build(config.model, CLASSES)
-        self._jax, self._mesh_lib, self._state_lib = jax, mesh, state
+        self._jax, self._mesh_lib, self._state_lib = jax, mesh, train_state
         self._mesh = mesh.make_mesh()
         self._tx, _ = optim.make_optimizer(config.optim, "teacher", 100_000)
-        streams = Streams(("labeled",), (), batch, batch)
-        self._step = steps.make_train_step(model, self._tx, config.loss, streams, self._mesh)
-        self.variables = state.init_variables(model, 0, self._mesh)
-        self._running: dict[str, Any] = {}
+        streams = BatchSpec(("labeled",), (), batch, batch)
+        self._step = train_step.make_train_step(model, self._tx, config.loss, streams, self._mesh)
+        self.variables = train_state.init_variables(model, 0, self._mesh)
+        self._states: dict[str, Any] = {}
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Parameters of the weak norm by names such as "backbone.stem.conv.kernel"."""
+        """Returns the weak norm's and all other parameters by "backbone.stem.conv.kernel" names."""
         from flax import traverse_util
 
-        params = self._state_lib.for_inference(self.variables)["params"]
+        params = self._state_lib.inference_variables(self.variables)["params"]
         flat = traverse_util.flatten_dict(params, sep=".")
         return {name.replace(".weak", ""): np.asarray(leaf) for name, leaf in flat.items()}
 
     def run(self, case: str, batch: dict[str, np.ndarray], steps: int) -> dict[str, float]:
-        """As the worker answers."""
-        if case not in self._running:
-            self._running[case] = self._state_lib.create(self.variables, self._tx, self._mesh)
-        state, losses = self._running[case], []
+        """Runs steps of a case; returns the same dict as the peer: seconds, cpu_seconds, loss."""
+        if case not in self._states:
+            create = self._state_lib.create_train_state
+            self._states[case] = create(self.variables, self._tx, self._mesh)
+        state, losses = self._states[case], []
         is_pseudo = np.zeros(len(batch["images"]), bool)
         key = self._jax.random.key(0)
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             arrays = {"image": batch["images"], "label": batch["labels"], "is_pseudo": is_pseudo}
-            state, metrics = self._step(state, self._mesh_lib.to_devices(arrays, self._mesh), key)
+            state, metrics = self._step(state, self._mesh_lib.shard_batch(arrays, self._mesh), key)
             losses.append(metrics["loss"])
         self._jax.block_until_ready(state)
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        self._running[case] = state
+        self._states[case] = state
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": float(losses[0])}
 
 
 def compare(
     ours: Ours, peer: Worker, backbone: str, name: str, batch: dict[str, np.ndarray], flags
 ) -> dict:
-    """Interleaved repeats of one case; a row of the result."""
+    """Runs the repeats of one case, alternating; returns its result row."""
     case = f"{BACKBONES[backbone]}, {name}"
-    asked = {"backbone": backbone, "batch": name, "steps": flags.steps}
+    message = {"backbone": backbone, "batch": name, "steps": flags.steps}
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[flags.clock]
     speeds: dict[str, list[float]] = {"ours": [], "peer": []}
     for repeat in range(-1, flags.repeats):
         answers = {}
         for who in speeds:
             time.sleep(REST_SECONDS)
-            answers[who] = ours.run(name, batch, flags.steps) if who == "ours" else peer.ask(asked)
-        if repeat < 0:  # It compiles and fills caches.
+            answers[who] = (
+                ours.run(name, batch, flags.steps) if who == "ours" else peer.request(message)
+            )
+        if repeat < 0:  # Compiles and fills caches.
             losses = {who: answer["loss"] for who, answer in answers.items()}
             if abs(losses["ours"] - losses["peer"]) > 1e-4 * losses["peer"]:
                 sys.exit(f"{case}: the networks differ, as their first losses do: {losses}")
             continue
         for who, answer in answers.items():
             speeds[who].append(len(batch["images"]) * flags.steps / answer[clock])
-    return compared(f"DeepLabV3+ {case}", speeds)
+    return comparison_row(f"DeepLabV3+ {case}", speeds)
 
 
 def main() -> None:
-    """Runs every size."""
+    """Runs every backbone at every size."""
     cores = sorted(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backbones", default=",".join(BACKBONES))
@@ -132,7 +136,9 @@ def main() -> None:
     parser.add_argument("--batch", default=4, type=int)
     parser.add_argument("--repeats", default=7, type=int)
     parser.add_argument("--steps", default=2, type=int, help="steps of a repeat")
-    parser.add_argument("--threads", default=len(cores), type=int, help="and cores")
+    parser.add_argument(
+        "--threads", default=len(cores), type=int, help="number of threads and of cores"
+    )
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     flags = parser.parse_args()
     backbones = flags.backbones.split(",")
@@ -144,7 +150,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores[: flags.threads])
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
 
-    batches = {f"{flags.batch}x{size}x{size}": batch_of(size, flags.batch) for size in sizes}
+    batches = {f"{flags.batch}x{size}x{size}": random_batch(size, flags.batch) for size in sizes}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, arrays in batches.items():

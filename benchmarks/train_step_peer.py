@@ -2,11 +2,11 @@
 
     python train_step_peer.py FOLDER THREADS
 
-FOLDER holds BACKBONE.npz, parameters under our names ("backbone.stem.conv.kernel"), and BATCH.npz
-with uint8 `images` [n, h, w, 3] and `labels` [n, h, w]. The worker prints a line of JSON with its
-version, then answers each line {"backbone", "batch", "steps"} with {"seconds", "cpu_seconds",
-"loss"}, the loss being that of the first of the steps, until its input ends. It imports nothing but
-PyTorch, NumPy and the standard library.
+FOLDER contains BACKBONE.npz, parameters under our names ("backbone.stem.conv.kernel"), and
+BATCH.npz with uint8 `images` [n, h, w, 3] and `labels` [n, h, w]. The worker prints one line of
+JSON with its version, then answers each line {"backbone", "batch", "steps"} with {"seconds",
+"cpu_seconds", "loss"}, where the loss is that of the first step, until its input ends. It imports
+only PyTorch, NumPy and the standard library.
 """
 
 import json
@@ -37,7 +37,7 @@ class ConvNorm(nn.Module):
         self, inputs, outputs, kernel=1, stride=1, dilation=1, groups=1, act=None, eps=1e-3
     ):
         super().__init__()
-        # For sizes of the form 32 n + 1, TensorFlow's SAME padding is alike on both sides.
+        # For sizes of the form 32 n + 1, TensorFlow's SAME padding is equal on both sides.
         padding = dilation * (kernel - 1) // 2
         self.conv = nn.Conv2d(
             inputs, outputs, kernel, stride, padding, dilation, groups, bias=False
@@ -52,12 +52,12 @@ class ConvNorm(nn.Module):
 
 
 def relu6():
-    """Of the backbone."""
+    """Returns the activation of EfficientNet-Lite0."""
     return nn.ReLU6(inplace=True)
 
 
 class Block(nn.Module):
-    """Inverted residual."""
+    """Inverted residual block."""
 
     def __init__(self, inputs, outputs, kernel, expand, stride, dilation):
         super().__init__()
@@ -105,12 +105,12 @@ class EfficientNetLite(nn.Module):
 
 
 def relu():
-    """Of ResNet and the head."""
+    """Returns the activation of ResNet, Xception and the head."""
     return nn.ReLU(inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 around a shortcut."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut."""
 
     def __init__(self, inputs, width, stride, dilation):
         super().__init__()
@@ -136,7 +136,7 @@ class ResNet50(nn.Module):
         super().__init__()
         self.stem = ConvNorm(3, 64, 7, 2, act=relu())
         inputs, self.stages = 64, []
-        # Blocks, stride of the first, dilation of the others.
+        # Blocks, stride of the first block, dilation of the other blocks.
         for number, (depth, stride, dilation) in enumerate(
             ((3, 1, 1), (4, 2, 1), (6, 2, 1), (3, 1, 2))
         ):
@@ -159,7 +159,7 @@ class ResNet50(nn.Module):
 
 
 class Separable(nn.Module):
-    """Depthwise 3x3 and 1x1; as the head has it unless told otherwise."""
+    """Depthwise 3x3 and 1x1 convolution; the defaults are those of the head."""
 
     def __init__(self, inputs, outputs, dilation=1, stride=1, act=relu, eps=1e-5):
         super().__init__()
@@ -172,7 +172,10 @@ class Separable(nn.Module):
 
 
 class XceptionBlock(nn.Module):
-    """Three separable convolutions, each after a ReLU, and a shortcut; or without, ReLUs inside."""
+    """Three separable convolutions.
+
+    With `residual`, a ReLU precedes each and a shortcut is added; without, the ReLUs are inside.
+    """
 
     def __init__(self, inputs, features, stride=1, dilation=1, residual=True):
         super().__init__()
@@ -188,7 +191,7 @@ class XceptionBlock(nn.Module):
             inputs = outputs
 
     def forward(self, x):
-        """[n, inputs, h, w] -> [n, outputs, h', w'], and what enters the last convolution."""
+        """[n, inputs, h, w] -> [n, outputs, h', w'], and the input of the last convolution."""
         y = x
         for name in ("separable1", "separable2", "separable3"):
             inner = y
@@ -238,12 +241,12 @@ BACKBONES = {
 
 
 def head_conv(inputs, outputs, **options):
-    """Of the head: ReLU, and the epsilon of its norms."""
+    """Returns a convolution of the head, with its ReLU and the epsilon of its norms."""
     return ConvNorm(inputs, outputs, act=relu(), eps=1e-5, **options)
 
 
 def resize(x, size):
-    """Bilinear, half-pixel centres."""
+    """Resizes to (height, width), bilinear with half-pixel centres."""
     return functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
@@ -267,7 +270,7 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """The network; names as ours."""
+    """DeepLabV3+; submodules have our names."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -298,7 +301,11 @@ class DeepLabV3Plus(nn.Module):
 
 
 def load(model, weights):
-    """Fills every parameter from arrays under our names."""
+    """Loads every parameter from arrays under our names.
+
+    Raises:
+        ValueError: names are missing or unexpected.
+    """
     leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
     state = {}
     for name, value in weights.items():
@@ -312,7 +319,7 @@ def load(model, weights):
 
 
 class Trainer:
-    """Network, optimiser and one batch."""
+    """Trains a network on one batch."""
 
     def __init__(self, folder, backbone, batch):
         weights = np.load(folder / f"{backbone}.npz")
@@ -333,7 +340,7 @@ class Trainer:
         self.labels = torch.from_numpy(batch["labels"])
 
     def step(self):
-        """One step; its loss."""
+        """Runs one step and returns its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(self.images)
         loss = functional.cross_entropy(logits, self.labels.long(), ignore_index=255)
@@ -343,7 +350,7 @@ class Trainer:
 
 
 def main(folder, threads):
-    """Answers requests until the input ends."""
+    """Answers requests until its input ends."""
     torch.set_num_threads(int(threads))
     case, trainer = None, None
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
@@ -351,7 +358,7 @@ def main(folder, threads):
         request = json.loads(line)
         try:
             if case != (request["backbone"], request["batch"]):
-                # One at a time: the largest fill the memory of a laptop.
+                # One trainer at a time: the largest networks fill the memory of a laptop.
                 case, trainer = (request["backbone"], request["batch"]), None
                 trainer = Trainer(pathlib.Path(folder), *case)
             wall, cpu = time.perf_counter(), time.process_time()

@@ -1,9 +1,8 @@
-"""Peers as processes in environments of their own, and a case's row from what they answer.
+"""Processes that run a peer in its own environment, and result rows that compare it with ours.
 
-An environment is made when it is first needed, a worker asked line by line.
-
-A worker script prints one line of JSON when it is ready and answers each line of JSON that it gets
-with another, until its input ends. It imports nothing of this project.
+An environment is created on first use. A worker script prints one line of JSON when it is ready and
+answers each input line of JSON with another line, until its input ends. It imports nothing of this
+project.
 """
 
 import hashlib
@@ -19,21 +18,21 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Worker:
-    """A peer's process; affinity and environment variables are those of this one.
+    """A peer's process; it inherits affinity and environment variables.
 
     Attributes:
-        ready: what it said when it was ready.
+        ready: its first line of JSON.
     """
 
     def __init__(self, peer: str, script: str, *arguments: str):
         """Starts `script` of this folder in the environment of benchmarks/peers/PEER.txt.
 
         Raises:
-            RuntimeError: there is no such environment, or the script ends.
+            RuntimeError: the environment cannot be created, or the script ends.
         """
         path = pathlib.Path(__file__).with_name(script)
         self._process = subprocess.Popen(
-            [_environment(peer), str(path), *arguments],
+            [_peer_python(peer), str(path), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -41,14 +40,14 @@ class Worker:
         )
         self.ready = self._answer()
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request.
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request and returns the answer.
 
         Raises:
-            RuntimeError: the answer is {"error": …}, or there is none.
+            RuntimeError: the answer is {"error": …}, or the process has ended.
         """
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         if "error" in answer:
@@ -67,28 +66,31 @@ class Worker:
         self._process.communicate()
 
 
-def compared(case: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
-    """Prints the line of a case, and returns its row of the benchmark's result.
+def comparison_row(case: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
+    """Prints the line of a case, and returns its result row, which compares medians.
 
     Args:
         case: its name.
-        speeds: images a second of each repeat, of "ours" and of "peer"; medians are compared.
+        speeds: "ours" and "peer": images per second of each repeat.
     """
-    mine, theirs = (statistics.median(speeds[who]) for who in ("ours", "peer"))
+    our_speed, peer_speed = (statistics.median(speeds[who]) for who in ("ours", "peer"))
     spread = ", ".join(f"{who} {min(v):.2f} to {max(v):.2f}" for who, v in speeds.items())
-    print(f"{case:36} {mine:9.2f} {theirs:9.2f} {mine / theirs:8.2f}   ({spread})", flush=True)
-    ratio = round(mine / theirs, 3)
-    return {"case": case, "ours": round(mine, 3), "peer": round(theirs, 3), "ratio": ratio}
+    print(
+        f"{case:36} {our_speed:9.2f} {peer_speed:9.2f} {our_speed / peer_speed:8.2f}   ({spread})",
+        flush=True,
+    )
+    ratio = round(our_speed / peer_speed, 3)
+    return {"case": case, "ours": round(our_speed, 3), "peer": round(peer_speed, 3), "ratio": ratio}
 
 
-def _environment(peer: str) -> str:
-    """The Python of the peer's environment, which is made if it is missing or out of date."""
+def _peer_python(peer: str) -> str:
+    """Returns the Python of the peer's environment; creates it if it is missing or out of date."""
     requirements = ROOT / "benchmarks" / "peers" / f"{peer}.txt"
     folder = ROOT / ".venv-peers" / peer
     python = folder / "bin" / "python"
     marker = folder / "requirements.sha256"
-    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    if python.exists() and marker.exists() and marker.read_text() == wanted:
+    requirements_hash = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if python.exists() and marker.exists() and marker.read_text() == requirements_hash:
         return str(python)
     print(f"Making .venv-peers/{peer}: this happens once.", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +101,7 @@ def _environment(peer: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"its environment cannot be made: {_last_line(done.stderr)}")
-    marker.write_text(wanted)
+    marker.write_text(requirements_hash)
     return str(python)
 
 

@@ -1,1 +1,1 @@
-"""Configs: default.py declares every key; the others change only what differs."""
+"""Configs: default.py declares every key; the other configs set only the keys that differ."""

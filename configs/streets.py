@@ -3,7 +3,10 @@
     make quickstart
     python -m semiseg_jax.main --config=configs/streets.py
 
-The README has what it gives, over three seeds.
+Expected score, mIoU in % on the 120 validation scenes, mean and standard deviation over seeds 0, 1
+and 2: teacher 27.0 ± 1.6, control 28.4 ± 1.2, second student 30.2 ± 1.1. Expected time of `make
+quickstart`: 8 min 36 s on a 2-core machine, installation included, measured with tests running at
+the same time. See README.md.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +15,7 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-    """A small network from scratch; 16 of 480 images labelled, two rounds, and the control."""
+    """Returns a small network from scratch; 16 of 480 images labelled, two rounds, the control."""
     config = default.get_config()
     config.data.name = "streets"
     config.data.labels = 16.0
@@ -21,10 +24,10 @@ def get_config() -> ConfigDict:
     config.model.backbone = "resnet10_slim"
     config.model.head_features = 64
     config.model.low_level_features = 24
-    # Features of a crop are 4x6: larger rates would meet padding alone.
+    # A crop has features of 4x6: larger rates would sample padding only.
     config.model.aspp_rates = (1, 2, 3)
     config.model.dropout = 0.0
-    # From scratch and in few steps: rates well above those that suit pretrained weights.
+    # Training from scratch in few steps needs rates well above those for pretrained weights.
     config.optim.teacher.learning_rate = 0.2
     config.optim.student.learning_rate = 0.1
     config.optim.student.head_multiplier = 1.0

@@ -1,31 +1,31 @@
 # shellcheck shell=bash
-# What the launch scripts have in common; each sources this file first.
+# Functions shared by the launch scripts; each script sources this file first.
 
-# shellcheck disable=SC2034 # the scripts use it
+# shellcheck disable=SC2034 # used by the scripts
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=no
-# Where a dry run prints: also the commands whose output the script reads.
+# Output of a dry run: a separate descriptor, so that commands whose output is captured appear too.
 exec 3>&1
 
-# Prints the comment at the top of the script that runs: its usage.
+# Prints the usage: the comment at the top of the running script.
 usage() {
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
 }
 
-# Ends with a sentence.
+# Prints an error message and exits with status 1.
 fail() {
   printf 'Error: %s\n' "$*" >&2
   exit 1
 }
 
-# Ends with the usage and a sentence: the command cannot be meant.
+# Prints the usage and an error message and exits with status 2: wrong arguments.
 misused() {
   usage >&2
   printf '\nError: %s\n' "$*" >&2
   exit 2
 }
 
-# The arguments as one line that any shell reads back as these arguments.
+# Prints the arguments as one line, quoted so that any shell parses it back into these arguments.
 quoted() {
   local word line='' quote="'" escaped="'\\''"
   for word in "$@"; do
@@ -35,12 +35,12 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-# What is said beside commands is a comment, so that all of a dry run can be pasted.
+# Prints a message as a comment, so that the whole output of a dry run can be pasted.
 say() {
   printf '# %s\n' "$*"
 }
 
-# Runs a command, or prints it in a dry run.
+# Runs a command; in a dry run prints it instead.
 act() {
   if [[ $DRY_RUN == yes ]]; then
     printf '%s\n' "$(quoted "$@")" >&3
@@ -49,7 +49,7 @@ act() {
   fi
 }
 
-# Ends with a sentence unless a value is a whole number of at least 1.
+# Exits with an error message unless value $2 of option $1 is a whole number of at least 1.
 need_count() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || misused "$1 is '$2': give a whole number of at least 1."
 }

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # launch/local_cluster.sh N [options] -- ARGUMENTS OF semiseg_jax.main
 #
-# Runs N processes of one run on this machine, as they would run on N hosts.
+# Runs one training run as N processes on this machine, as they would run on N hosts.
 #
-#   --devices=K   CPU devices of each process, instead of the devices the machine has
-#   --port=PORT   where they meet; a free one from 20000 to 29999 unless given
-#   --grace=S     seconds that the others have to end after one has failed, then they are killed;
-#                 60 unless given
-#   --python=P    the interpreter; .venv/bin/python of this project unless given
+#   --devices=K   CPU devices of each process, instead of the machine's own devices
+#   --port=PORT   port of the coordinator; default: a free one from 20000 to 29999
+#   --grace=S     seconds from the failure of one process until the others are killed; default 60
+#   --python=P    the interpreter; default: .venv/bin/python of this project
 #   --dry-run     prints the commands and runs nothing
-#   --help        prints this
+#   --help        prints this text
 #
 # Paths are relative to the project's folder. Each line of output starts with the number of its
-# process. SIGTERM, SIGINT and SIGHUP go to all processes. The status is that of the first process
-# that ended with another than 0; 75 means interrupted: the same command goes on.
+# process. SIGTERM, SIGINT and SIGHUP are forwarded to all processes. The exit status is that of the
+# first process that failed; 75 means interrupted: the same command resumes the run.
 #
 #   launch/local_cluster.sh 2 --devices=2 -- --config=configs/streets.py
 set -euo pipefail
@@ -41,7 +40,7 @@ read_command() {
   ((${#arguments[@]})) || misused "Say what to run, such as -- --config=configs/streets.py."
 }
 
-# A port that nothing listens on, below those that systems give to outgoing connections.
+# Prints a free port, below the range that systems use for outgoing connections.
 free_port() {
   local candidate
   for _ in {1..100}; do
@@ -54,7 +53,7 @@ free_port() {
   fail "No free port was found from 20000 to 29999: give one with --port=."
 }
 
-# Sets `command` to what process $1 runs.
+# Sets `command` to the command of process $1.
 command_of() {
   command=(env "SEMISEG_COORDINATOR=127.0.0.1:$port" "SEMISEG_NUM_PROCESSES=$count"
     "SEMISEG_PROCESS_ID=$1")
@@ -62,10 +61,10 @@ command_of() {
   command+=("$python" -m semiseg_jax.main "${arguments[@]}")
 }
 
-# Of the processes that have not ended, and of those that print their output.
+# Process ids: of the processes that have not ended, and of the printers of their output.
 pids=() printers=()
 
-# Signals each process that has not ended, and what it has started.
+# Sends signal $1 to each process that has not ended, and to its children.
 signal_all() {
   local i
   for i in "${!pids[@]}"; do
@@ -74,10 +73,10 @@ signal_all() {
 }
 
 forwarded=no starting=no pending=''
-# shellcheck disable=SC2329 # the traps call it
+# shellcheck disable=SC2329 # called by the traps
 forward() {
   forwarded=yes
-  # One that is being started is not known yet.
+  # The id of a process that is being started is not in `pids` yet.
   if [[ $starting == yes ]]; then pending=$1; else signal_all "$1"; fi
 }
 
@@ -86,7 +85,7 @@ start() {
   starting=yes
   for ((i = 0; i < count && ${#pending} == 0; i++)); do
     command_of "$i"
-    # The printer stays until its process has closed its output: Ctrl-C must not end it first.
+    # The printer ends when its process closes its output: Ctrl-C must not end it earlier.
     exec {out}> >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /")
     printers+=($!)
     "${command[@]}" </dev/null >&"$out" 2>&1 3>&- {out}>&- &
@@ -97,25 +96,25 @@ start() {
   [[ -z $pending ]] || signal_all "$pending"
 }
 
-# Waits for all; sets `first` to the first status that is not 0.
+# Waits for all processes; sets `first` to the first exit status that is not 0.
 first=0
 watch() {
   local never i status deadline=''
-  # Waiting by a builtin on a pipe that never has anything: signals are met at once.
+  # Waiting in a builtin, on a pipe that is always empty, so that traps run at once.
   exec {never}<> <(:)
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
-      # No subshell here, as for `jobs`: a signal that comes while it starts may be lost.
+      # No subshell here, such as `jobs` needs: a signal that arrives while it starts may be lost.
       if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
       status=0
       wait "${pids[i]}" || status=$?
-      # What it has started and not ended goes with it.
+      # Ends the children that it left running.
       kill -s KILL -- "-${pids[i]}" 2>/dev/null || true
       unset "pids[i]"
       if ((status && !first)); then
         first=$status deadline=$((SECONDS + grace))
         printf 'Process %s ended with status %s.\n' "$i" "$status" >&2
-        # Interrupted ones are all saving: a second signal would end them before they have.
+        # After status 75 all processes are saving: a second signal would end them too early.
         if ((status != 75)) && [[ $forwarded == no ]]; then signal_all TERM; fi
       fi
     done
@@ -144,7 +143,7 @@ fi
 cd "$PROJECT"
 command -v "$python" >/dev/null || fail "$python is missing: run make setup, or give --python=."
 
-# Each process has a group of its own: Ctrl-C reaches this script alone, which passes it on once.
+# Each process has its own process group: Ctrl-C reaches only this script, which forwards it once.
 set -m
 trap 'signal_all KILL' EXIT
 trap 'forward TERM' TERM HUP
@@ -152,7 +151,7 @@ trap 'forward INT' INT
 start
 watch
 wait "${printers[@]}" 2>/dev/null || true
-# One that was told to end before it could save, or a second time, ends by the signal, and some may
-# not have been started any more: that is interrupted all the same.
+# Processes that a signal ended (before they could save, or by a second signal) or that were never
+# started because of one also count as interrupted.
 if [[ $forwarded == yes ]] && ((first > 128 || ${#printers[@]} < count)); then first=75; fi
 exit "$first"

@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
 # launch/slurm.sh --nodes=N --gpus-per-node=G --time=LIMIT [options] -- ARGUMENTS OF semiseg_jax.main
 #
-# Submits a run to a Slurm cluster: one process for each GPU, on N nodes of G GPUs. Before the time
-# limit, and where the cluster preempts the job, the run saves and the job is queued again under
-# its number, until the run is complete.
+# Submits a run to a Slurm cluster: one process per GPU, on N nodes of G GPUs. Before the time limit,
+# and when the cluster preempts the job, the run saves and the job is requeued under the same number,
+# until the run is complete.
 #
-#   --cpus-per-task=C   processor cores of each process; 8 unless given
-#   --grace=S           seconds before the time limit at which the run is told to save; 300 unless
-#                       given
-#   --name=NAME         of the job; semiseg unless given
-#   --python=P          the interpreter on the nodes; .venv/bin/python of this project unless given
+#   --cpus-per-task=C   CPU cores of each process; default 8
+#   --grace=S           seconds before the time limit at which the run starts to save; default 300
+#   --name=NAME         name of the job; default semiseg
+#   --python=P          the interpreter on the nodes; default: .venv/bin/python of this project
 #   --sbatch=OPTION     a further option of sbatch, such as --sbatch=--partition=gpu; may be repeated
 #   --dry-run           prints the command and submits nothing
-#   --help              prints this
+#   --help              prints this text
 #
 # The project's folder must be on a file system that all nodes share; paths are relative to it, and
 # the log is slurm-NAME-NUMBER.out in it.
@@ -53,9 +52,9 @@ read_command() {
 }
 
 read_command "$@"
-# --gpus-per-node and not --gpus-per-task: JAX gives local process i the i-th of the GPUs that it
-# sees, so each process must see all of its node's.
-# --signal without B: goes to the processes, which save, and not to the script that started them.
+# --gpus-per-node instead of --gpus-per-task: JAX assigns the i-th visible GPU to local process i, so
+# each process must see all GPUs of its node.
+# --signal without B: signals the processes, which save, and not the batch script.
 act sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" \
   "--cpus-per-task=$cpus" "--time=$limit" "--signal=TERM@$grace" --requeue --open-mode=append \
   "--chdir=$PROJECT" --output=slurm-%x-%j.out ${further[@]+"${further[@]}"} \

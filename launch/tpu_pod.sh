@@ -1,42 +1,43 @@
 #!/usr/bin/env bash
 # launch/tpu_pod.sh COMMAND NAME --zone=ZONE [options] [-- ARGUMENTS OF semiseg_jax.main]
 #
-# Runs on a Cloud TPU, of one host or many. For a whole run, from nothing to its end, and the same
-# again to go on after anything:
+# Runs training on a Cloud TPU of one or several hosts. One command performs the whole run, and
+# resumes it after any interruption:
 #
-#   train    asks for the TPU where there is none, waits for it, copies, sets up, runs, and watches
-#            until the run is complete; where the TPU is preempted, asks for another and goes on
+#   train    requests the TPU if there is none, waits for it, copies the project, sets up, starts the
+#            run, and monitors it until it is complete; if the TPU is preempted, requests another
+#            and resumes the run
 #
-# And its steps, one by one:
+# The single steps:
 #
-#   create   makes the TPU at once, or fails where there is no capacity
-#   queue    asks for the TPU, which comes when there is capacity
-#   copy     copies the project to all workers, as it is in the working folder
+#   create   creates the TPU at once, or fails if there is no capacity
+#   queue    requests the TPU, which is created when there is capacity
+#   copy     copies the project folder in its current state to all workers
 #   setup    installs Python and the requirements on all workers
 #   data     copies the data to all workers
-#   run      starts the run on all workers, detached; nothing where it is under way
+#   run      starts the run on all workers, detached; no effect if it is already running
 #   logs     prints the end of a worker's log
-#   status   tells what there is, and whether it runs
-#   stop     tells the run to save and to end; the TPU stays, and costs
-#   delete   deletes the TPU and the request for it; nothing costs any more
+#   status   prints the state of the request, of the TPU and of the run
+#   stop     makes the run save and exit; the TPU stays, and is charged
+#   delete   deletes the TPU and the request for it, which ends their charges
 #
-#   --zone=ZONE               of the TPU
-#   --project=ID              of the bill; gcloud's default unless given
-#   --accelerator-type=TYPE   such as v5litepod-16, v6e-8; needed by create, queue and train
-#   --runtime-version=V       of the machine's software; Google's for JAX on that type unless given
-#   --spot                    cheaper, and may be taken away at any time
-#   --data=gs://FOLDER        data that each worker copies to data/ in its project, as data/FOLDER;
-#                             for data and train
-#   --worker=K                whose log; 0 unless given
-#   --follow                  logs: go on printing
-#   --poll=S                  train: seconds between two looks; 60 unless given
+#   --zone=ZONE               zone of the TPU
+#   --project=ID              Google Cloud project; default: that of gcloud
+#   --accelerator-type=TYPE   such as v5litepod-16, v6e-8; required by create, queue and train
+#   --runtime-version=V       software version of the machines; default: Google's for JAX on the type
+#   --spot                    use a spot TPU: cheaper, may be preempted at any time
+#   --data=gs://FOLDER        data and train: data that each worker copies to data/FOLDER in its
+#                             project
+#   --worker=K                logs: number of the worker; default 0
+#   --follow                  logs: keep printing new lines
+#   --poll=S                  train: seconds between two checks; default 60
 #   --then-delete             train: delete the TPU when the run is complete
-#   --create-flag=FLAG        a further flag of gcloud for create, queue and train; may be repeated
-#   --ssh-flag=FLAG           a further flag of gcloud for its ssh and scp, such as
+#   --create-flag=FLAG        create, queue, train: a further flag of gcloud; may be repeated
+#   --ssh-flag=FLAG           a further flag of gcloud's ssh and scp, such as
 #                             --ssh-flag=--internal-ip; may be repeated
-#   --dry-run                 prints the commands, as if there were no TPU yet (delete: as if there
-#                             were one), and runs nothing
-#   --help                    prints this
+#   --dry-run                 prints the commands, as if no TPU existed yet (delete: as if one
+#                             existed), and runs nothing
+#   --help                    prints this text
 #
 #   launch/tpu_pod.sh train mine --zone=us-west4-a --accelerator-type=v5litepod-16 --spot \
 #     --data=gs://BUCKET/cityscapes -- --config=configs/cityscapes.py:1_8 --workdir=gs://BUCKET/run
@@ -45,7 +46,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 WORKER=semiseg/project/launch/tpu_worker.sh
-# sysexits.h: interrupted, start again; as of semiseg_jax.main.
+# EX_TEMPFAIL of sysexits.h, as in semiseg_jax.main: interrupted, start again.
 INTERRUPTED=75
 
 task='' name='' zone='' project='' type='' version='' spot=no data='' worker=0 follow=no poll=60
@@ -100,7 +101,7 @@ check_command() {
   fi
 }
 
-# Google's table of software versions for JAX: https://cloud.google.com/tpu/docs/runtimes
+# Sets `version` by Google's table for JAX: https://cloud.google.com/tpu/docs/runtimes
 choose_version() {
   [[ -z $version ]] || return 0
   case $type in
@@ -112,7 +113,7 @@ choose_version() {
   esac
 }
 
-# Workers share no disk, and a preempted one leaves none.
+# The workdir must be in a bucket: workers share no disk, and that of a preempted worker is lost.
 check_workdir() {
   local argument
   for argument in "${arguments[@]}"; do
@@ -121,13 +122,13 @@ check_workdir() {
   misused "Give the run a workdir that all workers share and that stays: --workdir=gs://BUCKET/RUN."
 }
 
-# gcloud compute tpus WHAT… of this place; sets `command`.
+# Sets `command` to gcloud compute tpus ARGUMENTS… with the zone and the project.
 tpus() {
   command=(gcloud compute tpus "$@" "--zone=$zone")
   [[ -z $project ]] || command+=("--project=$project")
 }
 
-# Has the shell of worker $1, or of all, run line $2.
+# Runs line $2 in the shell of worker $1, a number or `all`.
 on_workers() {
   local command
   tpus tpu-vm ssh "$name"
@@ -150,8 +151,8 @@ queue() {
   act "${command[@]}" ${create_flags[@]+"${create_flags[@]}"}
 }
 
-# The state of this TPU (tpu-vm), or of the request for it (queued-resources): nothing where there
-# is none. A list, because it fails only where the answer is not known.
+# Prints the state of this TPU (tpu-vm) or of the request for it (queued-resources); nothing if there
+# is none. Uses `list` because it fails only if the state is unknown.
 state_of() {
   local command field=state listed line_name line_state
   [[ $1 == tpu-vm ]] || field=state.state
@@ -162,7 +163,7 @@ state_of() {
   done <<<"$listed"
 }
 
-# The steps of copying are joined by && because train calls them where set -e does not hold.
+# Each step returns on failure, because train calls this function where set -e has no effect.
 copy() {
   local command archive=${TMPDIR:-/tmp}/semiseg_jax-$name.tar.gz
   act tar -czf "$archive" -C "$PROJECT" --exclude=./.git '--exclude=./.venv*' \
@@ -194,7 +195,7 @@ logs() {
   on_workers "$worker" "tail $options semiseg/run.log"
 }
 
-# One line for each worker; see tpu_worker.sh.
+# Prints one line per worker; see tpu_worker.sh.
 run_status() {
   on_workers all "if [ -e $WORKER ]; then bash $WORKER status; else echo semiseg - none; fi"
 }
@@ -230,7 +231,7 @@ start_run() {
   copy && setup && { [[ -z $data ]] || copy_data; } && run
 }
 
-# Brings the TPU nearer to being ready; sets `node` to its state.
+# Makes one step towards a ready TPU; sets `node` to the state of the TPU.
 approach() {
   local request
   node=''
@@ -247,7 +248,7 @@ approach() {
   esac
 }
 
-# What the workers' lines say together, in one word: running, none, stopped, or a status.
+# Reduces the status lines of the workers ($1) to one word: running, none, stopped, or a status.
 outcome() {
   local line whole=0
   while read -r line; do
@@ -257,7 +258,7 @@ outcome() {
       "semiseg "*" stopped") [[ $whole == none ]] || whole=stopped ;;
       "semiseg "*" ended 0") ;;
       "semiseg "*" ended "*)
-        # A failure explains more than an interruption.
+        # A failure takes precedence over an interruption.
         case $whole in 0 | "$INTERRUPTED") whole=${line##* } ;; esac
         ;;
     esac
@@ -265,7 +266,7 @@ outcome() {
   printf '%s' "$whole"
 }
 
-# Ends train where the run is at its end.
+# Ends train with the outcome $1 of the run.
 end_with() {
   case $1 in
     0)
@@ -283,20 +284,19 @@ end_with() {
   exit "$1"
 }
 
-# Looks at the run and starts it where it has to be started, or ends train; status 1 where the TPU
-# cannot be reached.
+# Checks the run; starts it if necessary, or ends train. Returns 1 if the TPU cannot be reached.
 look() {
   local lines whole
   lines=$(run_status) || return
   whole=$(outcome "$lines")
   if [[ $whole == running ]]; then
     started=yes failed=''
-  # How a run ended before this command says nothing of this one.
+  # The outcome of a run before this command does not count.
   elif [[ $started == no || $whole == none || $whole == "$INTERRUPTED" ]]; then
     say "Starting the run."
     start_run || return
     started=yes failed=''
-  # When a TPU is preempted, some workers fail for want of others before its state says why.
+  # In a preemption some workers fail for lack of others before the state of the TPU shows it.
   elif [[ $whole == 0 || $whole == stopped || $whole == "$failed" ]]; then
     end_with "$whole"
   else
@@ -313,13 +313,13 @@ train() {
     else
       misses=$((misses + 1))
     fi
-    # A TPU that is going away does not answer, and its state will say so: that is no failure yet.
+    # A TPU under preemption does not answer until its state shows it: that is no failure yet.
     ((misses < 10)) || fail "$name cannot be reached or set up: see the messages above."
     sleep "$poll"
   done
 }
 
-# In the order in which train comes to them when all goes well.
+# Prints the commands of train in the order of a run without failures.
 dry_train() {
   state_of tpu-vm && state_of queued-resources && queue
   say "when it is READY:"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # launch/tpu_worker.sh COMMAND
 #
-# What launch/tpu_pod.sh has each worker of a pod do; it lies there in ~/semiseg/project.
+# The part of launch/tpu_pod.sh that runs on each worker of a pod, in ~/semiseg/project.
 #
-#   setup              makes ~/semiseg/venv with a Python of 3.11 to 3.13 and requirements-tpu.txt
-#   data gs://FOLDER   copies what is new in the folder to ~/semiseg/data/FOLDER
+#   setup              creates ~/semiseg/venv with Python 3.11 to 3.13 and requirements-tpu.txt
+#   data gs://FOLDER   copies the new files of the folder to ~/semiseg/data/FOLDER
 #   run ARGUMENTS      starts semiseg_jax.main, detached, its output appended to ~/semiseg/run.log;
-#                      does nothing where a run is under way
+#                      no effect if a run is already running
 #   status             prints one line: semiseg HOST, and running, stopped, ended STATUS or none
-#   stop               tells the run to save and to end
+#   stop               makes the run save and exit
 set -euo pipefail
 
 UV=uv==0.13.9
@@ -17,9 +17,9 @@ home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 script=$home/project/launch/tpu_worker.sh
 cd "$home"
 
-# uv takes a Python of the image where it is new enough (images of Ubuntu 22.04 have 3.10), and
-# otherwise fetches one. It needs neither root nor apt, which is locked by the system's own updates
-# for the first minutes of a new machine; pip checks that it is the pinned one.
+# uv uses a Python of the image if it is new enough (images of Ubuntu 22.04 have 3.10), and downloads
+# one otherwise. It needs neither root nor apt, which is locked by the system's own updates for the
+# first minutes of a new machine; pip installs the pinned version of uv.
 setup() {
   local wanted
   wanted=$(cat "$script" project/requirements.txt project/requirements-tpu.txt | sha256sum)
@@ -40,15 +40,15 @@ copy_data() {
   gcloud storage rsync --recursive "$source" "$target"
 }
 
-# A run is under way as long as a process of it holds the lock: also one whose parent was killed,
-# and never one from before the machine restarted.
+# A run is running as long as one of its processes holds the lock: this includes a process whose
+# parent was killed, and excludes a run from before a restart of the machine.
 running() {
   ! flock --nonblock run.lock true
 }
 
 start() {
   exec 9>run.lock
-  # Who asks for the status holds it for an instant.
+  # A status check holds the lock for an instant.
   if ! flock --wait 1 9; then
     echo "$(hostname): a run is under way already."
     return
@@ -57,7 +57,7 @@ start() {
   setsid nohup bash "$script" supervise "$@" >>run.log 2>&1 </dev/null &
 }
 
-# In the background, with the lock: runs it to its end, and notes how that was.
+# Runs in the background and holds the lock: waits for the end of the run, and writes its status.
 supervise() {
   local status=0
   cd project
@@ -84,7 +84,7 @@ stop() {
     echo "$(hostname): nothing is running."
     return
   fi
-  # It may have started this very moment.
+  # The run may just be starting and have no run.pid yet.
   while running && [[ ! -s run.pid ]]; do sleep 0.1; done
   touch run.stopped
   kill -s TERM "$(<run.pid)"

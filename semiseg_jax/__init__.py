@@ -2,7 +2,7 @@
 
 import os
 
-# Before TensorFlow is imported: it only feeds us, and its start-up notes would bury our own lines.
+# Set before TensorFlow is imported: its start-up messages would bury the lines of this program.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 __version__ = "0.1.0"

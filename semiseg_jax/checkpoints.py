@@ -1,9 +1,9 @@
 """Checkpoints of a stage (orbax), and the final weights (safetensors)."""
 
+import dataclasses
 import errno
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,37 +12,42 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
 from flax import traverse_util
+from jax.sharding import Mesh
 
-from semiseg_jax import distributed
-from semiseg_jax.data import labels
-from semiseg_jax.errors import UserError, first_line, reason
-from semiseg_jax.state import TrainState, Variables
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.models import weight_files
+from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime.errors import UserError, first_line, reason
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.train_state import TrainState, Variables
 
 
 class Checkpoints:
-    """The checkpoints of one stage; written in the background, the newest two kept."""
+    """The checkpoints of one stage; written in the background, the newest two are kept."""
 
     def __init__(self, folder: epath.PathLike):
         self._folder = epath.Path(folder)
-        # Without rename a file that is written last, commit_success.txt, makes a checkpoint count.
+        # On a store without rename a file that is written last, commit_success.txt, marks a
+        # checkpoint as complete.
         by_marker = ocp.path.atomicity.CommitFileTemporaryPath
-        finishing = None if labels.has_rename(self._folder) else by_marker
+        temporary_path = None if fileio.has_rename(self._folder) else by_marker
         try:
             if self._folder.exists() and not self._folder.is_dir():
-                # orbax would find out as it saves, and then wait for minutes.
+                # orbax would notice only as it saves, and then wait for minutes.
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             self._manager = ocp.CheckpointManager(
                 self._folder.resolve(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=2, create=True, temporary_path_class=finishing
+                    max_to_keep=2, create=True, temporary_path_class=temporary_path
                 ),
-                # Named here, so that a new process can read what is saved without saving first.
+                # Named here, so that a new process can read a checkpoint without saving first.
                 item_handlers={"state": ocp.StandardCheckpointHandler()},
             )
         except OSError as error:
             raise UserError(
                 f"The folder of checkpoints {self._folder} cannot be opened ({reason(error)}): "
-                "make it readable and writable, or give another --workdir."
+                "make it readable and writable, or give another --workdir.",
+                code="checkpoint-folder-unusable",
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -54,68 +59,70 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
-            # What ended the stage is what to tell, if anything did.
+            # The error that ended the stage, if there is one, is the one to report.
             if kind is None:
-                raise self._unwritten(error) from error
+                raise self._write_error(error) from error
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
-        """The newest checkpoint that can be read, and its step; None where there is none.
+    def restore_newest(self, like: TrainState) -> tuple[int, TrainState] | None:
+        """The newest readable checkpoint as (step, state); None if there is none.
 
-        Damaged ones are removed: the steps since the one before are done again.
+        Damaged checkpoints are removed: the steps since the one before are trained again.
 
         Args:
             like: as for `restore`.
-            say: takes a line about each one that is removed.
 
         Raises:
-            UserError: the checkpoint has other names, shapes or dtypes, or the storage fails;
-                nothing is removed then.
+            UserError: the checkpoint has other names, shapes or dtypes, or the storage fails; no
+                checkpoint is removed then.
         """
-        steps = distributed.agree("checkpoints", lambda: sorted(self._manager.all_steps()))
-        found, damaged = None, {}
+        steps = multihost.broadcast_from_main(
+            "checkpoints", lambda: sorted(self._manager.all_steps())
+        )
+        newest, damage_by_step = None, {}
         for step in reversed(steps):
-            state, why = self._read(step, like)
+            state, damage = self._try_restore(step, like)
             if state is not None:
-                found = step, state
+                newest = step, state
                 break
-            damaged[step] = why
-        # Only now: where the storage fails with the last of them, they all stay.
-        for step, why in damaged.items():
-            say(f"the checkpoint of step {step} is damaged ({why[:100]}): it is removed")
+            damage_by_step[step] = damage
+        # Only now: if the storage fails at the last of them, all of them stay.
+        for step, damage in damage_by_step.items():
+            logger.info(f"the checkpoint of step {step} is damaged ({damage[:100]}): it is removed")
             self._manager.delete(step)
-        return found
+        return newest
 
-    def _read(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
-        """The state of a step, or None and what is damaged; None for all where it is for one.
+    def _try_restore(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
+        """(state of a step, ""), or (None, what is damaged); the same kind in every process.
 
         Raises:
             UserError: as `restore`; or the storage fails, and the checkpoint may be sound.
         """
-        state, why, may_be_sound = None, "", False
+        state, damage, may_be_sound = None, "", False
         try:
             state = self.restore(step, like)
         except (UserError, jax.errors.JaxRuntimeError):
-            raise  # The latter where another process ended: no checkpoint is to blame.
-        except Exception as error:  # orbax and tensorstore have many.
-            why, may_be_sound = first_line(error), _is_of_storage(error)
-        # What one process cannot read, none goes on from.
-        told = distributed.gather("checkpoint read", (why, may_be_sound))
-        for why, sound in told:
+            raise  # The latter if another process ended: the checkpoint is not at fault.
+        except Exception as error:  # orbax and tensorstore raise many types.
+            damage, may_be_sound = first_line(error), _is_storage_failure(error)
+        # A checkpoint that one process cannot read is used by none.
+        outcomes = multihost.all_gather("checkpoint read", (damage, may_be_sound))
+        for damage, sound in outcomes:
             if sound:
                 raise UserError(
-                    f"The checkpoint {self._folder / str(step)} cannot be read ({why}), and may be "
-                    "sound: check the storage and start again, or remove that folder to train its "
-                    "steps anew."
+                    f"The checkpoint {self._folder / str(step)} cannot be read ({damage}), and may "
+                    "be sound: check the storage and start again, or remove that folder to train "
+                    "its steps anew.",
+                    code="checkpoint-storage-unreadable",
                 )
-        damage = next((why for why, _ in told if why), "")
+        damage = next((damage for damage, _ in outcomes if damage), "")
         return (None, damage) if damage else (state, "")
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves the state of a step; once the arrays are copied, the rest goes on behind.
+        """Saves the state of a step; returns once the arrays are copied, and writes on after that.
 
         Raises:
             UserError: this checkpoint, or the one before, cannot be written.
@@ -126,13 +133,14 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # Another process ended.
         except Exception as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
 
-    def _unwritten(self, error: Exception) -> UserError:
-        """One sentence for what orbax and tensorstore say in many."""
+    def _write_error(self, error: Exception) -> UserError:
+        """One sentence for the many errors of orbax and tensorstore."""
         return UserError(
             f"A checkpoint cannot be written to {self._folder} ({reason(error)}): make room there "
-            "or give another --workdir, and start again; the complete checkpoints are kept."
+            "or give another --workdir, and start again; the complete checkpoints are kept.",
+            code="checkpoint-unwritable",
         )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -154,7 +162,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _check_matches(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """orbax would cast to another dtype without a word."""
+        """Refuses other names, shapes or dtypes; orbax would cast to another dtype silently."""
         metadata = self._manager.item_metadata(step)["state"]
         saved = dict(getattr(metadata, "tree", metadata))
         for name in sorted(saved.keys() | wanted.keys()):
@@ -165,25 +173,26 @@ class Checkpoints:
             if old != new:
                 raise UserError(
                     f"The checkpoint {self._folder / str(step)} holds {old} as {name} where the "
-                    f"config makes {new}: use the config it was made with, or another workdir."
+                    f"config makes {new}: use the config it was made with, or another workdir.",
+                    code="checkpoint-of-another-model",
                 )
 
 
-# How tensorstore's messages begin where the storage fails. Those on what it read begin otherwise:
+# How messages of tensorstore begin if the storage fails. Messages on damaged data begin otherwise:
 # DATA_LOSS, OUT_OF_RANGE, FAILED_PRECONDITION, NOT_FOUND.
-_STORAGE_FAILS = (
+_STORAGE_FAILURES = (
     *("UNAVAILABLE", "UNKNOWN", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED"),
     *("RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"),
 )
 
 
-def _is_of_storage(error: BaseException) -> bool:
-    """Whether a file could not be read, rather than was read, or missed, and found damaged."""
+def _is_storage_failure(error: BaseException) -> bool:
+    """Whether the storage failed, rather than delivered damaged or missing data."""
     if error.__cause__:  # orbax raises errors of its own from tensorstore's.
-        return _is_of_storage(error.__cause__)
+        return _is_storage_failure(error.__cause__)
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
-    return str(error).startswith(_STORAGE_FAILS)
+    return str(error).startswith(_STORAGE_FAILURES)
 
 
 def _by_name(state: TrainState) -> dict[str, Any]:
@@ -202,4 +211,97 @@ def save_weights(path: epath.PathLike, variables: Variables, description: dict[s
     flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     content = safetensors.numpy.save(arrays, {"description": json.dumps(description)})
-    labels.write_bytes(epath.Path(path), content)
+    fileio.write_bytes(epath.Path(path), content)
+
+
+# The file of a stage's best weights, in its folder.
+BEST_WEIGHTS = "best.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Weights of a stage that may be the ones to report.
+
+    Attributes:
+        step: after which the stage had them.
+        miou: in 0..1, on the set that weights are selected on.
+        variables: the weights, a copy on every device.
+    """
+
+    step: int
+    miou: float
+    variables: Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class BestWeights:
+    """The best weights of a stage so far, in a file of its folder (`eval.select`).
+
+    A later evaluation replaces them only where it is better, not where it is equal: so a run that
+    was interrupted and repeats evaluations ends with the same weights. The authors' released code
+    selects on the set that it reports; the paper is silent. Each result row names the selection.
+
+    Attributes:
+        folder: of the stage.
+        every: steps between candidates, before the last step of the stage.
+    """
+
+    folder: epath.Path
+    every: int
+
+    def update(self, step: int, miou: float, variables: Variables) -> None:
+        """Stores the weights of a step if they are better than all before.
+
+        Args:
+            step: after which the stage had the weights.
+            miou: in 0..1, on the set that weights are selected on.
+            variables: the weights.
+
+        Raises:
+            UserError: the weights before are lost, so that the best are unknown; raised in every
+                process.
+        """
+        candidate = Candidate(step, miou, variables)
+
+        def write_if_better() -> None:
+            best = self._read() if step > self.every else None
+            if best is None or miou > best.description["miou"]:
+                self.write(candidate)
+
+        multihost.broadcast_from_main("best weights", write_if_better)
+
+    def write(self, candidate: Candidate) -> None:
+        """Writes weights as the best so far, without a comparison."""
+        description = {"step": candidate.step, "miou": candidate.miou}
+        save_weights(self.folder / BEST_WEIGHTS, candidate.variables, description)
+
+    def load(self, shapes: Variables, mesh: Mesh) -> Candidate:
+        """The best of all candidates.
+
+        Args:
+            shapes: of the network's variables.
+            mesh: for the devices.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        file = self._read()
+        names = traverse_util.flatten_dict(shapes, sep="/")
+        variables = traverse_util.unflatten_dict({n: file.tensors[n] for n in names}, sep="/")
+        on_devices = jax.device_put(variables, mesh_lib.replicated(mesh))
+        return Candidate(file.description["step"], file.description["miou"], on_devices)
+
+    @property
+    def step(self) -> int:
+        """The step of the best weights so far; raises as `load`."""
+        return self._read().description["step"]
+
+    def _read(self) -> weight_files.File:
+        try:
+            return weight_files.read(self.folder / BEST_WEIGHTS)
+        except UserError as error:
+            raise UserError(
+                f"{self.folder / BEST_WEIGHTS}, the best weights so far, is missing or damaged: "
+                f"restore it, or remove {self.folder}, and the stage is trained again.",
+                code="best-weights-missing",
+            ) from error

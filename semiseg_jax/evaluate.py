@@ -1,8 +1,8 @@
-"""mIoU of a network on whole images, every pixel counted exactly once."""
+"""mIoU of a network on whole images; every pixel is counted exactly once."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -12,23 +12,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from semiseg_jax import distributed, interruption, metrics, provenance
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.data import splits
-from semiseg_jax.data.labels import IGNORE
-from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
-from semiseg_jax.data.sources import Dataset
-from semiseg_jax.inference import Predictor, overlapping
-from semiseg_jax.state import Variables, for_inference
+from semiseg_jax import metrics
+from semiseg_jax.data.image_io import IGNORE
+from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
+from semiseg_jax.data.load import Dataset
+from semiseg_jax.inference import Predictor, lookahead
+from semiseg_jax.runtime import multihost, preemption
+from semiseg_jax.shape_buckets import pad_multiple
+from semiseg_jax.train_state import Variables, inference_variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """An evaluation's sufficient statistic, and what follows from it.
+    """The sufficient statistic of an evaluation, and the scores computed from it.
 
     Attributes:
-        confusion: pixel counts, rows the labels, int64.
-        by_image: mIoU of each image by itself, by its id; NaN where it has no labelled pixel.
+        confusion: pixel counts, int64; rows are labels, columns are predictions.
+        by_image: mIoU of each single image by its id; NaN for images without a labelled pixel.
     """
 
     confusion: Int[np.ndarray, "classes classes"]
@@ -36,23 +37,23 @@ class Score:
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that occur, in 0..1."""
+        """Mean IoU over the classes that occur, in 0..1."""
         return metrics.mean_iou(self.confusion)
 
     @property
     def iou(self) -> list[float | None]:
-        """By class, in 0..1; None where a class occurs neither in labels nor in predictions."""
+        """IoU of each class, in 0..1; None for classes in neither labels nor predictions."""
         return [None if np.isnan(v) else float(v) for v in metrics.iou(self.confusion)]
 
     @property
     def pixels(self) -> int:
-        """Labelled pixels counted."""
+        """Number of labelled pixels."""
         return int(self.confusion.sum())
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """An evaluation image, its labels, and the classes that the network sees in it."""
+class EvalExample:
+    """An evaluation image, its label and its predicted classes, all without padding."""
 
     id: str
     image: UInt8[np.ndarray, "h w 3"]
@@ -61,10 +62,10 @@ class Seen:
 
 
 class Evaluator:
-    """Evaluates on the evaluation set by the protocol of `config.eval`.
+    """Evaluates a network on the evaluation set with the protocol of `config.eval`.
 
     Attributes:
-        pad_to: what sides are padded to multiples of, in pixels; 1 for no padding.
+        pad_to: multiple to which the sides of images are padded, in pixels; 1 for no padding.
     """
 
     def __init__(
@@ -73,15 +74,25 @@ class Evaluator:
         dataset: Dataset,
         eval_config: Any,
         mesh: Mesh,
-        colour: UInt8[np.ndarray, "3"],
-        asked: interruption.Asked = interruption.never,
+        pad_value: UInt8[np.ndarray, "3"],
     ):
-        self.pad_to = padding_for(dataset.evaluation, eval_config.pad_to)
+        """Compiles nothing yet; reads the headers of the evaluation images.
+
+        Args:
+            model: the network.
+            dataset: its evaluation images are evaluated.
+            eval_config: `config.eval`.
+            mesh: the images of a batch are split over it.
+            pad_value: RGB of the padding.
+
+        Raises:
+            UserError: an image is missing or damaged.
+        """
+        self.pad_to = pad_multiple(image_sizes(dataset.evaluation), eval_config.pad_to)
         self._dataset = dataset
         self._mesh = mesh
-        self._batch = mesh_lib.batch_over(eval_config.batch, mesh.size)
-        self._colour = colour
-        self._asked = asked
+        self._batch_size = mesh_lib.round_up_batch(eval_config.batch, mesh.size)
+        self._pad_value = pad_value
         self._predictor = Predictor(
             model,
             mesh,
@@ -90,144 +101,78 @@ class Evaluator:
             window=eval_config.window,
             window_stride=eval_config.window_stride,
         )
-        self._count = jax.jit(
-            functools.partial(_count, num_classes=len(dataset.classes)),
-            out_shardings=(mesh_lib.replicated(mesh), *[mesh_lib.split_by_image(mesh)] * 2),
+        self._count_pixels = jax.jit(
+            functools.partial(_count_pixels, num_classes=len(dataset.classes)),
+            out_shardings=(mesh_lib.replicated(mesh), *[mesh_lib.batch_sharding(mesh)] * 2),
         )
 
     def __call__(
         self,
         variables: Variables,
-        shown: Collection[str] = (),
-        show: Callable[[Seen], None] = lambda seen: None,
+        render_ids: Collection[str] = (),
+        on_example: Callable[[EvalExample], None] = lambda example: None,
     ) -> Score:
-        """Scores the network with its weak norm.
+        """Evaluates the network with its weak norm.
 
         Args:
-            variables: of the network.
-            shown: ids of images to show.
-            show: takes each of them that this process evaluates, in that order.
+            variables: variables of the network; the strong norm is ignored.
+            render_ids: ids of the images to pass to `on_example`.
+            on_example: receives each of these images that this process evaluates, in the order of
+                evaluation.
 
         Raises:
             UserError: an image or mask is missing or damaged.
-            Interrupted: that was asked for.
+            Preempted: the run must stop.
         """
-        variables = for_inference(variables)
-        size = len(self._dataset.classes)
-        score = Score(np.zeros((size, size), np.int64), {})
+        variables = inference_variables(variables)
+        num_classes = len(self._dataset.classes)
+        confusion = np.zeros((num_classes, num_classes), np.int64)
+        by_image: dict[str, float] = {}
         batches = image_batches(
-            self._dataset.evaluation, self._dataset, self._batch, self.pad_to, self._colour
+            self._dataset.evaluation, self._dataset, self._batch_size, self.pad_to, self._pad_value
         )
-        # A batch's counts are fetched while the device works on the next one.
-        for batch, counts in overlapping(batches, functools.partial(self._start, variables)):
-            interruption.stop_if(self._asked)
-            total, by_image, predicted = counts
-            _add(score, batch, total, by_image, predicted, shown, show)
-        parts = distributed.gather("scores of images", score.by_image)
-        return Score(score.confusion, {k: v for part in parts for k, v in part.items()})
+        # The counts of a batch are fetched while the device computes the next batch.
+        for batch, outputs in lookahead(batches, functools.partial(self._dispatch, variables)):
+            preemption.raise_if_stopping()
+            batch_confusion, image_confusions, predicted = outputs
+            confusion += np.asarray(batch_confusion, np.int64)
+            # The empty images that fill up a batch have no id and no labelled pixel.
+            for name, counts in zip(batch.ids, mesh_lib.local_data(image_confusions), strict=False):
+                by_image[name] = metrics.mean_iou(counts)
+            for example in _select_examples(batch, predicted, render_ids):
+                on_example(example)
+        shards = multihost.all_gather("scores of images", by_image)
+        return Score(confusion, {k: v for shard in shards for k, v in shard.items()})
 
-    def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
-        """Sets the devices to work on a batch; see `_count`."""
-        arrays = mesh_lib.to_devices({"image": batch.image, "label": batch.label}, self._mesh)
-        return self._count(self._predictor(variables, arrays["image"]), arrays["label"])
+    def _dispatch(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
+        """Starts the computation of a batch on the devices; returns as `_count_pixels` does."""
+        arrays = mesh_lib.shard_batch({"image": batch.image, "label": batch.label}, self._mesh)
+        return self._count_pixels(self._predictor(variables, arrays["image"]), arrays["label"])
 
 
-def _count(
+def _count_pixels(
     probabilities: Float[Array, "n h w classes"], label: UInt8[Array, "n h w"], num_classes: int
 ) -> tuple[Int[Array, "classes classes"], Int[Array, "n classes classes"], UInt8[Array, "n h w"]]:
-    """The confusion matrix of the batch, that of each image, and the predicted classes."""
+    """Returns the confusion matrices of the batch and of each image, and the predicted classes."""
     predicted = jnp.argmax(probabilities, axis=-1)
     count = functools.partial(metrics.confusion_matrix, num_classes=num_classes, ignore=IGNORE)
     by_image = jax.vmap(count)(predicted, label)
     return by_image.sum(axis=0), by_image, predicted.astype(jnp.uint8)
 
 
-def _add(
-    score: Score,
-    batch: ImageBatch,
-    total: Int[Array, "classes classes"],
-    by_image: Int[Array, "n classes classes"],
-    predicted: UInt8[Array, "n h w"],
-    shown: Collection[str],
-    show: Callable[[Seen], None],
-) -> None:
-    """Adds a batch to a score, and shows those of its images that are to be shown."""
-    score.confusion[...] += np.asarray(total, np.int64)
-    # The empty images that fill a batch have no id, and no labelled pixel.
-    score.by_image.update(
-        (name, metrics.mean_iou(confusion))
-        for name, confusion in zip(batch.ids, mesh_lib.from_devices(by_image), strict=False)
-    )
-    if shown and any(name in shown for name in batch.ids):
-        classes = mesh_lib.from_devices(predicted)
-        for i, name in enumerate(batch.ids):
-            if name in shown:
-                height, width = batch.sizes[i]
-                cut = (i, slice(height), slice(width))
-                show(Seen(name, batch.image[cut], batch.label[cut], classes[cut]))
-
-
-# By value of eval.select: what a row's protocol says.
-SELECTIONS = {
-    "last": "last",
-    "holdout": "best on a hold-out of the labelled set",
-    "reported": "best on the reported set",
-}
-# What must agree before two mIoU stand in one table; a row's protocol says more.
-_HOW = ("data", "split", "scales", "flip", "window", "pad_to", "selection")
-COMPARED = (*_HOW, "split_hash")
-# The same where the images to train on are what is compared.
-EVALUATION = (*_HOW, "evaluation_hash")
-
-
-def protocol(config: Any, dataset: Dataset, pad_to: int) -> dict[str, Any]:
-    """How a result was obtained; stands on its row."""
-    return {
-        "data": dataset.name,
-        "split": dataset.evaluated_on,
-        **_asked(config.eval),
-        "pad_to": pad_to,
-        "split_hash": dataset.split_hash,
-        "evaluation_hash": splits.split_hash([[e.id for e in dataset.evaluation]]),
-        "seed": config.seed,
-        "config_hash": provenance.config_hash(config),
-    }
-
-
-def answers(found: dict[str, Any], eval_config: Any) -> bool:
-    """Whether the protocol of a result is what `config.eval` asks for.
-
-    As far as that can be told without the data: an evaluation set that was held out is any split's,
-    and one of few sizes is padded for no `pad_to`.
-    """
-    return (
-        found["split"] in (eval_config.split, "holdout")
-        and found["pad_to"] in (1, eval_config.pad_to)
-        and all(found[key] == value for key, value in _asked(eval_config).items())
-    )
-
-
-def _asked(eval_config: Any) -> dict[str, Any]:
-    """What the config alone says of a protocol."""
-    window = {"size": list(eval_config.window), "stride": list(eval_config.window_stride)}
-    return {
-        "scales": list(eval_config.scales),
-        "flip": eval_config.flip,
-        "window": window if eval_config.window else "whole",
-        "selection": SELECTIONS[eval_config.select],
-    }
-
-
-def comparable(
-    one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str] = COMPARED
-) -> bool:
-    """Whether results of these two protocols may stand in one table.
-
-    Args:
-        one, other: protocols.
-        keys: COMPARED, or EVALUATION.
-    """
-    # Rows from before the evaluated images had a hash: those of one split are the same.
-    if one.get("split_hash") == other.get("split_hash"):
-        keys = [key for key in keys if key != "evaluation_hash"]
-    return all(one.get(key) == other.get(key) for key in keys)
+def _select_examples(
+    batch: ImageBatch, predicted: UInt8[Array, "n h w"], ids: Collection[str]
+) -> list[EvalExample]:
+    """Returns the images of this process's shard whose ids are in `ids`, without their padding."""
+    indices = [i for i, name in enumerate(batch.ids) if name in ids]
+    if not indices:
+        return []
+    examples = []
+    classes = mesh_lib.local_data(predicted)
+    for i in indices:
+        height, width = batch.sizes[i]
+        region = (i, slice(height), slice(width))
+        examples.append(
+            EvalExample(batch.ids[i], batch.image[region], batch.label[region], classes[region])
+        )
+    return examples

@@ -1,6 +1,6 @@
-"""A run's model for serving: python -m semiseg_jax.export --workdir=… --output=… --format=…
+"""Exports a run's model: python -m semiseg_jax.export --workdir=… --output=… --format=…
 
-It is compared with the network of the run before it appears; docs/deploy.md says how to use it.
+The exported model is compared with the network before it is kept; docs/deploy.md describes its use.
 """
 
 import importlib.util
@@ -9,46 +9,43 @@ from pathlib import Path
 
 from absl import app, flags
 
-from semiseg_jax import command_line
+from semiseg_jax.runtime import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Of a run that has ended.")
-_OUTPUT = flags.DEFINE_string("output", "", "The folder to make.")
-_FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a run that has ended.")
+_OUTPUT = flags.DEFINE_string("output", "", "The folder to create.")
+_FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model, for TensorFlow.")
 _IMAGES = flags.DEFINE_string(
-    "images", None, "A folder with photographs to compare on; built-in scenes unless given."
+    "images", None, "A folder with photographs to compare on; built-in scenes by default."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Makes an artefact of the model in a workdir."""
-    command_line.options_only(argv)
+    """Exports the model in a workdir."""
+    cli.start_command(argv)
     workdir, output, format_ = (
         flag.value or sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
         for flag in (_WORKDIR, _OUTPUT, _FORMAT)
     )
     if importlib.util.find_spec("tensorflow") is None:
         sys.exit("Error: TensorFlow is missing: install what requirements.txt names.")
-    # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
-    # The data package first, because it silences TensorFlow's greeting.
-    from semiseg_jax import data  # noqa: F401 # isort: skip
+    # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
+    # TensorFlow first, because other packages would import it with its log messages.
+    from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
     import jax
 
-    from semiseg_jax import artefacts
-    from semiseg_jax.errors import UserError
+    from semiseg_jax.runtime.errors import UserError
+    from semiseg_jax.serving import exporters
 
-    # Whose float32 is float32: accelerators round what they multiply, and parity is to be seen.
+    # On the CPU, because accelerators compute float32 products with less precision, which would
+    # hide differences between the exported model and the network.
     jax.config.update("jax_platforms", "cpu")
     try:
-        artefacts.export(
-            Path(workdir),
-            Path(output),
-            format_,
-            Path(_IMAGES.value) if _IMAGES.value else None,
-            say=print,
+        exporters.export(
+            Path(workdir), Path(output), format_, Path(_IMAGES.value) if _IMAGES.value else None
         )
     except UserError as error:
         sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_plain)
+    app.run(main, flags_parser=cli.parse_flags)

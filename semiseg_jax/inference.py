@@ -1,4 +1,7 @@
-"""Class probabilities of images, whole or by sliding window, averaged over scales and mirrors."""
+"""Class probabilities of images, averaged over scales and mirror images.
+
+The network processes whole images or sliding windows.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,51 +15,52 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 
-from semiseg_jax import interruption
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.deeplab import normalize
 from semiseg_jax.models.layers import resize
-from semiseg_jax.state import Variables
+from semiseg_jax.runtime import preemption
+from semiseg_jax.train_state import Variables
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """(height, width) times scale, rounded, in pixels."""
+    """Returns (height, width) multiplied by the scale and rounded, in pixels."""
     return max(round(scale * size[0]), 1), max(round(scale * size[1]), 1)
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows along one axis begin, in pixels: every `stride`, and the last at the end."""
+    """Returns the offsets of windows along one axis, in pixels; the last window ends at `size`."""
     return [*range(0, max(size - window, 0), stride), max(size - window, 0)]
 
 
 def window_weights(window: Sequence[int]) -> Float[np.ndarray, "h w 1"]:
-    """What a window's pixels weigh where windows overlap: most in its middle, little at its rim.
+    """Returns the weights with which overlapping windows are averaged, float32.
 
-    The product of a tent along each axis: at a rim the weight is next to nothing, so that no seam
-    shows where a window begins.
+    The weights are the product of a triangular function along each axis. They are almost zero at
+    the border of a window, so that the average has no visible seam there.
     """
-    tents = (
+    triangles = (
         np.minimum(np.arange(n) + 0.5, n - np.arange(n) - 0.5).astype(np.float32) for n in window
     )
-    return np.multiply.outer(*tents)[..., None]
+    return np.multiply.outer(*triangles)[..., None]
 
 
 class Predictor:
-    """Averaged class probabilities; compiles one program for each image size and scale.
+    """Computes averaged class probabilities; compiles a program for each image size and scale.
 
-    Source: ICCV 2021, section 3.1 (multi-scale and mirrored inference of the teacher).
+    Source: ICCV 2021, section 2.1 (multi-scale and mirrored inference of the teacher).
 
     Attributes:
         model: network with `mean`, `std` and `align_corners`.
-        mesh: images are split over it.
-        scales: multiples of the image size.
-        flip: see the mirrored image too.
-        average: "softmax" averages probabilities; "logits" logits, one softmax at the end.
-        window: (height, width) in pixels of the scaled image; where that is larger, the network
-            sees it through windows of this size, whose logits are averaged with the weights of
-            `window_weights`. () for never.
-        window_stride: pixels between neighbouring windows, (down, across).
-        add_scale: the program of one scale: (total, variables, images, scale) -> total.
+        mesh: the images of a batch are split over it.
+        scales: sizes of the network's input, as multiples of the image size.
+        flip: whether to average over the image and its mirror image.
+        average: "softmax" averages probabilities; "logits" averages logits and applies one softmax
+            to their mean.
+        window: (height, width) of the sliding window in pixels of the scaled image; images that
+            are larger are split into windows, whose logits are averaged with `window_weights`.
+            () for no windows.
+        window_stride: (down, across), pixels between neighbouring windows.
+        add_scale: the jitted program of one scale: (total, variables, images, scale) -> total.
     """
 
     def __init__(
@@ -76,32 +80,32 @@ class Predictor:
         self.average = average
         self.window = tuple(window)
         self.window_stride = tuple(window_stride)
-        whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
+        replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
         self.add_scale = jax.jit(
             self._add_scale,
             static_argnums=3,
-            in_shardings=(split, whole, split),
-            out_shardings=split,
+            in_shardings=(by_image, replicated, by_image),
+            out_shardings=by_image,
             donate_argnums=0,
             compiler_options=mesh_lib.compiler_options(mesh),
         )
         self._finish = jax.jit(
-            self._average, in_shardings=(split,), out_shardings=split, donate_argnums=0
+            self._average, in_shardings=(by_image,), out_shardings=by_image, donate_argnums=0
         )
 
     def __call__(
         self, variables: Variables, images: UInt8[Array, "n h w 3"]
     ) -> Float[Array, "n h w classes"]:
-        """Probabilities [n, h, w, classes] float32, on the device, split by image.
+        """Returns class probabilities, float32, on the devices and split by image.
 
         Args:
-            variables: the weak norm alone is read.
-            images: RGB, n a multiple of the number of devices.
+            variables: only the weak norm is read.
+            images: RGB; n is a multiple of the number of devices.
         """
         total = jnp.zeros(
             (*images.shape[:3], self.model.num_classes),
             jnp.float32,
-            device=mesh_lib.split_by_image(self.mesh),
+            device=mesh_lib.batch_sharding(self.mesh),
         )
         for scale in self.scales:
             total = self.add_scale(total, variables, images, scale)
@@ -114,15 +118,15 @@ class Predictor:
         images: UInt8[Array, "n h w 3"],
         scale: float,
     ) -> Float[Array, "n h w classes"]:
-        """Adds what the network says at one scale, plain and mirrored."""
+        """Adds the scores of one scale to `total`, with those of the mirror images if `flip`."""
         size = images.shape[1:3]
         align = self.model.align_corners
         x = normalize(images, self.model.mean, self.model.std)
         x = resize(x, scaled_size(size, scale), align)
 
         if self.flip:
-            # Each mirror image beside its original: one pass for both, and no image leaves its
-            # device.
+            # Each mirror image follows its original: one pass for both, and no image moves to
+            # another device.
             x = jnp.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, *x.shape[1:])
         logits = resize(self._logits(variables, x), size, align)
         scores = jax.nn.softmax(logits) if self.average == "softmax" else logits
@@ -134,7 +138,7 @@ class Predictor:
     def _logits(
         self, variables: Variables, x: Float[Array, "n h w 3"]
     ) -> Float[Array, "n h w classes"]:
-        """float32 logits of normalised images, through windows where they are too large."""
+        """Returns the logits of normalised images, float32; larger ones are split into windows."""
 
         def apply(x: Float[Array, "n wh ww 3"]) -> Float[Array, "n wh ww classes"]:
             logits = self.model.apply(variables, x, domain="weak", train=False)
@@ -147,22 +151,22 @@ class Predictor:
         starts = map(window_starts, size, window, self.window_stride)
         corners = np.array(list(itertools.product(*starts)), np.int32)
         weights = window_weights(window)
-        covered = np.zeros((*size, 1), np.float32)
+        total_weight = np.zeros((*size, 1), np.float32)
         for top, left in corners:
-            covered[top : top + window[0], left : left + window[1]] += weights
+            total_weight[top : top + window[0], left : left + window[1]] += weights
 
-        def add(
+        def add_window(
             total: Float[Array, "n h w classes"], corner: Int32[Array, "2"]
         ) -> tuple[Float[Array, "n h w classes"], None]:
-            place = (0, corner[0], corner[1], 0)
-            seen = apply(jax.lax.dynamic_slice(x, place, (count, *window, 3))) * weights
-            before = jax.lax.dynamic_slice(total, place, seen.shape)
-            return jax.lax.dynamic_update_slice(total, before + seen, place), None
+            start = (0, corner[0], corner[1], 0)
+            logits = apply(jax.lax.dynamic_slice(x, start, (count, *window, 3))) * weights
+            previous = jax.lax.dynamic_slice(total, start, logits.shape)
+            return jax.lax.dynamic_update_slice(total, previous + logits, start), None
 
-        # One window after the other: the activations of one are all that memory must hold.
-        nothing = jnp.zeros((count, *size, self.model.num_classes), jnp.float32)
-        total, _ = jax.lax.scan(add, nothing, jnp.asarray(corners))
-        return total / covered
+        # A scan over the windows, so that memory holds the activations of one window at a time.
+        zeros = jnp.zeros((count, *size, self.model.num_classes), jnp.float32)
+        total, _ = jax.lax.scan(add_window, zeros, jnp.asarray(corners))
+        return total / total_weight
 
     def _average(self, total: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
         mean = total / (len(self.scales) * (2 if self.flip else 1))
@@ -172,49 +176,48 @@ class Predictor:
 Batch = TypeVar("Batch")
 
 
-def one_behind(
+def pipelined_map(
     batches: Iterable[Batch],
     start: Callable[[Batch], Any],
     write: Callable[[Batch, Any], Iterable[Callable[[], None]]],
-    asked: interruption.Asked,
 ) -> Iterator[Batch]:
-    """Reads batches ahead, and writes results, while the devices are at another batch.
+    """Overlaps reading, computation and writing: each works on another batch.
 
     Args:
-        batches: to work on.
-        start: sets the devices to work on a batch.
-        write: given a batch and what `start` returned for it, once the next one is started too:
-            the writing that there is to do. It is done in threads, before that of the next batch.
-        asked: whether to stop.
+        batches: the batches to process.
+        start: starts the computation of a batch on the devices; returns its outputs.
+        write: from a batch and its outputs to the functions that write its results. It is called
+            once the computation of the next batch has started. The functions run in threads, and
+            finish before those of the next batch start.
 
     Yields:
-        Each batch as its writing begins.
+        Each batch when its writing starts.
 
     Raises:
-        UserError: what a batch, or writing, raised.
-        Interrupted: that was asked for; what had begun to be written is on disk.
+        UserError: raised while reading a batch or writing its results.
+        Preempted: the run must stop; all writing that had started has finished.
     """
     with futures.ThreadPoolExecutor() as pool:
-        writing: list[futures.Future] = []
-        for batch, started in overlapping(batches, start):
-            for future in writing:
+        pending: list[futures.Future] = []
+        for batch, outputs in lookahead(batches, start):
+            for future in pending:
                 future.result()
-            interruption.stop_if(asked)
-            writing = [pool.submit(job) for job in write(batch, started)]
+            preemption.raise_if_stopping()
+            pending = [pool.submit(job) for job in write(batch, outputs)]
             yield batch
-        for future in writing:
+        for future in pending:
             future.result()
 
 
-def overlapping(
+def lookahead(
     batches: Iterable[Batch], start: Callable[[Batch], Any]
 ) -> Iterator[tuple[Batch, Any]]:
-    """(batch, what was started for it), each once the next one is started too."""
-    before = None
+    """Yields (batch, outputs of `start`), each after the next batch has been started."""
+    previous = None
     for batch in batches:
-        started = (batch, start(batch))
-        if before is not None:
-            yield before
-        before = started
-    if before is not None:
-        yield before
+        current = (batch, start(batch))
+        if previous is not None:
+            yield previous
+        previous = current
+    if previous is not None:
+        yield previous

@@ -1,9 +1,10 @@
-"""Pixel losses: cross-entropy, and the losses that tolerate wrong pseudo-labels.
+"""Pixel losses: cross-entropy, and losses that tolerate wrong pseudo-labels.
 
-Each public loss reduces to `(sum, count)`: the sum over the valid pixels and their number, so
-that the caller divides once, over the global batch. The per-pixel forms stand beside them.
+Each public loss returns `(sum, count)`: the sum over the valid pixels and the number of valid
+pixels, so that the caller divides once, over the global batch. Each `*_map` function returns the
+loss of every pixel.
 
-Sources: self-correction loss (SCL), Yuan et al., ICCV 2021, section 3.4, equations 4 to 6;
+Sources: self-correction loss (SCL), Yuan et al., ICCV 2021, section 2.3, equations 4 and 5;
 symmetric cross-entropy (SCE), Wang et al., ICCV 2019.
 """
 
@@ -16,15 +17,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+# The label of pixels without a class; losses and metrics skip them. The constant is defined in this
+# module because importing anything below `semiseg_jax.data` imports TensorFlow.
+IGNORE = 255
+
 # The released code sets w to 1 above this confidence.
 SATURATION_THRESHOLD = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelTerms:
-    """What every loss here is made of, per pixel; arrays of one shape [...].
+    """The softmax terms from which every loss is computed; arrays of one shape [...].
 
-    All of it is exact to float32 rounding even where the network is certain: `1 - p` is never
+    All terms are exact to float32 rounding even where the network is certain: `1 - p` is never
     formed by subtracting a softmax value near 1 from 1.
     """
 
@@ -37,25 +42,25 @@ class PixelTerms:
 def pixel_terms(
     logits: Float[ArrayLike, "*pixels classes"],
     labels: Integer[ArrayLike, "*pixels"],
-    ignore: int = 255,
+    ignore: int = IGNORE,
 ) -> PixelTerms:
-    """Softmax terms of each pixel, in float32 (float64 where the logits are).
+    """Computes the softmax terms of each pixel, in float32 (float64 for float64 logits).
 
-    With a = arg max of the logits and s = the sum over all k but a of exp(l_k - l_a), the
-    softmax is p_a = 1 / (1 + s). Keeping s apart from the 1 keeps the digits that a plain
+    With a = arg max of the logits and s = the sum over all k except a of exp(l_k - l_a), the
+    softmax is p_a = 1 / (1 + s). Storing s separately from the 1 preserves the digits that a plain
     log-softmax loses when s is small.
 
     Args:
         logits: class scores of any float dtype.
         labels: class ids, or `ignore`.
-        ignore: the label whose pixels count nowhere.
+        ignore: label of the pixels that are not valid.
     """
     logits = jnp.asarray(logits)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     classes = jnp.arange(logits.shape[-1])
     labels = jnp.asarray(labels, jnp.int32)  # uint8 cannot be compared with a negative `ignore`
     valid = labels != ignore
-    # Ignored pixels get a label that exists, so that nothing below is undefined for them.
+    # Ignored pixels get an existing label, so that every term below is defined for them.
     target = jnp.where(valid, labels, 0)[..., None] == classes
     top = jnp.argmax(logits, axis=-1)[..., None] == classes
     # Selecting by mask rather than jnp.max: the gradient goes to one class even at a tie.
@@ -75,9 +80,10 @@ def pixel_terms(
 def reverse_cross_entropy_map(
     terms: PixelTerms, label_floor: float = 1e-4
 ) -> Float[Array, "*pixels"]:
-    """RCE = -sum_k p_k log q_k with the one-hot q floored at `label_floor` (ICCV 2021, eq. 6).
+    """RCE of each pixel: -sum_k p_k log q_k with the one-hot q floored at `label_floor`.
 
     log q is 0 at the label and log(floor) elsewhere, hence -log(floor) * (1 - p_y).
+    Source: ICCV 2021, second term of equation 4, with the minus that the paper omits.
     """
     return -math.log(label_floor) * terms.miss
 
@@ -91,14 +97,14 @@ def self_correction_map(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Float[Array, "*pixels"]:
-    """SCL per pixel: w * alpha * CE + (1 - w) * beta * RCE (ICCV 2021, eq. 4 and 5).
+    """SCL of each pixel: w * alpha * CE + (1 - w) * beta * RCE (ICCV 2021, equations 4 and 5).
 
     Args:
         terms: from `pixel_terms`.
         direction: "paper", or "official" for the released code's (1 - w) * CE + w * RCE.
         stop_gradient: treat w, the largest softmax value, as a constant.
         label_floor: floor of the one-hot label inside the logarithm.
-        saturate: set w to 1 above .8; None does so for "official" alone, as released.
+        saturate: set w to 1 above .8; None saturates only for "official", as in the released code.
         alpha: weight of CE.
         beta: weight of RCE.
     """
@@ -116,7 +122,7 @@ def self_correction_map(
 def symmetric_cross_entropy_map(
     terms: PixelTerms, label_floor: float = 1e-4, alpha: float = 1.0, beta: float = 1.0
 ) -> Float[Array, "*pixels"]:
-    """SCE per pixel: alpha * CE + beta * RCE (Wang et al., ICCV 2019, eq. 7)."""
+    """SCE of each pixel: alpha * CE + beta * RCE (Wang et al., ICCV 2019, equation 7)."""
     reverse = reverse_cross_entropy_map(terms, label_floor)
     return alpha * terms.cross_entropy + beta * reverse
 
@@ -124,10 +130,10 @@ def symmetric_cross_entropy_map(
 def masked_sum(
     values: Float[Array, "*pixels"], mask: Bool[Array, "*pixels"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of `values` where `mask`, and how many there are (0, 0 for an empty mask).
+    """Returns the sum of `values` where `mask` is true, and the number of such pixels.
 
-    The count is a float: a global batch can hold more pixels than int32 counts safely, and it
-    is only ever divided by.
+    Both are 0 for an empty mask. The count is a float because a global batch can hold more pixels
+    than int32 counts safely, and the count serves only as a divisor.
     """
     return jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask, dtype=values.dtype)
 
@@ -135,11 +141,11 @@ def masked_sum(
 def cross_entropy(
     logits: Float[ArrayLike, "*pixels classes"],
     labels: Integer[ArrayLike, "*pixels"],
-    ignore: int = 255,
+    ignore: int = IGNORE,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Softmax cross-entropy over the valid pixels, as (sum in nats, count).
 
-    Reduced in float32 whatever the dtype of the logits (float64 stays float64).
+    The reduction is in float32 for every dtype of the logits (in float64 for float64).
     """
     terms = pixel_terms(logits, labels, ignore)
     return masked_sum(terms.cross_entropy, terms.valid)
@@ -148,27 +154,27 @@ def cross_entropy(
 def self_correction(
     logits: Float[ArrayLike, "*pixels classes"],
     labels: Integer[ArrayLike, "*pixels"],
-    ignore: int = 255,
-    **knobs,
+    ignore: int = IGNORE,
+    **kwargs,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Self-correction loss over the valid pixels, as (sum, count).
 
-    `knobs` are those of `self_correction_map`: direction, stop_gradient, label_floor, saturate,
-    alpha, beta. Source: Yuan et al., ICCV 2021, eq. 4 to 6, the missing minus of eq. 4 put back.
+    `kwargs` go to `self_correction_map`: direction, stop_gradient, label_floor, saturate, alpha,
+    beta. Source: Yuan et al., ICCV 2021, equations 4 and 5, with the minus that equation 4 omits.
     """
     terms = pixel_terms(logits, labels, ignore)
-    return masked_sum(self_correction_map(terms, **knobs), terms.valid)
+    return masked_sum(self_correction_map(terms, **kwargs), terms.valid)
 
 
 def symmetric_cross_entropy(
     logits: Float[ArrayLike, "*pixels classes"],
     labels: Integer[ArrayLike, "*pixels"],
-    ignore: int = 255,
-    **knobs,
+    ignore: int = IGNORE,
+    **kwargs,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Symmetric cross-entropy over the valid pixels, as (sum, count).
 
-    `knobs` are those of `symmetric_cross_entropy_map`: label_floor, alpha, beta.
+    `kwargs` go to `symmetric_cross_entropy_map`: label_floor, alpha, beta.
     """
     terms = pixel_terms(logits, labels, ignore)
-    return masked_sum(symmetric_cross_entropy_map(terms, **knobs), terms.valid)
+    return masked_sum(symmetric_cross_entropy_map(terms, **kwargs), terms.valid)

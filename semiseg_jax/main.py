@@ -1,33 +1,43 @@
-"""Teacher, pseudo-labels, students: python -m semiseg_jax.main --config=configs/streets.py
+"""Trains teacher and students: python -m semiseg_jax.main --config=configs/streets.py
 
-It leaves a table of results, and the last student's weights, in the workdir. The same command goes
-on where it stopped. docs/own_data.md has the way from your own images to predictions.
+Runs Algorithm 1 and writes results, a report and the last student's weights to the workdir. The
+same command resumes a run that was stopped. docs/own_data.md leads from your own images to
+predictions.
 """
+
+from typing import Any
 
 from absl import app, flags
 
-from semiseg_jax import command_line, interruption, startup
+from semiseg_jax.runtime import cli, preemption
 
-_CONFIG = command_line.define_config("What to run")
+_CONFIG = cli.define_config_flag("What to run")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "The folder that a run writes to, and goes on in; runs/streets for configs/streets.py unless "
     "given.",
 )
-command_line.define_processes()
+cli.define_process_flags()
+
+
+def _check(config: Any) -> None:
+    # Imported here, because it imports JAX, and --help need not wait for that.
+    from semiseg_jax import config_check
+
+    config_check.check(config)
 
 
 def main(argv: list[str]) -> None:
-    """Runs Algorithm 1 with the config of the command line."""
-    config_path = command_line.config_path(argv)
-    with startup.of_a_run(_CONFIG.value):
-        from semiseg_jax import rounds, settings
+    """Runs Algorithm 1 with the config from the command line."""
+    config_path = cli.start_command_with_config(argv)
+    with cli.setup_run(_CONFIG.value, _check):
+        from semiseg_jax import config_check, self_training
 
-        workdir = _WORKDIR.value or f"runs/{settings.run_name(config_path)}"
-        with interruption.by_signals() as asked:
-            rounds.run(_CONFIG.value, workdir, asked)
+        workdir = _WORKDIR.value or f"runs/{config_check.run_name(config_path)}"
+        with preemption.install_signal_handlers():
+            self_training.run(_CONFIG.value, workdir)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=cli.parse_flags_and_config)

@@ -1,6 +1,5 @@
-"""The device mesh: one axis, `data`, over which batches are split and all else is copied."""
+"""The device mesh: one axis, `data`; batches are split over it, everything else is replicated."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from semiseg_jax.errors import UserError
+from semiseg_jax.runtime.errors import UserError
 
 DATA_AXIS = "data"
 
-# With few images a chip the TPU's compiler turns rows and columns of an image into batch around
-# each convolution, and back for what lies between them; docs/scaling.md says what that moves. It is
-# off only when both options say so.
+# With few images per chip the TPU's compiler moves rows and columns of the images into the batch
+# dimension around each convolution and back between the convolutions (space-to-batch);
+# docs/scaling.md has the memory traffic that this costs. Both options are needed to turn it off.
 _COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
     "tpu": {
         "xla_tpu_run_space_to_batch": False,
@@ -23,85 +22,68 @@ _COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
-def keep_compiled_programs(folder: os.PathLike | str) -> None:
-    """Keeps what JAX compiles in a folder, so that a restart does not compile again."""
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def compute_on_cpu() -> None:
-    """Has JAX compute on the CPU, one step at a time; call it before JAX has started its backend.
-
-    A call of a compiled program then returns when its results are there. Otherwise JAX dispatches
-    ahead, so that the next step's buffers are allocated while a step still runs: with Xception-65
-    at 4x257x257 on two cores a step took 3.5 to 4.0 s, and takes 2.6 to 2.7 s one at a time. There
-    is nothing to gain from dispatching ahead, because the CPU that would dispatch is the one that
-    computes. Programs over several devices go on as they were.
-
-    No other platform is asked for: the TPU's runtime, where it is installed to compile with (see
-    `plan`), prints a page about the chips that it does not find.
-    """
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices (or of those given) with the compiler placing what we leave open.
+    """Builds a mesh of all devices (or of the given ones) with one axis, `data`.
 
-    The devices of a process stand together, so that its part of a batch is one piece of it.
+    The compiler chooses every sharding that the program leaves unspecified. The devices of a
+    process are adjacent, so that the process's shard of a batch is one contiguous range of images.
     """
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def batch_over(images: int, devices: int) -> int:
-    """The fewest images, at least as many as given, that divide over the devices.
+def round_up_batch(images: int, devices: int) -> int:
+    """Rounds a number of images up to a multiple of the number of devices.
 
-    For batches that no result follows from, those of labelling and of evaluation: what is too much
-    is filled with empty images.
+    For labelling and evaluation, whose results do not depend on the batch size: the additional
+    places are filled with empty images.
     """
     return -(-images // devices) * devices
 
 
 def check_batches(config: Any, devices: int) -> None:
-    """Refuses training batches that do not divide over the devices, or there into micro-batches.
+    """Raises an error for training batches that do not divide over devices and micro-batches.
 
-    No other number is taken for them, because the recipe is another with it.
+    They are not rounded, because another batch size is another training recipe.
 
     Args:
         config: the whole config.
-        devices: how many there are.
+        devices: number of devices.
 
     Raises:
-        UserError: naming the batch's key.
+        UserError: names the key of the batch.
     """
-    parts = config.train.accumulate
+    accumulate = config.train.accumulate
     for name in ("batch_labeled", "batch_unlabeled"):
         size = config.train[name]
-        if size % (devices * parts):
-            turns = f", {parts} times each" if parts > 1 else ""
+        if size % (devices * accumulate):
+            turns = f", {accumulate} times each" if accumulate > 1 else ""
             raise UserError(
                 f"train.{name} is {size}, which does not divide over {devices} devices{turns}: "
-                f"make it a multiple of {devices * parts}."
+                f"make it a multiple of {devices * accumulate}.",
+                code="batch-not-divisible",
             )
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-    """What programs with convolutions are compiled with on a mesh; for `jax.jit`."""
+    """Returns the `jax.jit` compiler options for programs with convolutions on a mesh."""
     return _COMPILER_OPTIONS.get(platform(mesh))
 
 
 def platform(mesh: Mesh) -> str:
-    """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
+    """Returns the platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 
-def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
-    """The compiled program, or what the compiler says where a device has not the memory for it.
+def try_compile(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
+    """Compiles a program; returns the compiler's message if a device's memory is too small for it.
 
     Args:
         traced: the program, for the devices of its shardings.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the program cannot be compiled for another reason.
     """
     try:
         return traced.lower().compile()
@@ -112,28 +94,28 @@ def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """The sharding of arrays that every device has a copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_by_image(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: the leading axis, images, is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from each process's part, on their way while the caller goes on.
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Assembles global arrays from the shard of each process, without waiting for the transfer.
 
     Args:
-        batch: this process's images, in the order of its devices; leading axis the images.
-        mesh: of all processes.
+        batch: this process's shard, leading axis the images, in the order of its devices.
+        mesh: over the devices of all processes.
     """
-    sharding = split_by_image(mesh)
+    sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def from_devices(array: jax.Array) -> np.ndarray:
-    """This process's images of an array that is split by image; the way back of `to_devices`."""
+def local_data(array: jax.Array) -> np.ndarray:
+    """Returns this process's shard of a batch as a NumPy array; the inverse of `to_devices`."""
     if array.is_fully_addressable:
         return np.asarray(array)
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)

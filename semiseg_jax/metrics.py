@@ -1,34 +1,36 @@
-"""Segmentation metrics as sufficient statistics: a confusion matrix, and what follows from it."""
+"""Segmentation metrics: the confusion matrix, and the scores computed from it."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from semiseg_jax.losses import IGNORE
+
 
 def confusion_matrix(
     predictions: Integer[ArrayLike, "*pixels"],
     labels: Integer[ArrayLike, "*pixels"],
     num_classes: int,
-    ignore: int = 255,
+    ignore: int = IGNORE,
 ) -> Integer[Array, "classes classes"]:
-    """Pixel counts, rows the labels and columns the predictions.
+    """Counts pixels by label (row) and prediction (column).
 
-    Pixels whose label is `ignore` count nowhere, nor do those whose label or prediction is no class
-    (the 255 of a pseudo-label of little confidence). Exact for up to 2^31 - 1 pixels a call; add
+    Pixels whose label is `ignore` are skipped, as are pixels whose label or prediction is not a
+    class (a pseudo-label of low confidence is 255). Exact for up to 2^31 - 1 pixels per call; add
     the matrices of several calls in int64 on the host. Jittable; the batch may be sharded.
 
     Args:
         predictions: class ids, 0 to C - 1.
         labels: class ids, or `ignore`.
         num_classes: C.
-        ignore: the label to leave out.
+        ignore: label of the pixels to skip.
     """
     labels = jnp.asarray(labels).astype(jnp.int32).ravel()
     predictions = jnp.asarray(predictions).astype(jnp.int32).ravel()
     counted = (labels != ignore) & _is_class(labels, num_classes)
     counted &= _is_class(predictions, num_classes)
-    # One bin beyond the matrix takes the other pixels.
+    # Skipped pixels go to one extra bin beyond the matrix.
     cells = num_classes * num_classes
     index = jnp.where(counted, labels * num_classes + predictions, cells)
     return jnp.bincount(index, length=cells + 1)[:cells].reshape(num_classes, num_classes)
@@ -39,9 +41,9 @@ def _is_class(ids: Integer[Array, " pixels"], num_classes: int) -> Bool[Array, "
 
 
 def iou(confusion: Integer[ArrayLike, "classes classes"]) -> Float[np.ndarray, " classes"]:
-    """Intersection over union of each class, in 0..1; NaN where a class occurs in neither.
+    """Intersection over union of each class, in 0..1, computed in float64 on the host.
 
-    Computed in float64 on the host.
+    NaN for a class that occurs neither in the labels nor in the predictions.
     """
     matrix = np.asarray(confusion).astype(np.float64)
     intersection = np.diagonal(matrix)
@@ -57,19 +59,15 @@ def mean_iou(confusion: Integer[ArrayLike, "classes classes"]) -> float:
     return float(np.nanmean(per_class))
 
 
-def pixel_accuracy(
-    confusion: Integer[ArrayLike, "classes classes"],
-) -> float:
-    """Share of the labelled pixels whose class is predicted, in 0..1; NaN without a pixel."""
+def pixel_accuracy(confusion: Integer[ArrayLike, "classes classes"]) -> float:
+    """Share of the labelled pixels that are predicted correctly, in 0..1; NaN if there are none."""
     matrix = np.asarray(confusion).astype(np.float64)
     total = matrix.sum()
     return float(np.trace(matrix) / total) if total else float("nan")
 
 
-def mean_class_accuracy(
-    confusion: Integer[ArrayLike, "classes classes"],
-) -> float:
-    """Mean over the labelled classes of the share of their pixels found, in 0..1."""
+def mean_class_accuracy(confusion: Integer[ArrayLike, "classes classes"]) -> float:
+    """Mean recall of the classes that occur in the labels, in 0..1; NaN if there are none."""
     matrix = np.asarray(confusion).astype(np.float64)
     totals = matrix.sum(axis=1)
     if not totals.any():

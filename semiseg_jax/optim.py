@@ -1,15 +1,23 @@
-"""SGD with momentum, the poly schedule, and which parameter gets which rate and decay."""
+"""Optimisers, the poly schedule, and the parameter groups: learning-rate factor and weight decay.
+
+A parameter belongs to a named group by the first rule that matches its path. An optimiser reads
+the factor on the learning rate and the weight decay of a parameter from its group alone.
+"""
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-# First match wins; every parameter must match. (pattern, group, decayed)
+Schedule = Callable[[jax.Array], jax.Array]
+# (pattern of the parameter's path, name of the group, decayed)
+Rules = Sequence[tuple[str, str, bool]]
+
+# First match wins; every parameter must match.
 RULES = (
     (r"^backbone/.*/kernel$", "backbone", True),
     (r"^backbone/.*/(scale|bias)$", "backbone", False),
@@ -18,87 +26,146 @@ RULES = (
 )
 
 
-def poly(learning_rate: float, steps: int, power: float) -> Callable[[jax.Array], jax.Array]:
-    """learning_rate * (1 - step / steps) ^ power, 0 from the last step on.
+class ParameterGroup(NamedTuple):
+    """Parameters that an optimiser treats alike.
+
+    Attributes:
+        name: selects the factor on the learning rate.
+        decayed: whether weight decay applies.
+    """
+
+    name: str
+    decayed: bool
+
+
+def group_of(path: str, rules: Rules = RULES) -> ParameterGroup:
+    """Returns the group of the parameter at a path such as "backbone/stem/conv/kernel".
+
+    Raises:
+        ValueError: no rule covers the path.
+    """
+    for pattern, name, decayed in rules:
+        if re.match(pattern, path):
+            return ParameterGroup(name, decayed)
+    raise ValueError(f"No rule of optim.RULES covers the parameter {path}: add one.")
+
+
+def map_groups(value: Callable[[ParameterGroup], Any], params: Any, rules: Rules = RULES) -> Any:
+    """Returns a tree of the structure of `params` with value(group of the parameter) as leaves."""
+    paths = traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.unflatten_dict(
+        {path: value(group_of(path, rules)) for path in paths}, sep="/"
+    )
+
+
+def table(params: Any) -> str:
+    """Returns a table for the log: the number of tensors and of parameters in each group."""
+    totals: dict[ParameterGroup, list[int]] = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        total = totals.setdefault(group_of(path), [0, 0])
+        total[0] += 1
+        total[1] += leaf.size
+    return "\n".join(
+        f"  {group.name:8s} {'decayed' if group.decayed else 'not decayed':11s} "
+        f"{tensors:4d} tensors {numbers:12,d} numbers"
+        for group, (tensors, numbers) in sorted(totals.items())
+    )
+
+
+def poly(learning_rate: float, steps: int, power: float) -> Schedule:
+    """Returns the schedule learning_rate * (1 - step / steps) ^ power, 0 from the last step on.
 
     Source: DeepLab (Chen et al., 2017), section 4.1.
     """
     return optax.polynomial_schedule(learning_rate, 0.0, power, steps)
 
 
-def rule_of(path: str) -> tuple[str, bool]:
-    """(group, decayed) of the parameter at a path such as "backbone/stem/conv/kernel".
-
-    Raises:
-        ValueError: no rule covers it.
-    """
-    for pattern, group, decayed in RULES:
-        if re.match(pattern, path):
-            return group, decayed
-    raise ValueError(f"No rule of optim.RULES covers the parameter {path}: add one.")
-
-
-def _by_rule(params: Any, value: Callable[[str, bool], Any]) -> Any:
-    """A tree like `params` with value(group, decayed) at each leaf."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return traverse_util.unflatten_dict({k: value(*rule_of(k)) for k in flat}, sep="/")
-
-
-def table(params: Any) -> str:
-    """For the log: how many tensors and numbers each rule covers."""
-    totals: dict[tuple[str, bool], list[int]] = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        total = totals.setdefault(rule_of(path), [0, 0])
-        total[0] += 1
-        total[1] += leaf.size
-    return "\n".join(
-        f"  {group:8s} {'decayed' if decayed else 'not decayed':11s} {tensors:4d} tensors "
-        f"{numbers:12,d} numbers"
-        for (group, decayed), (tensors, numbers) in sorted(totals.items())
-    )
-
-
 def rate_factor(config: Any) -> float:
-    """What learning rates are multiplied by for another batch than `optim.reference_batch`.
+    """Returns the factor on all learning rates for a batch other than `optim.reference_batch`.
 
-    Source: the linear rule, Goyal et al., 2017, section 2.1.
+    Source: the linear scaling rule, Goyal et al., 2017, section 2.1.
     """
     reference = config.optim.reference_batch
     return config.train.batch_labeled / reference if reference else 1.0
 
 
-def make_optimizer(
-    optim_config: Any, stage: str, steps: int, factor: float = 1.0
-) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
-    """The optimiser of a stage, and the schedule of its backbone's learning rate.
+def decay_weights(weight_decay: float, rules: Rules = RULES) -> optax.GradientTransformation:
+    """Adds weight_decay * parameter to the updates of the decayed groups."""
+    return optax.add_decayed_weights(
+        weight_decay, mask=lambda params: map_groups(lambda group: group.decayed, params, rules)
+    )
 
-    As in PyTorch's SGD: decay is added to the gradient before the momentum, the rate applied
-    after.
+
+def scale_by_group(
+    factors: Mapping[str, float], rules: Rules = RULES
+) -> optax.GradientTransformation:
+    """Multiplies the updates of each group by the group's factor on the learning rate.
+
+    Args:
+        factors: by name of the group, for every group of the rules.
+        rules: see `RULES`.
+
+    Raises:
+        ValueError: a group of the rules has no factor.
+    """
+    if missing := {name for _, name, _ in rules} - factors.keys():
+        raise ValueError(
+            f"The parameter groups {', '.join(sorted(missing))} have no factor on the learning "
+            f"rate; there are factors for {', '.join(factors)}."
+        )
+
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        by_leaf = map_groups(lambda group: factors[group.name], updates, rules)
+        return jax.tree.map(jnp.multiply, updates, by_leaf)
+
+    return optax.stateless(scale)
+
+
+def sgd(
+    optim_config: Any, schedule: Schedule, factors: Mapping[str, float], rules: Rules = RULES
+) -> optax.GradientTransformation:
+    """SGD with momentum, in PyTorch's order of operations.
+
+    Decay is added to the gradient before the momentum, the learning rate is applied after it.
+    Checkpoints hold the state of this chain by position: a reordered or longer chain cannot
+    restore them.
 
     Args:
         optim_config: `config.optim`.
-        stage: "teacher", "student" or "control" (which has the student's rates).
-        steps: of the stage.
-        factor: on the learning rates, from `rate_factor`.
+        schedule: learning rate of a group with factor 1.
+        factors: on the learning rate, by name of the group.
+        rules: see `RULES`.
     """
-    rates = optim_config.teacher if stage == "teacher" else optim_config.student
-    schedule = poly(factor * rates.learning_rate, steps, optim_config.poly_power)
-
-    def multiply_head(updates: optax.Updates) -> optax.Updates:
-        factors = _by_rule(
-            updates, lambda group, _: rates.head_multiplier if group == "head" else 1.0
-        )
-        return jax.tree.map(jnp.multiply, updates, factors)
-
-    return (
-        optax.chain(
-            optax.add_decayed_weights(
-                optim_config.weight_decay,
-                mask=lambda params: _by_rule(params, lambda _, decayed: decayed),
-            ),
-            optax.trace(optim_config.momentum),
-            optax.stateless(lambda updates, _: multiply_head(updates)),
-            optax.scale_by_learning_rate(schedule),
-        ),
-        schedule,
+    return optax.chain(
+        decay_weights(optim_config.weight_decay, rules),
+        optax.trace(optim_config.momentum),
+        scale_by_group(factors, rules),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+# By name: a function of the arguments of `sgd`.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd}
+
+
+def make_optimizer(
+    optim_config: Any,
+    kind: str,
+    num_steps: int,
+    factor: float = 1.0,
+    optimizer: str = "sgd",
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Builds the optimiser of a stage, and the schedule of the backbone's learning rate.
+
+    Args:
+        optim_config: `config.optim`.
+        kind: "teacher", "student" or "control" (which has the student's rates).
+        num_steps: steps of the stage.
+        factor: on all learning rates, from `rate_factor`.
+        optimizer: key of `OPTIMIZERS`.
+    """
+    rates = optim_config.teacher if kind == "teacher" else optim_config.student
+    schedule = poly(factor * rates.learning_rate, num_steps, optim_config.poly_power)
+    factors = {"backbone": 1.0, "head": rates.head_multiplier}
+    return OPTIMIZERS[optimizer](optim_config, schedule, factors), schedule

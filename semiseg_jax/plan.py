@@ -1,8 +1,8 @@
-"""Know before you pay: python -m semiseg_jax.plan --config=configs/X.py --topology=v5e:4x4
+"""Predicts the cost of a run: python -m semiseg_jax.plan --config=configs/X.py --topology=v5e:4x4
 
-Compiles the student's step, labelling and evaluation for a TPU slice that need not be there, and
-says what they need: memory against a chip's, arithmetic, memory traffic, collectives; and how long
-the config's whole run takes at least. --topology=cpu tells what the CPU's compiler says.
+Compiles the student's step, labelling and evaluation for a TPU slice, without the hardware, and
+prints their memory, arithmetic, memory traffic and collectives, and a lower bound on the duration
+of the whole run. --topology=cpu compiles for the CPU of this machine.
 """
 
 import os
@@ -10,42 +10,48 @@ import sys
 
 from absl import app, flags
 
-from semiseg_jax import command_line
+from semiseg_jax.runtime import cli
 
-_CONFIG = command_line.define_config("What to plan")
+_CONFIG = cli.define_config_flag("What to plan")
 _TOPOLOGY = flags.DEFINE_multi_string(
-    "topology", ["v5e:4x4"], "v4, v5e, v5p or v6e with the chips along each axis, or cpu; again."
+    "topology",
+    ["v5e:4x4"],
+    "v4, v5e, v5p or v6e with the chips along each axis, or cpu; may be repeated.",
 )
-_JSON = flags.DEFINE_string("json", None, "File for the same figures as JSON.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the plan to.")
 _MEASURE_INPUT = flags.DEFINE_float(
-    "measure-input", 0.0, "Seconds to measure what this machine's input pipeline supplies."
+    "measure-input", 0.0, "Seconds to measure this machine's input pipeline for; 0 for not at all."
 )
 _LAYERS = flags.DEFINE_integer(
-    "layers", 0, "How many layers of the student's step to list, by the memory they move."
+    "layers", 0, "Number of layers of the student's step to list, by their memory traffic."
 )
 _STEP_ONLY = flags.DEFINE_bool(
-    "step-only", False, "Compile the student's step alone; the others' arithmetic is counted."
+    "step-only",
+    False,
+    "Compile only the student's step; count the arithmetic of the other programs.",
 )
 _MACHINE_CODE = flags.DEFINE_bool(
     "machine-code",
     False,
-    "Compile for a TPU to the end, which takes far longer: code's size, the compiler's counts.",
+    "Compile to machine code, which takes far longer for a TPU; adds the size of the code and the "
+    "compiler's own counts.",
 )
 
 
 def main(argv: list[str]) -> None:
-    """Plans the config of the command line for each topology."""
-    command_line.config_path(argv)
-    # The TPU's compiler needs no TPU, and the chips of a TPU host are left to others.
+    """Prints the plan of the command line's config for each topology."""
+    cli.start_command_with_config(argv)
+    # The TPU compiler needs no TPU; the chips of a TPU host stay free for other processes.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
-    from semiseg_jax.data import sources  # noqa: F401  # isort: skip - silences TensorFlow first
-    from semiseg_jax import settings
-    from semiseg_jax.errors import UserError
+    # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
+    # TensorFlow first, because other packages would import it with its notes.
+    from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
+    from semiseg_jax import config_check
     from semiseg_jax.planning import planner
+    from semiseg_jax.runtime.errors import UserError
 
     try:
-        settings.check(_CONFIG.value)
+        config_check.check(_CONFIG.value)
         planner.run(
             _CONFIG.value,
             _TOPOLOGY.value,
@@ -60,4 +66,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=cli.parse_flags_and_config)

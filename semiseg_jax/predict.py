@@ -1,78 +1,86 @@
-"""Label maps of a folder: python -m semiseg_jax.predict --workdir=DIR --input=DIR --output=DIR"""
+"""Predicts images: python -m semiseg_jax.predict --workdir=DIR --input=DIR --output=DIR"""
 
 import sys
 from typing import Any
 
 from absl import app, flags
 
-from semiseg_jax import command_line, interruption, memory
+from semiseg_jax.runtime import cli, malloc, preemption, xla
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run that has ended; its model/ is read.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a run that has ended; its model/ is read."
+)
 _INPUT = flags.DEFINE_string("input", None, "A folder of images, nested or not, or one image.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write into.")
-_OVERLAYS = flags.DEFINE_boolean("overlays", True, "Also write pictures to look at.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to write to.")
+_OVERLAYS = flags.DEFINE_boolean(
+    "overlays", True, "Also write the images overlaid with their classes."
+)
 _PROBABILITIES = flags.DEFINE_boolean(
     "probabilities", False, "Also write each pixel's class probabilities, as .npz."
 )
-# The protocol; what is not given is as the model was evaluated.
-_SCALES = flags.DEFINE_list("scales", None, "Multiples of the image's size, such as 0.5,1,1.75.")
-_FLIP = flags.DEFINE_boolean("flip", None, "See the mirrored image too.")
+# The settings of inference; by default those of the evaluation of the model.
+_SCALES = flags.DEFINE_list("scales", None, "Multiples of the image size, such as 0.5,1,1.75.")
+_FLIP = flags.DEFINE_boolean("flip", None, "Average over each image and its mirror image.")
 _WINDOW = flags.DEFINE_list(
-    "window", None, "HEIGHT,WIDTH in pixels of windows that larger images are seen through."
+    "window", None, "HEIGHT,WIDTH of the sliding window for larger images, in pixels."
 )
 _WINDOW_STRIDE = flags.DEFINE_list(
-    "window_stride", None, "DOWN,ACROSS in pixels from window to window."
+    "window_stride", None, "DOWN,ACROSS, pixels between neighbouring windows."
 )
 _PAD_TO = flags.DEFINE_integer(
-    "pad_to", None, "Pad sides to multiples of it, in pixels; 1 for never."
+    "pad_to", None, "Pad the sides of every image to multiples of this; 1 for no padding."
 )
-_BATCH = flags.DEFINE_integer("batch", None, "Images at a time, at most.")
+_BATCH = flags.DEFINE_integer("batch", None, "Largest number of images per batch.")
 _MAX_PIXELS = flags.DEFINE_integer(
-    "max_pixels", None, "That a device is given at a time; larger images are seen in tiles."
+    "max_pixels", None, "Pixels that a device processes at a time; larger images are tiled."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Predicts the images of the command line."""
-    command_line.options_only(argv)
+    """Predicts the images that the command line names."""
+    cli.start_command(argv)
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if not flag.value:
             sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
-    on_cpu = memory.cpu_computes()
+    on_cpu = xla.runs_on_cpu()
     if on_cpu:
-        memory.keep_freed()
-    # Imported here, so that --help and a mistyped flag need not wait for JAX and TensorFlow.
-    # The data package first, because it silences TensorFlow's greeting.
-    from semiseg_jax.data import places  # isort: skip
-    from semiseg_jax import mesh
-    from semiseg_jax.errors import UserError
+        malloc.disable_malloc_trim()
+    # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
+    # TensorFlow first, because other packages would import it with its log messages.
+    from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
+    from semiseg_jax.runtime import paths
+    from semiseg_jax.runtime.errors import UserError
 
-    broken: dict[str, str] = {}
+    errors: dict[str, str] = {}
     try:
-        changes = _changes()
+        changes = _parse_changes()
         if on_cpu:
-            mesh.compute_on_cpu()
-        mesh.keep_compiled_programs(places.usual_cache_dir() / "compiled")
-        with interruption.by_signals() as asked:
-            broken = _predict(changes, asked)
+            xla.force_cpu()
+        xla.enable_compilation_cache(paths.default_cache_dir() / "compiled")
+        with preemption.install_signal_handlers():
+            errors = _predict(changes)
     except UserError as error:
         sys.exit(f"Error: {error}")
-    except interruption.Interrupted:
+    except preemption.Preempted:
         print(
             "Interrupted: what is written stays; the same command does all images again.",
             file=sys.stderr,
         )
-        sys.exit(interruption.EXIT_STATUS)
-    if broken:
-        sentences = "".join(f"\n  {sentence}" for _, sentence in sorted(broken.items()))
-        images = "1 file" if len(broken) == 1 else f"{len(broken)} files"
-        sys.exit(f"Error: {images} could not be predicted, all others are written:{sentences}")
+        sys.exit(preemption.EXIT_STATUS)
+    if errors:
+        sentences = "".join(f"\n  {sentence}" for _, sentence in sorted(errors.items()))
+        count = "1 file" if len(errors) == 1 else f"{len(errors)} files"
+        sys.exit(f"Error: {count} could not be predicted, all others are written:{sentences}")
 
 
-def _changes() -> dict[str, Any]:
-    """What the command line sets otherwise than evaluation had it, checked."""
-    from semiseg_jax import settings
-    from semiseg_jax.errors import UserError
+def _parse_changes() -> dict[str, Any]:
+    """Returns the fields of `InferenceConfig` that the command line sets.
+
+    Raises:
+        UserError: a flag has an invalid value.
+    """
+    from semiseg_jax import config_check
+    from semiseg_jax.runtime.errors import UserError
 
     changes: dict[str, Any] = {
         name: flag.value
@@ -87,53 +95,67 @@ def _changes() -> dict[str, Any]:
                 changes[name] = tuple(map(int, flag.value))
     except ValueError as error:
         raise UserError(
-            f"--scales, --window and --window_stride are numbers with commas between them: {error}."
+            "--scales, --window and --window_stride are numbers with commas between them: "
+            f"{error}.",
+            code="flag-numbers-malformed",
         ) from error
     for name, value in changes.items():
-        holds, what = settings.RULES.get(f"eval.{name}", (lambda v: True, ""))
-        if not settings.is_finite(value):
-            raise UserError(f"--{name} is {value!r}: make it finite.")
-        if not holds(value):
-            raise UserError(f"--{name} is {value!r}: make it {what}.")
+        is_valid, requirement = config_check.RULES.get(f"eval.{name}", (lambda v: True, ""))
+        if not config_check.is_finite(value):
+            raise UserError(
+                f"--{name} is {value!r}: make it finite.",
+                code="flag-value-not-finite",
+            )
+        if not is_valid(value):
+            raise UserError(
+                f"--{name} is {value!r}: make it {requirement}.",
+                code="flag-value-invalid",
+            )
     if ("window" in changes) != ("window_stride" in changes):
-        raise UserError("--window and --window_stride go together: give both, or none.")
-    settings.check_window("--", changes.get("window", ()), changes.get("window_stride", ()))
+        raise UserError(
+            "--window and --window_stride go together: give both, or none.",
+            code="window-flag-missing",
+        )
+    config_check.check_window("--", changes.get("window", ()), changes.get("window_stride", ()))
     if _MAX_PIXELS.value is not None:
         if _MAX_PIXELS.value < 1:
-            raise UserError(f"--max_pixels is {_MAX_PIXELS.value}: make it at least 1.")
+            raise UserError(
+                f"--max_pixels is {_MAX_PIXELS.value}: make it at least 1.",
+                code="max-pixels-invalid",
+            )
         changes["max_pixels"] = _MAX_PIXELS.value
     return changes
 
 
-def _predict(changes: dict[str, Any], asked: interruption.Asked) -> dict[str, str]:
-    """Predicts, with a bar that shows how far; sentences on the broken files by file."""
+def _predict(changes: dict[str, Any]) -> dict[str, str]:
+    """Predicts the images with a progress bar; returns the error messages by file.
+
+    Args:
+        changes: fields of `InferenceConfig` that differ from the evaluation's.
+    """
     import dataclasses
 
     from rich import progress as bars
-    from rich.console import Console
 
-    from semiseg_jax import deployed, mesh, predictions, seeing
-    from semiseg_jax.data import inputs
+    from semiseg_jax import mesh
+    from semiseg_jax.runtime.logger import logger
+    from semiseg_jax.serving import inputs, model_bundle, prediction_writer
 
-    say = Console(highlight=False, soft_wrap=True).print
-    model = deployed.load(_WORKDIR.value)
+    bundle = model_bundle.load(_WORKDIR.value)
     images = inputs.Images(_INPUT.value, _OUTPUT.value)
     devices = mesh.make_mesh()
-    usual = seeing.as_evaluated(model, devices.size)
-    protocol = dataclasses.replace(usual, **changes)
-    miou = f"mIoU {100 * model.description['miou']:.2f} on {model.protocol['split']}"
-    departs = [f"--{k}={v}" for k, v in changes.items() if v != getattr(usual, k)]
-    say(
-        f"{_WORKDIR.value}: {len(model.classes)} classes, {miou}; "
-        + (f"here {' '.join(departs)} instead" if departs else "images are seen as there"),
-        markup=False,
+    evaluated = model_bundle.evaluation_config(bundle, devices.size)
+    protocol = dataclasses.replace(evaluated, **changes)
+    miou = f"mIoU {100 * bundle.description['miou']:.2f} on {bundle.protocol.split}"
+    differences = [f"--{k}={v}" for k, v in changes.items() if v != getattr(evaluated, k)]
+    logger.info(
+        f"{_WORKDIR.value}: {len(bundle.classes)} classes, {miou}; "
+        + (f"here {' '.join(differences)} instead" if differences else "images are seen as there")
     )
     if images.others:
-        say(
-            f"{images.others} files below {_INPUT.value} are no images and left alone", markup=False
-        )
-    writer = predictions.Writer(
-        model, protocol, devices, _OUTPUT.value, _OVERLAYS.value, _PROBABILITIES.value
+        logger.info(f"{images.others} files below {_INPUT.value} are no images and left alone")
+    writer = prediction_writer.PredictionWriter(
+        bundle, protocol, devices, _OUTPUT.value, _OVERLAYS.value, _PROBABILITIES.value
     )
     with bars.Progress(
         bars.TextColumn("{task.description}"),
@@ -144,10 +166,10 @@ def _predict(changes: dict[str, Any], asked: interruption.Asked) -> dict[str, st
         bars.TimeRemainingColumn(),
     ) as bar:
         task = bar.add_task("images", total=len(images.examples))
-        broken = writer(images.examples, lambda count: bar.advance(task, count), asked)
-    say(f"{len(images.examples) - len(broken)} images predicted: {_OUTPUT.value}", markup=False)
-    return broken
+        errors = writer(images.examples, lambda count: bar.advance(task, count))
+    logger.info(f"{len(images.examples) - len(errors)} images predicted: {_OUTPUT.value}")
+    return errors
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_plain)
+    app.run(main, flags_parser=cli.parse_flags)

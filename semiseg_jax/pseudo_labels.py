@@ -1,6 +1,6 @@
-"""The teacher's labels of the unlabelled images, on disk: palette PNGs and a manifest.
+"""Writes a teacher's labels of the unlabelled images: palette PNGs and a manifest.
 
-Source: ICCV 2021, section 3.1: arg max of the teacher's class probabilities on the clean image,
+Source: ICCV 2021, section 2.1: arg max of the teacher's class probabilities on the clean image,
 averaged over scales and mirror images.
 """
 
@@ -22,27 +22,30 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 from PIL import Image
 
-from semiseg_jax import distributed, interruption, provenance
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.data import labels
-from semiseg_jax.data.pipeline import ImageBatch, image_batches, padding_for
-from semiseg_jax.data.sources import Dataset, Example
-from semiseg_jax.errors import UserError, unread
-from semiseg_jax.inference import Predictor, one_behind
-from semiseg_jax.state import Variables, for_inference
+from semiseg_jax import workdir
+from semiseg_jax.data import image_io
+from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
+from semiseg_jax.data.load import Dataset, Example
+from semiseg_jax.inference import Predictor, pipelined_map
+from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime.errors import UserError, read_error
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.shape_buckets import pad_multiple
+from semiseg_jax.train_state import Variables, inference_variables
 
-# The folder of a stage's label maps, and what it says of them.
+# Folder of a stage's label maps, and the file in it that describes them.
 PSEUDO_LABELS = "pseudo_labels"
 MANIFEST = "manifest.json"
-# Beside the labels' folder, because the images' ids name what is in that.
+# A folder beside PSEUDO_LABELS, in which each file is named after an image.
 CONFIDENCE = "pseudo_confidence"
 
-# What is said of a set of label maps; see `Labeler.__call__`.
+# Describes a set of label maps (see `Labeler.__call__`).
 Manifest = dict[str, Any]
 
 
 class Labeler:
-    """Labels images by the settings of `config.pseudo`; compiled once, used every round."""
+    """Labels images with the settings of `config.pseudo`; one compiled program for all rounds."""
 
     def __init__(
         self,
@@ -50,27 +53,25 @@ class Labeler:
         dataset: Dataset,
         config: Any,
         mesh: Mesh,
-        colour: UInt8[np.ndarray, "3"],
-        asked: interruption.Asked = interruption.never,
+        pad_value: UInt8[np.ndarray, "3"],
     ):
-        """Of the whole config `pseudo` and `eval.pad_to` are read; its hash is in the manifest.
+        """Compiles nothing yet.
 
         Args:
             model: the teacher's network.
             dataset: its unlabelled images are labelled.
-            config: the whole config.
-            mesh: images are split over it.
-            colour: of the padding.
-            asked: whether to stop.
+            config: the whole config; `pseudo` and `eval.pad_to` are read. The manifest contains
+                its hash.
+            mesh: the images of a batch are split over it.
+            pad_value: RGB of the padding.
         """
         self._dataset = dataset
         self._config = config.pseudo
-        self._config_hash = provenance.config_hash(config)
+        self._config_hash = workdir.config_hash(config)
         self._mesh = mesh
-        self._batch = mesh_lib.batch_over(config.pseudo.batch, mesh.size)
-        self._colour = colour
-        self._asked = asked
-        self._pad_if_many_sizes_to = config.eval.pad_to
+        self._batch_size = mesh_lib.round_up_batch(config.pseudo.batch, mesh.size)
+        self._pad_value = pad_value
+        self._config_pad_to = config.eval.pad_to
         self._predictor = Predictor(
             model,
             mesh,
@@ -80,7 +81,9 @@ class Labeler:
             self._config.window,
             self._config.window_stride,
         )
-        self._decide = jax.jit(self._most_likely, out_shardings=mesh_lib.split_by_image(mesh))
+        self._assign_labels = jax.jit(
+            self._compute_labels, out_shardings=mesh_lib.batch_sharding(mesh)
+        )
 
     def __call__(
         self,
@@ -88,84 +91,88 @@ class Labeler:
         teacher: str,
         folder: epath.PathLike,
         progress: Callable[[int, int], None],
-        say: Callable[[str], None],
     ) -> Manifest:
-        """Writes a label map for each unlabelled image, and last the manifest.
+        """Writes the label map of each unlabelled image, and then the manifest.
 
-        Goes on where an earlier call stopped. Where one ended, every file is read again, and those
-        that are missing or not as they were written are made again. So are those without the
-        confidence of their pixels, where that is to be kept.
+        Continues where an interrupted call stopped. If an earlier call finished, every label map is
+        read again, and images are labelled again if their label map is missing or damaged. With
+        `config.pseudo.keep_confidence`, images without a confidence map are also labelled again.
 
         Args:
-            variables: of the teacher; its weak norm is read.
-            teacher: its name for the manifest, such as "round_0/teacher, step 500".
-            folder: to write into.
-            progress: called with (images done, images in all).
-            say: prints a line.
+            variables: variables of the teacher; only the weak norm is read.
+            teacher: name of the teacher for the manifest, such as "round_0/teacher, step 500".
+            folder: folder of the label maps.
+            progress: called with (number of labelled images, number of images).
 
         Returns:
-            The manifest: whose labels these are, and of each image the file's hash, its size, the
-            count of pixels of each label, and the mean confidence.
+            The manifest: the teacher and the settings; and for each image the hash of its label
+            map, its size, the number of pixels of each label, and its mean confidence.
 
         Raises:
-            UserError: the folder holds the labels of another teacher or of other settings.
-            Interrupted: that was asked for; what is labelled is on disk.
+            UserError: the folder contains the labels of another teacher or of other settings.
+            Preempted: the run must stop; all label maps so far are on disk.
         """
         folder = epath.Path(folder)
-        variables = for_inference(variables)
-        made_by = self._made_by(variables, teacher)
-        stamp = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-        manifest = distributed.agree("manifest", lambda: _read_manifest(folder, made_by))
-        todo = self._todo(folder, manifest, stamp)
+        variables = inference_variables(variables)
+        provenance = self._provenance(variables, teacher)
+        stamp = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
+        manifest = multihost.broadcast_from_main(
+            "manifest", lambda: _read_manifest(folder, provenance)
+        )
+        unlabeled = self._find_unlabeled(folder, manifest, stamp)
         if manifest is not None:
-            if not todo:
+            if not unlabeled:
                 return manifest
             confidence = ", or without their confidence" * self._config.keep_confidence
-            say(
-                f"{len(todo)} label maps are missing or damaged{confidence}, {todo[0].id} first: "
-                "made again"
+            logger.info(
+                f"{len(unlabeled)} label maps are missing or damaged{confidence}, "
+                f"{unlabeled[0].id} first: made again"
             )
-        self._label(variables, todo, folder, stamp, progress)
-        distributed.barrier(f"labels of {teacher}")
+        self._label(variables, unlabeled, folder, stamp, progress)
+        multihost.barrier(f"labels of {teacher}")
         with futures.ThreadPoolExecutor() as pool:
-            mine = distributed.share(self._dataset.unlabeled)
-            described = list(pool.map(lambda e: (e.id, _description(folder, e)), mine))
-        images = dict(distributed.gather_shares("descriptions of the labels", described))
-        manifest = made_by | {
+            examples = multihost.local_shard(self._dataset.unlabeled)
+            local = list(pool.map(lambda e: (e.id, _manifest_entry(folder, e)), examples))
+        entries = dict(multihost.all_gather_shards("descriptions of the labels", local))
+        manifest = provenance | {
             "stamp": stamp,
-            "code_version": provenance.code_version(),
+            "code_version": workdir.code_version(),
             "config_hash": self._config_hash,
-            "images": images,
+            "images": entries,
         }
-        if distributed.is_main():
-            labels.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        if multihost.is_main():
+            fileio.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
 
-    def _todo(self, folder: epath.Path, manifest: Manifest | None, stamp: str) -> list[Example]:
-        """The images without a label map as it should be, the same in every process."""
-        if distributed.is_main():
-            labels.remove_leftovers(folder)
-        unlabeled = self._dataset.unlabeled
+    def _find_unlabeled(
+        self, folder: epath.Path, manifest: Manifest | None, stamp: str
+    ) -> list[Example]:
+        """Returns the images without a valid label map; the same list in every process."""
+        if multihost.is_main():
+            fileio.remove_leftovers(folder)
 
-        def is_good(example: Example) -> bool:
+        def is_labeled(example: Example) -> bool:
             if manifest is None:
-                good = _is_labeled(folder, example, stamp)
+                is_valid = _has_stamp(folder, example, stamp)
             else:
-                good = _is_as_written(folder, example, manifest["images"].get(example.id))
-            return good and (not self._config.keep_confidence or _has_confidence(folder, example))
+                is_valid = _matches_manifest(folder, example, manifest["images"].get(example.id))
+            return is_valid and (
+                not self._config.keep_confidence or _has_confidence(folder, example)
+            )
 
+        examples = self._dataset.unlabeled
         with futures.ThreadPoolExecutor() as pool:
-            good = list(pool.map(is_good, distributed.share(unlabeled)))
-            found = distributed.gather_shares("label maps that are there", good)
-        return [e for e, fine in zip(unlabeled, found, strict=True) if not fine]
+            local = list(pool.map(is_labeled, multihost.local_shard(examples)))
+        labeled = multihost.all_gather_shards("label maps that are there", local)
+        return [e for e, is_done in zip(examples, labeled, strict=True) if not is_done]
 
     @functools.cached_property
     def _pad_to(self) -> int:
-        """Found when first labelling: a run without students has no use for the images' sizes."""
-        return padding_for(self._dataset.unlabeled, self._pad_if_many_sizes_to)
+        """The padding multiple; computed lazily, because a run without students labels nothing."""
+        return pad_multiple(image_sizes(self._dataset.unlabeled), self._config_pad_to)
 
-    def _made_by(self, variables: Variables, teacher: str) -> dict[str, Any]:
-        """All that the labels follow from, besides the images."""
+    def _provenance(self, variables: Variables, teacher: str) -> dict[str, Any]:
+        """Returns everything that determines the labels except the images."""
         config = self._config
         return {
             "teacher": teacher,
@@ -182,54 +189,65 @@ class Labeler:
     def _label(
         self,
         variables: Variables,
-        todo: Sequence[Example],
+        examples: Sequence[Example],
         folder: epath.Path,
         stamp: str,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Images are read ahead, and files written, while the devices are at a batch."""
+        """Labels images; reading, computation and writing overlap."""
         total = len(self._dataset.unlabeled)
-        done = total - len(todo)
-        batches = image_batches(todo, self._dataset, self._batch, self._pad_to, self._colour)
-        start = functools.partial(self._start, variables)
-        write = functools.partial(self._writing, folder, stamp)
-        for batch in one_behind(batches, start, write, self._asked):
-            done += batch.total
-            progress(done, total)
+        num_labeled = total - len(examples)
+        batches = image_batches(
+            examples, self._dataset, self._batch_size, self._pad_to, self._pad_value
+        )
+        start = functools.partial(self._dispatch, variables)
+        write = functools.partial(self._write_jobs, folder, stamp)
+        for batch in pipelined_map(batches, start, write):
+            num_labeled += batch.total
+            progress(num_labeled, total)
 
-    def _writing(
-        self, folder: epath.Path, stamp: str, batch: ImageBatch, decided: tuple[Array, ...]
+    def _write_jobs(
+        self, folder: epath.Path, stamp: str, batch: ImageBatch, outputs: tuple[Array, ...]
     ) -> Iterator[Callable[[], None]]:
-        """What there is to write of a batch."""
-        classes, means, confidence = map(mesh_lib.from_devices, decided)
+        """Yields a function for each image of a batch that writes its files."""
+        classes, means, confidence = map(mesh_lib.local_data, outputs)
         for i, name in enumerate(batch.ids):
             height, width = batch.sizes[i]
-            cut = (i, slice(height), slice(width))
-            grey = confidence[cut] if confidence.size else None
-            of_image = (name, classes[cut], float(means[i]), grey)
-            yield functools.partial(self._write, folder, stamp, *of_image)
+            region = (i, slice(height), slice(width))
+            yield functools.partial(
+                self._write,
+                folder,
+                stamp,
+                name,
+                classes[region],
+                float(means[i]),
+                confidence[region] if confidence.size else None,
+            )
 
-    def _start(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
-        """Sets the devices to work on a batch."""
-        arrays = mesh_lib.to_devices({"image": batch.image, "size": batch.sizes}, self._mesh)
-        return self._decide(self._predictor(variables, arrays["image"]), arrays["size"])
+    def _dispatch(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
+        """Starts the computation of a batch; returns as `_compute_labels` does."""
+        arrays = mesh_lib.shard_batch({"image": batch.image, "size": batch.sizes}, self._mesh)
+        return self._assign_labels(self._predictor(variables, arrays["image"]), arrays["size"])
 
-    def _most_likely(
+    def _compute_labels(
         self, probabilities: Float[Array, "n h w classes"], sizes: Int32[Array, "n 2"]
     ) -> tuple[UInt8[Array, "n h w"], Float[Array, " n"], UInt8[Array, "n _ _"]]:
-        """Class ids, IGNORE where the confidence is too low; each image's mean confidence; and, if
-        that is kept, the confidence of each pixel as 0..255."""
+        """Returns class ids, the mean confidence of each image, and confidence maps as 0..255.
+
+        The class id is IGNORE where the confidence is below `min_confidence`. The confidence maps
+        are empty without `keep_confidence`.
+        """
         confidence = jnp.max(probabilities, axis=-1)
         classes = jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
         if self._config.min_confidence > 0:
-            sure = confidence >= self._config.min_confidence
-            classes = jnp.where(sure, classes, jnp.uint8(labels.IGNORE))
+            is_confident = confidence >= self._config.min_confidence
+            classes = jnp.where(is_confident, classes, jnp.uint8(image_io.IGNORE))
         rows, columns = (jnp.arange(n) for n in confidence.shape[1:])
         inside = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
         pixels = jnp.maximum(jnp.sum(inside, axis=(1, 2)), 1)
         mean = jnp.sum(confidence * inside, axis=(1, 2)) / pixels
-        kept = jnp.round(255 * confidence).astype(jnp.uint8)
-        return classes, mean, kept if self._config.keep_confidence else kept[:, :0, :0]
+        levels = jnp.round(255 * confidence).astype(jnp.uint8)
+        return classes, mean, levels if self._config.keep_confidence else levels[:, :0, :0]
 
     def _write(
         self,
@@ -240,29 +258,26 @@ class Labeler:
         mean_confidence: float,
         confidence: UInt8[np.ndarray, "h w"] | None,
     ) -> None:
-        # First, because an image whose label map is there is not labelled again.
+        """Writes the confidence map, if any, and the label map of an image."""
+        # The confidence map first, because an image with a label map is not labelled again.
         if confidence is not None:
-            _write_grey(folder.parent / CONFIDENCE / f"{name}.png", confidence)
+            buffer = io.BytesIO()
+            Image.fromarray(confidence).save(buffer, "PNG")
+            # Synced, because no later check would find a damaged confidence map.
+            fileio.write_bytes(folder.parent / CONFIDENCE / f"{name}.png", buffer.getvalue())
         counts = np.bincount(classes.ravel(), minlength=256)
         text = {
             "stamp": stamp,
             "mean_confidence": repr(mean_confidence),
             "histogram": json.dumps({str(i): int(counts[i]) for i in np.flatnonzero(counts)}),
         }
-        png = labels.encode_mask(classes, self._dataset.palette, text)
-        # One that a power cut damages is found by `_todo`, and made again.
-        labels.write_bytes(folder / f"{name}.png", png, sync=False)
-
-
-def _write_grey(path: epath.Path, pixels: UInt8[np.ndarray, "h w"]) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    # Synced, however many: nobody would find a damaged one.
-    labels.write_bytes(path, buffer.getvalue())
+        png = image_io.encode_mask(classes, self._dataset.palette, text)
+        # Not synced: `_find_unlabeled` finds a label map that a power cut damaged.
+        fileio.write_bytes(folder / f"{name}.png", png, sync=False)
 
 
 def variables_hash(variables: Variables) -> str:
-    """16 hex digits that name these very weights."""
+    """Returns a hash of the names and the bytes of all variables, 16 hex digits."""
     digest = hashlib.sha256()
     flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     for name in sorted(flat):
@@ -271,67 +286,78 @@ def variables_hash(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_manifest(folder: epath.Path, made_by: dict[str, Any]) -> Manifest | None:
-    """The folder's manifest, if it has one, which must be of this teacher and these settings."""
-    manifest = labels.read_json(folder / MANIFEST)
+def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest | None:
+    """Returns the manifest of a folder; None if it is missing or damaged.
+
+    Raises:
+        UserError: the labels are of another teacher or of other settings.
+    """
+    manifest = fileio.read_json(folder / MANIFEST)
     if manifest is None:
-        return None  # Damaged, it is made again from the files.
-    for key, value in made_by.items():
+        return None  # A damaged manifest is computed again from the label maps.
+    for key, value in provenance.items():
         if manifest.get(key) != value:
             raise UserError(
                 f"The pseudo-labels in {folder} were made with {key}={manifest.get(key)!r}, this "
-                f"run has {value!r}: remove that folder to make them again."
+                f"run has {value!r}: remove that folder to make them again.",
+                code="pseudo-labels-of-another-run",
             )
     return manifest
 
 
-def _is_labeled(folder: epath.Path, example: Example, stamp: str) -> bool:
-    """Whether the image's label map is there, whole, and of this teacher."""
+def _has_stamp(folder: epath.Path, example: Example, stamp: str) -> bool:
+    """Returns whether the image has an undamaged label map with this stamp."""
     path = folder / f"{example.id}.png"
     if not path.exists():
         return False
     try:
-        return labels.read_text(path).get("stamp") == stamp
+        return image_io.read_png_text(path).get("stamp") == stamp
     except UserError:
         return False
 
 
-def _is_as_written(folder: epath.Path, example: Example, entry: dict[str, Any] | None) -> bool:
-    """Whether the image's label map is the one in the manifest, and of the image's size."""
+def _matches_manifest(folder: epath.Path, example: Example, entry: dict[str, Any] | None) -> bool:
+    """Returns whether the image has the label map of its entry in the manifest.
+
+    Raises:
+        UserError: the image has another size than its label map.
+    """
     path = folder / f"{example.id}.png"
     if entry is None or not path.exists():
         return False
     if _digest(path) != entry["sha256"]:
         return False
-    size = labels.image_size(example.image)
+    size = image_io.image_size(example.image)
     if list(size) != entry["size"]:
         height, width = entry["size"]
         raise UserError(
             f"{example.image} is {size[1]}x{size[0]}, its pseudo-label in {folder} {width}x"
-            f"{height}: the image was changed; restore it, or remove that folder to label again."
+            f"{height}: the image was changed; restore it, or remove that folder to label again.",
+            code="pseudo-label-size-differs",
         )
     return True
 
 
 def _digest(path: epath.Path) -> str:
-    """16 hex digits that name the content of a label map's file."""
+    """Returns a hash of the content of a file, 16 hex digits."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise unread(path, error, "make it readable") from error
+        raise read_error(path, error, "make it readable") from error
 
 
 def _has_confidence(folder: epath.Path, example: Example) -> bool:
-    """Whether the image's confidence is there, which maps made without it have not."""
+    """Returns whether the image has a confidence map."""
     return (folder.parent / CONFIDENCE / f"{example.id}.png").exists()
 
 
-def _description(folder: epath.Path, example: Example) -> dict[str, Any]:
+def _manifest_entry(folder: epath.Path, example: Example) -> dict[str, Any]:
+    """Returns the entry of an image in the manifest, read from its label map."""
     path = folder / f"{example.id}.png"
-    text = labels.read_text(path)
+    text = image_io.read_png_text(path)
     return {
         "sha256": _digest(path),
-        "size": list(labels.image_size(path)),
+        "size": list(image_io.image_size(path)),
         "mean_confidence": float(text["mean_confidence"]),
         "histogram": json.loads(text["histogram"]),
     }

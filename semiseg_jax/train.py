@@ -16,99 +16,58 @@ from clu import periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 
-from semiseg_jax import distributed, interruption, steps, summaries
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import state as state_lib
+from semiseg_jax import train_state, train_step
 from semiseg_jax.checkpoints import Checkpoints
-from semiseg_jax.data import pipeline
-from semiseg_jax.data.labels import write_bytes
-from semiseg_jax.data.streams import Streams, stage_name
-from semiseg_jax.errors import UserError
-from semiseg_jax.history import History
-from semiseg_jax.state import TrainState, Variables
+from semiseg_jax.compiled_model import StageProgram
+from semiseg_jax.data import input_pipeline
+from semiseg_jax.runtime import metric_writer, multihost, preemption
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.stages import Stage
+from semiseg_jax.train_state import TrainState, Variables
 
 PROFILED_STEPS = 5
-# The file that a finished stage has, written last.
-DONE = "DONE"
 
-Batches = Callable[[range], Iterator[pipeline.TrainBatch]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one stage trains.
-
-    Attributes:
-        kind: "teacher", "student" or "control".
-        round: 0 of the teacher, then that of the student; of the control, how many rounds it is
-            to be compared with.
-        steps: optimiser steps.
-        seed: of order and augmentation, from `streams.stage_seed`.
-        folder: for checkpoints and metrics.
-    """
-
-    kind: str
-    round: int
-    steps: int
-    seed: np.ndarray
-    folder: epath.Path
-
-    @property
-    def name(self) -> str:
-        """For people: "student 2", "control 2", "teacher"."""
-        return stage_name(self.kind, self.round)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A stage's compiled step and what goes with it; students of all rounds share one."""
-
-    step: Callable[..., tuple[TrainState, steps.Metrics]]
-    tx: Any
-    schedule: Callable[[Any], jax.Array]
-    streams: Streams
-    shapes: Variables  # of the network's variables
+Batches = Callable[[range], Iterator[input_pipeline.TrainBatch]]
 
 
 def run(
     stage: Stage,
-    program: Program,
-    start: Callable[[], Variables],
+    program: StageProgram,
+    init_variables: Callable[[], Variables],
     batches: Batches,
-    score: Callable[[int, Variables], None],
-    say: Callable[[str], None],
+    evaluate: Callable[[int, Variables], None],
     train_config: Any,
     eval_every: int,
     mesh: Mesh,
-    asked: interruption.Asked = interruption.never,
 ) -> Variables:
-    """Trains a stage, from its newest checkpoint where it has one.
+    """Trains a stage, from its newest checkpoint if it has one.
 
-    The order of things, step by step: the batch is put on its way to the devices and the step
-    dispatched; only then the metrics of the step before are read, so that the devices have work
-    while the host reads, writes and makes the next batch; where due, metrics are written, then a
-    checkpoint, then an evaluation is made. A checkpoint is written only after every step in it
-    proved finite. A restart makes up for the evaluation that was cut off behind a checkpoint.
+    Do not change the order of operations in a step. (1) The batch is sent to the devices and the
+    step is dispatched; only then are the metrics of the step before read, so that the devices work
+    while the host reads, writes and makes the next batch. (2) Where due: metrics are written, then
+    a checkpoint, then the evaluation is made. A checkpoint is written only after every step in it
+    proved finite. A restart makes up for an evaluation that was cut off after its checkpoint.
 
     Args:
-        stage: what to train.
+        stage: to train.
         program: its step.
-        start: makes the variables of step 0; not called when a checkpoint is there.
+        init_variables: makes the variables of step 0; not called if there is a checkpoint.
         batches: this process's batches for a range of steps.
-        score: evaluates variables at a step inside the stage and keeps the row; does nothing where
-            there is one.
-        say: prints a line of progress.
+        evaluate: evaluates variables at a step inside the stage and writes the row; does nothing if
+            the row exists.
         train_config: `config.train`.
         eval_every: steps between evaluations inside the stage, 0 for none.
         mesh: to run on.
-        asked: whether to stop.
 
     Returns:
         The variables after the last step.
 
     Raises:
-        UserError: the loss is not finite; the batch is kept to look at.
-        Interrupted: that was asked for; the last step is in a checkpoint.
+        UserError: the loss is not finite; the batch is written to a file to look at.
+        Preempted: the run was asked to stop; the last step is in a checkpoint.
     """
 
     def evaluation_is_due(step: int) -> bool:
@@ -116,162 +75,153 @@ def run(
 
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        found = checkpoints.newest(state_shapes(program, mesh), say)
-        if found:
-            first, state = found
-            say(f"going on at step {first}")
+        newest = checkpoints.restore_newest(state_shapes(program, mesh))
+        if newest:
+            first, state = newest
+            logger.info(f"going on at step {first}")
         else:
-            first, state = 0, state_lib.create(start(), program.tx, mesh)
+            first = 0
+            state = train_state.create_train_state(init_variables(), program.tx, mesh)
         if evaluation_is_due(first):
-            score(first, state.variables)
-        writer = summaries.Writer(stage.folder)
-        log = _Log(stage, program, writer, say, first, train_config)
-        ahead = _ahead(batches(range(first, stage.steps)), mesh, log)
+            evaluate(first, state.variables)
+        writer = metric_writer.MetricWriter(stage.folder, resume_step=first)
+        log = _StepLogger(stage, program, writer, first, train_config)
+        device_batches = _prefetch_to_device(batches(range(first, stage.steps)), mesh, log)
         # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
-        with contextlib.closing(ahead):
-            for step, (arrays, batch) in zip(range(first + 1, stage.steps + 1), ahead, strict=True):
+        with contextlib.closing(device_batches):
+            steps = range(first + 1, stage.steps + 1)
+            for step, (arrays, batch) in zip(steps, device_batches, strict=True):
                 state, metrics = program.step(state, arrays, key)
-                log.dispatched(step, metrics, batch)
-                stopping = asked()
+                log.on_step(step, metrics, batch)
+                stopping = preemption.should_stop()
                 if step == stage.steps or step % train_config.checkpoint_every == 0 or stopping:
-                    log.settle()
+                    log.drain()
                     checkpoints.save(step, state)
                 if stopping:
-                    raise interruption.Interrupted
+                    raise preemption.Preempted
                 if evaluation_is_due(step):
-                    log.settle()
-                    _score_or_save(score, step, state, checkpoints)
-        log.settle()
+                    log.drain()
+                    try:
+                        evaluate(step, state.variables)
+                    except preemption.Preempted:
+                        # A restart evaluates the step that is saved here.
+                        if checkpoints.latest() != step:
+                            checkpoints.save(step, state)
+                        raise
+        log.drain()
         writer.close()
     return state.variables
 
 
-def _score_or_save(
-    score: Callable[[int, Variables], None], step: int, state: TrainState, checkpoints: Checkpoints
-) -> None:
-    """Evaluates; where that is interrupted, the step is kept, and a restart evaluates it."""
-    try:
-        score(step, state.variables)
-    except interruption.Interrupted:
-        if checkpoints.latest() != step:
-            checkpoints.save(step, state)
-        raise
-
-
-def restore(
-    stage: Stage, program: Program, mesh: Mesh, say: Callable[[str], None]
-) -> Variables | None:
-    """The variables of a finished stage; None where its last checkpoint is gone or damaged.
+def restore(stage: Stage, program: StageProgram, mesh: Mesh) -> Variables | None:
+    """The variables of a finished stage; None if its last checkpoint is missing or damaged.
 
     Args:
         stage: with its folder.
         program: for the shapes of its state.
-        mesh: to put them on.
-        say: takes a line about a damaged checkpoint.
+        mesh: to put the variables on.
     """
     with Checkpoints(stage.folder / "checkpoints") as checkpoints:
-        found = checkpoints.newest(state_shapes(program, mesh), say)
-    return found[1].variables if found and found[0] == stage.steps else None
+        newest = checkpoints.restore_newest(state_shapes(program, mesh))
+    return newest[1].variables if newest and newest[0] == stage.steps else None
 
 
-def state_shapes(program: Program, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and places of a stage's state."""
-    whole = mesh_lib.replicated(mesh)
-    create = functools.partial(state_lib.create, tx=program.tx, mesh=mesh)
+def state_shapes(program: StageProgram, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a stage."""
+    sharding = mesh_lib.replicated(mesh)
+    create = functools.partial(train_state.create_train_state, tx=program.tx, mesh=mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(create, program.shapes),
     )
 
 
-def traced(program: Program, crop: tuple[int, int], mesh: Mesh) -> jax.stages.Traced:
-    """The step of a stage, traced from shapes; nothing is computed.
+def trace_step(program: StageProgram, crop: tuple[int, int], mesh: Mesh) -> jax.stages.Traced:
+    """Traces the step of a stage from shapes; nothing is computed.
 
     Args:
         program: of the stage.
         crop: (height, width) of its images, in pixels.
         mesh: to compile for.
     """
-    images = program.streams.size("weak") + program.streams.size("strong")
-    split = mesh_lib.split_by_image(mesh)
+    images = program.spec.size("weak") + program.spec.size("strong")
+    sharding = mesh_lib.batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((images, *crop, 3), np.uint8, sharding=split),
-        "label": jax.ShapeDtypeStruct((images, *crop), np.uint8, sharding=split),
-        "is_pseudo": jax.ShapeDtypeStruct((images,), np.bool_, sharding=split),
+        "image": jax.ShapeDtypeStruct((images, *crop, 3), np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((images, *crop), np.uint8, sharding=sharding),
+        "is_pseudo": jax.ShapeDtypeStruct((images,), np.bool_, sharding=sharding),
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     step: Any = program.step
     return step.trace(state_shapes(program, mesh), batch, key)
 
 
-def refuse_too_large(kind: str, step: jax.stages.Traced) -> None:
-    """Compiles a step before anything runs, so that one without a place in memory is told then.
+def check_fits_memory(kind: str, step: jax.stages.Traced) -> None:
+    """Compiles a step before anything runs, so that a lack of device memory is found then.
 
-    The compiled step is kept on disk (`mesh.keep_compiled_programs`), and not compiled again.
+    The compiled step is cached on disk (`xla.enable_compilation_cache`), and not compiled again.
 
     Args:
         kind: of the stage.
-        step: from `traced`.
+        step: from `trace_step`.
 
     Raises:
-        UserError: a device has not the memory that the step needs.
+        UserError: the step needs more memory than a device has.
     """
-    found = mesh_lib.compiled(step)
-    if isinstance(found, str):
+    compiled = mesh_lib.try_compile(step)
+    if isinstance(compiled, str):
         raise UserError(
             f"The {kind}'s step does not fit into the memory of a device "
-            f"({found.splitlines()[0].rstrip('.')}): python -m semiseg_jax.plan with this config "
-            "tells the smallest change that makes it fit a TPU; docs/own_data.md has what to lower "
-            "elsewhere."
+            f"({compiled.splitlines()[0].rstrip('.')}): python -m semiseg_jax.plan with this "
+            "config tells the smallest change that makes it fit a TPU; docs/own_data.md has what "
+            "to lower elsewhere.",
+            code="step-exceeds-memory",
         )
 
 
-def _ahead(
-    batches: Iterator[pipeline.TrainBatch], mesh: Mesh, log: "_Log"
-) -> Generator[tuple[dict[str, jax.Array], pipeline.TrainBatch], None, None]:
-    """(arrays, batch) of each batch, its transfer to the devices begun; waiting is counted."""
+def _prefetch_to_device(
+    batches: Iterator[input_pipeline.TrainBatch], mesh: Mesh, log: "_StepLogger"
+) -> Generator[tuple[dict[str, jax.Array], input_pipeline.TrainBatch], None, None]:
+    """Yields (device arrays, batch) with the transfer under way; counts the time spent waiting."""
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
-        log.waited(time.perf_counter() - began)
+        log.add_input_wait(time.perf_counter() - began)
         if batch is None:
             return
         arrays = {"image": batch.image, "label": batch.label, "is_pseudo": batch.is_pseudo}
-        yield mesh_lib.to_devices(arrays, mesh), batch
+        yield mesh_lib.shard_batch(arrays, mesh), batch
 
 
-class _Log:
-    """Reads metrics one step late, checks them, and writes their means every so often."""
+class _StepLogger:
+    """Reads metrics one step late, checks them, and writes their means every `log_every` steps."""
 
     def __init__(
         self,
         stage: Stage,
-        program: Program,
-        writer: summaries.Writer,
-        say: Callable[[str], None],
+        program: StageProgram,
+        writer: metric_writer.MetricWriter,
         first: int,
         train_config: Any,
     ):
         self._stage = stage
         self._program = program
         self._writer = writer
-        self._say = say
         self._config = train_config
+        # (step, metrics on the devices, batch) of the steps whose metrics are not read yet.
         self._pending: collections.deque = collections.deque()
         self._window: list[dict[str, float]] = []
-        self._wait = 0.0
-        self._since = time.perf_counter()
-        self._began = (first, self._since)
-        self._history = History(stage.folder, first)
-        size = program.streams.size("weak") + program.streams.size("strong")
-        self._images_per_step = size
+        self._input_wait = 0.0
+        self._window_start = time.perf_counter()
+        self._run_start = (first, self._window_start)
+        self._images_per_step = program.spec.size("weak") + program.spec.size("strong")
         self._progress = periodic_actions.ReportProgress(
-            num_train_steps=stage.steps, writer=writer, every_secs=60.0
+            num_train_steps=stage.steps, writer=writer.tensorboard, every_secs=60.0
         )
         self._profile = None
-        # Only where the stage lasts long enough for the profile to end in it.
-        lasts = 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS
-        if lasts and distributed.is_main():
+        # Only if the stage lasts long enough for the profile to end in it.
+        fits = 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS
+        if fits and multihost.is_main():
             self._profile = periodic_actions.Profile(
                 logdir=str(stage.folder),
                 num_profile_steps=PROFILED_STEPS,
@@ -280,22 +230,24 @@ class _Log:
                 profile_duration_ms=None,
             )
 
-    def waited(self, seconds: float) -> None:
-        """Counts time spent waiting for the input pipeline."""
-        self._wait += seconds
+    def add_input_wait(self, seconds: float) -> None:
+        """Adds time that the step waited for the input pipeline."""
+        self._input_wait += seconds
 
-    def dispatched(self, step: int, metrics: steps.Metrics, batch: pipeline.TrainBatch) -> None:
-        """Takes the metrics of a step that is under way; reads those of the step before."""
+    def on_step(
+        self, step: int, metrics: train_step.Metrics, batch: input_pipeline.TrainBatch
+    ) -> None:
+        """Takes the metrics of a step that was dispatched; reads those of the step before."""
         self._pending.append((step, metrics, batch))
         while len(self._pending) > 1:
             self._read()
         self._progress(step)
         if self._profile:
-            with summaries.writing(self._stage.folder):
+            with metric_writer.raise_write_errors(self._stage.folder):
                 self._profile(step)
 
-    def settle(self) -> None:
-        """Reads all that is under way."""
+    def drain(self) -> None:
+        """Reads the metrics of all dispatched steps."""
         while self._pending:
             self._read()
 
@@ -304,24 +256,26 @@ class _Log:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
             rates = "teacher" if self._stage.kind == "teacher" else "student"
-            ids = itertools.chain(*distributed.gather("images of the batch", batch.ids))
+            ids = itertools.chain(*multihost.all_gather("images of the batch", batch.ids))
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
-                f"{', '.join(ids)}): look at this batch in {self._keep(step, batch)}, or "
+                f"{', '.join(ids)}): look at this batch in {self._dump_batch(step, batch)}, or "
                 f"lower optim.{rates}.learning_rate with another --workdir; the checkpoints before "
-                "it are kept."
+                "it are kept.",
+                code="loss-not-finite",
             )
         self._window.append(values)
         if step % self._config.log_every == 0 or step == self._stage.steps:
             self._write(step)
 
-    def _keep(self, step: int, batch: pipeline.TrainBatch) -> epath.Path:
-        """Writes a batch to look at: image, label, is_pseudo, ids; the file's path.
+    def _dump_batch(self, step: int, batch: input_pipeline.TrainBatch) -> epath.Path:
+        """Writes a batch to a file (image, label, is_pseudo, ids) and returns its path.
 
-        Of several processes each writes its own part.
+        Each process writes its shard.
         """
-        part = f"_part_{distributed.index()}" if distributed.count() > 1 else ""
-        path = self._stage.folder / f"not_finite_step_{step}{part}.npz"
+        several = multihost.process_count() > 1
+        shard = f"_part_{multihost.process_index()}" if several else ""
+        path = self._stage.folder / f"not_finite_step_{step}{shard}.npz"
         content = io.BytesIO()
         np.savez_compressed(content, **dataclasses.asdict(batch))
         write_bytes(path, content.getvalue())
@@ -329,22 +283,21 @@ class _Log:
 
     def _write(self, step: int) -> None:
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        seconds = max(now - self._window_start, 1e-9)
         means = {k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]}
-        rate = len(self._window) / seconds
+        steps_per_second = len(self._window) / seconds
         scalars = means | {
             "learning_rate": float(self._program.schedule(step - 1)),
-            "images_per_second": rate * self._images_per_step,
-            "input_wait": self._wait / seconds,
+            "images_per_second": steps_per_second * self._images_per_step,
+            "input_wait": self._input_wait / seconds,
         }
-        self._writer.write_scalars(step, scalars)
+        self._writer.write_scalars(step, scalars | {"seconds": seconds})
         self._writer.flush()
-        self._history.add(step, scalars | {"seconds": seconds})
-        first, began = self._began
-        left = (now - began) / (step - first) * (self._stage.steps - step)
-        self._say(
+        first, began = self._run_start
+        seconds_left = (now - began) / (step - first) * (self._stage.steps - step)
+        logger.info(
             f"step {step}/{self._stage.steps}  loss {means['loss']:.3f}  "
             f"{scalars['images_per_second']:.1f} images/s  input wait "
-            f"{100 * scalars['input_wait']:.0f}%  {left / 60:.1f} min left"
+            f"{100 * scalars['input_wait']:.0f}%  {seconds_left / 60:.1f} min left"
         )
-        self._window, self._wait, self._since = [], 0.0, now
+        self._window, self._input_wait, self._window_start = [], 0.0, now

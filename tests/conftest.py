@@ -1,12 +1,14 @@
 """Eight simulated devices for every test, shape checks at run time, and the smallest data."""
 
+import errno
+import functools
 import os
+import pathlib
 import subprocess
 
-# Compiling is what the tests spend their time on; tiny networks run fast enough as they come.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests import FAST_COMPILATION
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILATION}"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # The TPU's compiler, which is installed for some tests, looks for chips otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,18 +23,35 @@ install_import_hook("semiseg_jax", "tests.typecheck.check")
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from configs import default
 from semiseg_jax import mesh
+from semiseg_jax import mesh as mesh_lib
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """Tests that build the same program compile it once."""
-    folder = os.environ.get("SEMISEG_TEST_CACHE") or tmp_path_factory.mktemp("compiled")
+    """Compiles each program once, whichever worker of pytest-xdist meets it first.
+
+    JAX does not write cache entries atomically. An entry that another worker is still writing fails
+    to decompress; JAX then warns and compiles the program itself.
+    """
+    folder = os.environ.get("SEMISEG_TEST_CACHE")
+    if not folder:
+        # Each worker has its own folder inside the folder of the whole test run.
+        own = tmp_path_factory.getbasetemp()
+        folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # A run compiles about a hundred small programs besides the few large ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# TensorFlow traces the graph of the input pipeline in every stage of a run, for seconds with all
+# operations; test_survival_slow.py has them all. One of each kind: of all pixels alike, of each
+# pixel with a draw of its own, and of a region.
+FEW_OPERATIONS = ("multiply", "noise_gau", "coarse_dropout")
 
 
 def tiny_config(**changes):
@@ -55,10 +74,8 @@ def tiny_config(**changes):
     return config
 
 
-@pytest.fixture
-def folder_data(tmp_path):
-    """A folder data set: 12 training and 5 evaluation images of 3 classes, two sizes."""
-    root = tmp_path / "folder_data"
+def write_folder_data(root):
+    """Writes a folder data set: 12 training and 5 evaluation images of 3 classes, two sizes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)):
         for kind in ("images", "masks"):
@@ -78,24 +95,90 @@ def folder_data(tmp_path):
     return root
 
 
-@pytest.fixture
-def folder_config(folder_data, tmp_path):
-    """A config for `folder_data`, 4 of 12 labelled, everything tiny."""
+def tiny_folder_config(root, cache_dir):
+    """A config for the data of `write_folder_data`: 4 of 12 images labelled, everything tiny."""
     return tiny_config(
         data__name="folder",
-        data__root=str(folder_data),
-        data__cache_dir=str(tmp_path / "cache"),
+        data__root=str(root),
+        data__cache_dir=str(cache_dir),
         data__classes=("ground", "thing", "corner"),
         data__labels=4.0,
     )
 
 
+def in_pairs(config):
+    """The config with two images in every batch."""
+    config.train.batch_labeled = config.train.batch_unlabeled = 2
+    config.pseudo.batch = config.eval.batch = 2
+    return config
+
+
+@pytest.fixture
+def folder_data(tmp_path):
+    """The root of a folder data set that the test may change."""
+    return write_folder_data(tmp_path / "folder_data")
+
+
+@pytest.fixture
+def folder_config(folder_data, tmp_path):
+    """A config for `folder_data`, 4 of 12 labelled, everything tiny."""
+    return tiny_folder_config(folder_data, tmp_path / "cache")
+
+
 @pytest.fixture
 def config_of_pairs(folder_config):
-    """`folder_config`, two images at a time everywhere."""
-    folder_config.train.batch_labeled = folder_config.train.batch_unlabeled = 2
-    folder_config.pseudo.batch = folder_config.eval.batch = 2
-    return folder_config
+    """`folder_config` with two images in every batch."""
+    return in_pairs(folder_config)
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of equal configs share their jitted functions, which hold nothing of a run.
+
+    Otherwise each run of a test traces them again and loads their programs from the cache, which
+    takes longer than the run. test_survival_slow.py starts a process for each run.
+    """
+    # Imported here, because most tests need none of it.
+    from semiseg_jax import (
+        compiled_model,
+        evaluate,
+        inference,
+        pseudo_labels,
+        self_training,
+        train_state,
+        workdir,
+    )
+    from semiseg_jax.serving import prediction_writer
+
+    programs = {}
+
+    class SharingModel(compiled_model.CompiledModel):
+        def __init__(self, config, backbone, dataset, mesh):
+            super().__init__(config, backbone, dataset, mesh)
+            # A test may replace the platform, from which the compiler options follow.
+            options = repr(mesh_lib.compiler_options(mesh))
+            self.settings = workdir.config_hash(config), backbone, mesh, options
+
+        def program(self, kind, num_steps):
+            key = self.settings, kind, num_steps
+            if key not in programs:
+                programs[key] = super().program(kind, num_steps)
+            return programs[key]
+
+    predictors = {}
+
+    def predictor(model, mesh, *args, **kwargs):
+        key = model, mesh, repr((args, kwargs))
+        if key not in predictors:
+            predictors[key] = inference.Predictor(model, mesh, *args, **kwargs)
+        return predictors[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_training, "CompiledModel", SharingModel)
+        patch.setattr(train_state, "variable_shapes", functools.cache(train_state.variable_shapes))
+        for module in (evaluate, pseudo_labels, prediction_writer):
+            patch.setattr(module, "Predictor", predictor)
+        yield
 
 
 @pytest.fixture
@@ -103,6 +186,28 @@ def one_device(monkeypatch):
     """Runs take one device, for which programs compile fastest."""
     make = mesh.make_mesh
     monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Closes a file or folder to reading, for whoever runs the tests."""
+    refused = set()
+
+    def guard(owner, name):
+        plain = getattr(owner, name)
+
+        def call(path, *args, **kwargs):
+            if os.fspath(path) in refused:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+            return plain(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    guard(os, "listdir")
+    for name in ("iterdir", "read_bytes", "read_text"):
+        guard(type(epath.Path("/")), name)
+        guard(pathlib.Path, name)
+    return lambda path: refused.add(os.fspath(path))
 
 
 @pytest.fixture

@@ -16,15 +16,18 @@ import re
 import signal
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+from tests import FAST_COMPILATION
+
+os.environ["XLA_FLAGS"] = FAST_COMPILATION
 
 from configs import default
-from semiseg_jax import data  # noqa: F401 - silences TensorFlow
+from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401
 
-from semiseg_jax import mesh, rounds  # isort: skip
+from semiseg_jax import self_training  # isort: skip
+import jax
 from etils import epath
 
-from semiseg_jax.data import labels
+from semiseg_jax.runtime import fileio, xla
 
 
 def die_at(pattern, phase, count):
@@ -69,7 +72,7 @@ def store_without_rename(pattern, phase, count):
     def refuse(self, target):
         raise OSError(f"{self}: there is no rename here")
 
-    labels.has_rename = lambda path: False
+    fileio.has_rename = lambda path: False
     cls = type(epath.Path("/"))
     cls.replace = cls.rename = refuse
     cls.write_bytes, cls.write_text = wrap(cls.write_bytes), wrap(cls.write_text)
@@ -85,8 +88,10 @@ def main(config_path, workdir, pattern=None, phase="", count="1", store=""):
         store_without_rename(pattern, phase, int(count))
     elif pattern:
         die_at(pattern, phase, int(count))
-    mesh.keep_compiled_programs(os.path.join(os.path.dirname(config_path), "compiled"))
-    rounds.run(config, workdir)
+    xla.enable_compilation_cache(os.path.join(os.path.dirname(config_path), "compiled"))
+    # Small programs too: a test starts dozens of these processes.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    self_training.run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax
 import pytest
 from absl import flags
 
-from semiseg_jax import command_line, memory, mesh
+from semiseg_jax import mesh
+from semiseg_jax.runtime import cli, malloc, xla
 
 # The smallest network and run, as overrides of any config.
 TINY = (
@@ -88,15 +89,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "main")
     """
     make = mesh.make_mesh
     module, own = _commands[command]
-    parse = command_line.parse if "config" in own else command_line.parse_plain
+    parse = cli.parse_flags_and_config if "config" in own else cli.parse_flags
     argv = [command, *arguments]
     with monkeypatch.context() as patch, _as_command(own):
         patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
         # The tests keep compiled programs in a place of their own.
-        patch.setattr(mesh, "keep_compiled_programs", lambda folder: None)
+        patch.setattr(xla, "enable_compilation_cache", lambda folder: None)
         # For the rest of the process, which has other tests to run.
-        patch.setattr(memory, "keep_freed", lambda: False)
-        patch.setattr(mesh, "compute_on_cpu", lambda: None)
+        patch.setattr(malloc, "disable_malloc_trim", lambda: False)
+        patch.setattr(xla, "force_cpu", lambda: None)
         patch.setattr(sys, "argv", argv)
         with warnings.catch_warnings():
             # ml_collections loads config files by a method that Python is about to drop.

@@ -21,6 +21,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests import FAST_COMPILATION
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -36,7 +38,7 @@ def free_port():
 def clean_environment():
     """This process's, without what says how runs start; programs are compiled fast."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SEMISEG_", "JAX_"))}
-    return kept | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return kept | {"XLA_FLAGS": FAST_COMPILATION}
 
 
 def start(count, devices, arguments, **environment):
@@ -173,7 +175,8 @@ def run_main(log, *arguments):
         sys.addaudithook(note)
         from absl import app
 
-        from semiseg_jax import checkpoints, command_line, main
+        from semiseg_jax import checkpoints, main
+        from semiseg_jax.runtime import cli
 
         save = checkpoints.Checkpoints.save
 
@@ -183,7 +186,7 @@ def run_main(log, *arguments):
 
         checkpoints.Checkpoints.save = noted
         sys.argv = ["main", *arguments]
-        app.run(main.main, flags_parser=command_line.parse)
+        app.run(main.main, flags_parser=cli.parse_flags_and_config)
 
 
 def run_on_store(pattern, phase, count, *rest):
@@ -204,24 +207,25 @@ def run_step(out, dtype):
     import numpy as np
     from absl import flags
 
-    from semiseg_jax import command_line, distributed, mesh
-    from tests.test_steps import STUDENT, make_batch, make_step
+    from semiseg_jax import mesh
+    from semiseg_jax.runtime import cli, multihost
+    from tests.test_train_step import STUDENT, make_batch, make_step
 
-    command_line.define_processes()
+    cli.define_process_flags()
     flags.FLAGS(["step"])
-    with command_line.one_sentence():
-        command_line.start_processes(on_cpu=True)
+    with cli.exit_on_user_error():
+        cli.initialize_multihost(on_cpu=True)
         devices = len(jax.devices())
         batch = make_batch(STUDENT, devices)
         # Device 0 has no valid pixel.
         assert (batch["label"][: len(batch["label"]) // devices // 2] == 255).all()
-        mine = len(batch["label"]) // distributed.count()
-        part = slice(distributed.index() * mine, (distributed.index() + 1) * mine)
+        mine = len(batch["label"]) // multihost.process_count()
+        part = slice(multihost.process_index() * mine, (multihost.process_index() + 1) * mine)
         step, made, places = make_step(STUDENT, devices, dtype=np.dtype(dtype))
-        arrays = mesh.to_devices({k: v[part] for k, v in batch.items()}, places)
+        arrays = mesh.shard_batch({k: v[part] for k, v in batch.items()}, places)
         made, metrics = step(made, arrays, jax.random.key(0))
         flat = jax.tree_util.tree_leaves_with_path((made.params, made.opt_state, metrics))
-        if distributed.is_main():
+        if multihost.is_main():
             np.savez(out, **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})
 
 

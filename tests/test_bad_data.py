@@ -1,4 +1,4 @@
-"""What is wrong with data ends the command with one sentence, before anything is written."""
+"""Invalid data ends the command with one sentence, before anything is written to the workdir."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ PAIR = "images/train/{0:03d}.png masks/train/{0:03d}.png\n"
 
 
 def refused(monkeypatch, tmp_path, config, *overrides):
-    """The sentence that ends the command; nothing was written."""
+    """Runs the command; returns its one-line error after checking that it wrote nothing."""
     sentence = mains.refused(
         monkeypatch,
         f"--config={CONFIGS / config}",
@@ -49,17 +49,17 @@ def no_mask(root):
     return [write_list(root, "labeled.txt", "images/train/000.png None\n")]
 
 
-def mask_file_lost(root):
+def missing_mask(root):
     return [write_list(root, "labeled.txt", "images/train/000.png masks/train/999.png\n")]
 
 
-def other_size(root):
+def mask_of_another_size(root):
     Image.fromarray(np.zeros((10, 12), np.uint8)).save(root / "masks/train/000.png")
     return [write_list(root, "labeled.txt", PAIR.format(0))]
 
 
-def not_turned(root):
-    """A mask of a photo as the sensor saw it, beside one that is shown turned."""
+def mask_not_rotated(root):
+    """An image with an EXIF rotation, whose mask is not rotated."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = root / "images/train/001.png"
@@ -76,20 +76,20 @@ def unknown_value(root):
     return ["--config.data.labels=0.0"]
 
 
-def binary(root):
+def binary_masks(root):
     for path in (root / "masks/train").iterdir():
         mask = np.asarray(Image.open(path))
         Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
     return ["--config.data.ignore_ids=()"]
 
 
-def coloured(root):
+def coloured_mask(root):
     path = root / "masks/train/000.png"
     Image.open(path).convert("RGB").save(path)
     return ["--config.data.labels=0.0"]
 
 
-def corrupt(root):
+def corrupt_image(root):
     (root / "images/train/003.png").write_bytes(b"not an image")
     return [write_list(root, "labeled.txt", PAIR.format(0) + PAIR.format(1))]
 
@@ -127,7 +127,7 @@ def labelled_and_unlabelled(root):
     ]
 
 
-def twice(root):
+def labelled_twice(root):
     return [write_list(root, "labeled.txt", PAIR.format(0) + PAIR.format(0))]
 
 
@@ -135,35 +135,35 @@ def too_many(root):
     return ["--config.data.labels=13"]
 
 
-def all_held_out(root):
+def all_images_held_out(root):
     (root / "images/val").rename(root / "elsewhere")
     return ["--config.data.holdout=1.0"]
 
 
-def nothing_to_evaluate_on(root):
+def no_evaluation_image(root):
     (root / "images/val").rename(root / "elsewhere")
     return []
 
 
-def nothing_to_select_from(root):
+def select_without_every(root):
     return ["--config.eval.select=reported"]
 
 
-def nothing_to_select_on(root):
+def select_without_holdout(root):
     return ["--config.eval.select=holdout", "--config.eval.every=1"]
 
 
-def selected_on_what_is_reported(root):
+def select_on_reported_images(root):
     (root / "images/val").rename(root / "elsewhere")
-    return [*nothing_to_select_on(root), "--config.data.holdout=0.25"]
+    return [*select_without_holdout(root), "--config.data.holdout=0.25"]
 
 
-def one_name_twice(root):
+def same_names(root):
     Image.new("RGB", (48, 36)).save(root / "images/train/001.jpg")
     return []
 
 
-def impossible_map(root):
+def bad_id_map(root):
     return ["--config.data.id_map=((0,0),(1,9))"]
 
 
@@ -179,33 +179,36 @@ def no_unlabelled_image(root):
         (no_list, "The split list none.txt is missing: give a file that exists."),
         (empty_list, "/labeled.txt is empty: give one with at least one image."),
         (no_mask, "/images/train/000.png has no mask: add one, or take it out of its list."),
-        (mask_file_lost, "/masks/train/999.png is missing: restore it or take it out of its list."),
-        (other_size, "000.png is 12x10: they must be of one size."),
-        (not_turned, "as its EXIF orientation says, and its mask must be too"),
+        (missing_mask, "/masks/train/999.png is missing: restore it or take it out of its list."),
+        (mask_of_another_size, "000.png is 12x10: they must be of one size."),
+        (mask_not_rotated, "as its EXIF orientation says, and its mask must be too"),
         (unknown_value, "000.png holds the values 9, which are neither a class nor ignored: give "),
-        (binary, "map 255 to class 1 with data.id_map=((0,0),(255,1))"),
-        (coloured, "holds colours or values outside 0 to 255 (mode RGB) where class ids are "),
-        (corrupt, "003.png is not an image ("),
+        (binary_masks, "map 255 to class 1 with data.id_map=((0,0),(255,1))"),
+        (coloured_mask, "holds colours or values outside 0 to 255 (mode RGB) where class ids are "),
+        (corrupt_image, "003.png is not an image ("),
         (corrupt_mask, "000.png cannot be decoded ("),
         (sixteen_bits, "004.png has more than 8 bits a channel (mode I;16B): convert it to 8 bits"),
         (labelled_in_evaluation, "000.png is labelled and also in the evaluation set: take it out"),
         (unlabelled_in_evaluation, "001.png is unlabelled and also in the evaluation set: take it"),
         (labelled_and_unlabelled, "001.png is labelled and unlabelled: take it out of one list."),
-        (twice, "000 is labelled twice: list every image once."),
+        (labelled_twice, "000 is labelled twice: list every image once."),
         (too_many, "data.labels=13 asks for 13 of 12 training images: give a count from 2 to 12"),
-        (all_held_out, "data.holdout=1 holds out all 12 images with masks: lower it."),
-        (nothing_to_evaluate_on, "There is no evaluation image: give data.evaluation_list, a fol"),
-        (nothing_to_select_from, "eval.select is reported and eval.every 0: say how many steps"),
-        (nothing_to_select_on, "eval.select is holdout and data.holdout 0: say how many labelled"),
-        (selected_on_what_is_reported, "the images of data.holdout are those that are reported"),
-        (one_name_twice, "001.png have the same name: rename one of them, or say with data.image_"),
-        (impossible_map, "makes mask value 1 class 9: mask values are 0 to 255 and class ids 0 to"),
+        (all_images_held_out, "data.holdout=1 holds out all 12 images with masks: lower it."),
+        (no_evaluation_image, "There is no evaluation image: give data.evaluation_list, a fol"),
+        (select_without_every, "eval.select is reported and eval.every 0: say how many steps"),
+        (
+            select_without_holdout,
+            "eval.select is holdout and data.holdout 0: say how many labelled",
+        ),
+        (select_on_reported_images, "the images of data.holdout are those that are reported"),
+        (same_names, "001.png have the same name: rename one of them, or say with data.image_"),
+        (bad_id_map, "makes mask value 1 class 9: mask values are 0 to 255 and class ids 0 to"),
         (no_unlabelled_image, "/more holds no image: put the unlabelled images there."),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_a_folder_of_ones_own(folder_data, tmp_path, monkeypatch, change, sentence):
-    found = refused(
+def test_folder(folder_data, tmp_path, monkeypatch, change, sentence):
+    message = refused(
         monkeypatch,
         tmp_path,
         "folder.py",
@@ -215,15 +218,15 @@ def test_a_folder_of_ones_own(folder_data, tmp_path, monkeypatch, change, senten
         "--config.data.holdout=0.0",
         *change(folder_data),
     )
-    assert sentence in found, found
+    assert sentence in message, message
 
 
 @pytest.mark.slow
-def test_a_truncated_image_is_found_where_it_is_read(folder_data, tmp_path, monkeypatch):
-    """Of images only headers are read at the start, so that the run's folder is there by then."""
+def test_a_truncated_image_is_reported_when_it_is_read(folder_data, tmp_path, monkeypatch):
+    """Only headers of images are read at the start: the workdir exists when decoding fails."""
     path = folder_data / "images/train/000.png"
     path.write_bytes(path.read_bytes()[:-40])
-    found = mains.refused(
+    message = mains.refused(
         monkeypatch,
         f"--config={CONFIGS}/folder.py",
         f"--workdir={tmp_path / 'run'}",
@@ -232,7 +235,7 @@ def test_a_truncated_image_is_found_where_it_is_read(folder_data, tmp_path, monk
         write_list(folder_data, "labeled.txt", PAIR.format(0)),
         *mains.TINY,
     )
-    assert "000.png cannot be decoded (" in found and "it is truncated, corrupt or not" in found
+    assert "000.png cannot be decoded (" in message and "it is truncated, corrupt or" in message
 
 
 CITYSCAPES = {"train": 2, "val": 1}
@@ -253,8 +256,10 @@ def test_cityscapes(tmp_path, monkeypatch, argument, remove, sentence):
     root = miniatures.write_cityscapes(tmp_path / "cityscapes", CITYSCAPES)
     if remove:
         (root / remove).unlink()
-    found = refused(monkeypatch, tmp_path, "cityscapes.py", f"--config.data.root={root}", argument)
-    assert sentence in found, found
+    message = refused(
+        monkeypatch, tmp_path, "cityscapes.py", f"--config.data.root={root}", argument
+    )
+    assert sentence in message, message
 
 
 @pytest.mark.parametrize(
@@ -269,8 +274,8 @@ def test_cityscapes(tmp_path, monkeypatch, argument, remove, sentence):
 def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
     root = miniatures.write_voc(tmp_path / "voc")
     (root / remove).rename(tmp_path / "removed")
-    found = refused(monkeypatch, tmp_path, "pascal_voc.py:voc", f"--config.data.root={root}")
-    assert sentence in found, found
+    message = refused(monkeypatch, tmp_path, "pascal_voc.py:voc", f"--config.data.root={root}")
+    assert sentence in message, message
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,7 @@ def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
             ["folder.py", "--config.data.name=tfds:cityscapes/semantic_segmentation"],
             "you must download 'leftImg8bit_trainvaltest.zip' and 'gtFine_trainvaltest.zip'",
         ),
-        # Said before anything would be downloaded.
+        # Rejected before anything is downloaded.
         (
             ["folder.py", "--config.data.name=tfds:voc/2012"],
             "tfds:voc has no feature segmentation_mask: set data.tfds_mask to one of image, ",
@@ -306,7 +311,7 @@ def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
         ),
     ],
 )
-def test_names(tmp_path, monkeypatch, arguments, sentence):
+def test_data_set_names(tmp_path, monkeypatch, arguments, sentence):
     config, *overrides = arguments
-    found = refused(monkeypatch, tmp_path, config, f"--config.data.root={tmp_path}", *overrides)
-    assert sentence in found, found
+    message = refused(monkeypatch, tmp_path, config, f"--config.data.root={tmp_path}", *overrides)
+    assert sentence in message, message

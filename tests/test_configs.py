@@ -1,4 +1,4 @@
-"""Configs, their keys and their constraints, and the sentences a user gets for a wrong one."""
+"""Configs: keys, constraints, and the error messages for invalid values and commands."""
 
 import importlib
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from semiseg_jax import settings
-from semiseg_jax.errors import UserError
+from semiseg_jax import config_check
 from tests import mains
 from tests.conftest import tiny_config
+from tests.errors import raises_code
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -21,25 +21,25 @@ SHIPPED = sorted(
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs_keep_the_constraints(name):
-    settings.check(importlib.import_module(f"configs.{name}").get_config())
+def test_shipped_configs_satisfy_the_constraints(name):
+    config_check.check(importlib.import_module(f"configs.{name}").get_config())
 
 
-def test_defaults_are_the_papers():
+def test_defaults_follow_the_paper():
     config = default.get_config()
-    settings.check(config)
+    config_check.check(config)
     assert (config.loss.unlabeled, config.model.norm, config.rounds.count) == ("scl", "dsbn", 3)
     assert config.pseudo.scales == (0.5, 0.75, 1.0, 1.5, 1.75) and config.pseudo.flip
     assert (config.data.weak_stream, config.data.strong_stream) == (("labeled",), ("pseudo",))
     assert config.train.teacher_steps == config.train.steps == 20_000
 
 
-def test_a_config_file_cannot_set_a_key_that_is_not_declared():
+def test_a_config_file_cannot_set_an_undeclared_key():
     with pytest.raises(AttributeError, match="steps"):
         default.get_config().train.stepz = 3
 
 
-def test_teacher_steps_follow_steps_and_not_the_other_way():
+def test_teacher_steps_default_to_steps():
     config = default.get_config()
     config.train.steps = 7
     assert config.train.teacher_steps == 7
@@ -48,18 +48,17 @@ def test_teacher_steps_follow_steps_and_not_the_other_way():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("key", "value", "part"),
     [
-        ("model__backbone", "resnet19", r"model.backbone is 'resnet19'.*did you mean resnet18"),
-        ("data__crop", (3,), r"data.crop is \(3,\): make it \(height, width\)"),
+        ("model__backbone", "resnet19", "did you mean resnet18"),
+        ("data__crop", (3,), "(height, width)"),
         ("data__scale", (2.0, 0.5), "0 < low <= high"),
         ("data__weak_stream", ("labelled",), "distinct names out of labeled, pseudo"),
-        ("model__head", "v3plu", r"one of v3plus, v3plus_smp, v2 \(did you mean v3plus\?\)"),
+        ("model__head", "v3plu", "v3plus, v3plus_smp, v2 (did you mean v3plus?)"),
         ("model__output_stride", 4, "8, 16 or 32"),
         ("model__norm_epsilon__head", -1.0, "above 0, or leave it out"),
         ("model__aspp_rates", (6, 0), "integers above 0"),
-        ("model__multi_grid", (1, 2, 4), "tiny takes none"),
-        ("train__steps", 0, "train.steps is 0: make it at least 1"),
+        ("train__steps", 0, "at least 1"),
         ("optim__momentum", 1.0, "below 1"),
         ("sda__ops", ("blurr",), "out of contrast_gamma"),
         ("data__classes", ("a", "a"), "a tuple of distinct names"),
@@ -68,44 +67,49 @@ def test_teacher_steps_follow_steps_and_not_the_other_way():
         ("pseudo__scales", (), "at least one"),
     ],
 )
-def test_values_outside_their_constraints_are_one_sentence(key, value, sentence):
-    with pytest.raises(UserError, match=sentence):
-        settings.check(tiny_config(**{key: value}))
+def test_values_outside_their_constraints_are_rejected(key, value, part):
+    with raises_code("config-value-invalid", key.replace("__", "."), part):
+        config_check.check(tiny_config(**{key: value}))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("key", "value", "code"),
     [
-        ("seed", None, "seed is None: give it a value"),
-        ("data.classes", None, "data.classes is None"),
-        ("eval.flip", None, "eval.flip is None"),
-        ("data.labels", float("inf"), "data.labels is inf: make it finite"),
-        ("eval.scales", (1.0, float("inf")), r"eval.scales is \(1.0, inf\): make it finite"),
-        ("loss.scl.alpha", float("nan"), "loss.scl.alpha is nan: make it finite"),
+        ("seed", None, "config-value-none"),
+        ("data.classes", None, "config-value-none"),
+        ("eval.flip", None, "config-value-none"),
+        ("data.labels", float("inf"), "config-value-not-finite"),
+        ("eval.scales", (1.0, float("inf")), "config-value-not-finite"),
+        ("loss.scl.alpha", float("nan"), "config-value-not-finite"),
     ],
 )
-def test_nothing_and_what_is_not_finite_are_no_values(key, value, sentence):
+def test_none_and_non_finite_values_are_rejected(key, value, code):
     config = tiny_config()
     section, _, name = key.rpartition(".")
-    held = config
-    for part in filter(None, section.split(".")):
-        held = held[part]
+    parent = config
+    for section_name in filter(None, section.split(".")):
+        parent = parent[section_name]
     with config.ignore_type():
-        held[name] = value
-    with pytest.raises(UserError, match=sentence):
-        settings.check(config)
+        parent[name] = value
+    with raises_code(code, key):
+        config_check.check(config)
 
 
-def test_both_streams_empty_is_refused():
+def test_a_multi_grid_is_rejected_for_a_backbone_that_takes_none():
+    with raises_code("multi-grid-unsupported", "tiny"):
+        config_check.check(tiny_config(model__multi_grid=(1, 2, 4)))
+
+
+def test_two_empty_streams_are_rejected():
     config = tiny_config(data__weak_stream=(), data__strong_stream=())
-    with pytest.raises(UserError, match="both empty"):
-        settings.check(config)
+    with raises_code("augment-streams-empty"):
+        config_check.check(config)
 
 
-def test_drawing_more_distinct_operations_than_there_are_is_refused():
+def test_more_distinct_operations_than_the_pool_has_are_rejected():
     config = tiny_config(sda__replace=False, sda__num_ops=3, sda__ops=("blur", "hsv"))
-    with pytest.raises(UserError, match="without replacement from 2"):
-        settings.check(config)
+    with raises_code("sda-ops-too-few", "from 2"):
+        config_check.check(config)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +122,10 @@ def test_drawing_more_distinct_operations_than_there_are_is_refused():
     ],
 )
 def test_run_names(path, name):
-    assert settings.run_name(path) == name
+    assert config_check.run_name(path) == name
 
 
-def test_a_key_that_a_config_file_mistypes_is_named(tmp_path):
+def test_a_mistyped_key_in_a_config_file_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from configs import default\n"
@@ -130,9 +134,9 @@ def test_a_key_that_a_config_file_mistypes_is_named(tmp_path):
         "    config.train.stepz = 3\n"
         "    return config\n"
     )
-    done = run_main(f"--config={path}")
-    assert "There is no config key stepz: did you mean steps?" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = run_main(f"--config={path}")
+    assert "There is no config key stepz: did you mean steps?" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def run_main(*arguments):
@@ -159,10 +163,10 @@ def run_main(*arguments):
         ("from configs import default\ndefault.get_confg()", "no attribute 'get_confg'"),
     ],
 )
-def test_config_files_that_go_wrong(source, sentence, tmp_path, monkeypatch):
+def test_config_files_that_fail(source, sentence, tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text(source)
-    # Where the file of the test before is still to be found, of the same name.
+    # The module of an earlier test's config file, which has the same name.
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     assert re.search(sentence, mains.refused(monkeypatch, f"--config={path}"))
 
@@ -180,19 +184,20 @@ def test_commands_without_a_config_file(arguments, sentence, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["data.root.x", "seed.x", "data.crop.x", "model.align_corners.x"])
-def test_an_override_that_goes_on_behind_a_value(key, monkeypatch):
-    said = mains.refused(
+def test_an_override_of_an_attribute_of_a_value_is_rejected(key, monkeypatch):
+    message = mains.refused(
         monkeypatch, f"--config={ROOT / 'configs/streets.py'}", f"--config.{key}=1"
     )
-    assert "asks for a part that its value does not have" in said
+    assert "asks for a part that its value does not have" in message
 
 
 @pytest.mark.parametrize("returned", ["None", "3"])
-def test_an_override_of_what_is_no_config(returned, tmp_path, monkeypatch):
+def test_an_override_of_a_value_that_is_not_a_config_is_rejected(returned, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(f"def get_config(): return {returned}")
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
-    said = mains.refused(monkeypatch, f"--config={tmp_path / 'mine.py'}", "--config.data.root=x")
-    assert "get_config of the config file returns" in said
+    config = f"--config={tmp_path / 'mine.py'}"
+    message = mains.refused(monkeypatch, config, "--config.data.root=x")
+    assert "get_config of the config file returns" in message
 
 
 @pytest.mark.parametrize(
@@ -218,8 +223,8 @@ def test_an_override_of_what_is_no_config(returned, tmp_path, monkeypatch):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_wrong_commands_end_with_a_sentence(arguments, sentence, tmp_path):
-    done = run_main(*arguments, *([f"--workdir={tmp_path}"] if arguments else []))
-    assert done.returncode != 0
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_commands_exit_with_one_sentence(arguments, sentence, tmp_path):
+    process = run_main(*arguments, *([f"--workdir={tmp_path}"] if arguments else []))
+    assert process.returncode != 0
+    assert sentence in process.stderr
+    assert "Traceback" not in process.stderr

@@ -6,15 +6,18 @@ import subprocess
 
 import pytest
 
-from semiseg_jax import rounds
-from semiseg_jax.errors import UserError
+from semiseg_jax import self_training
+from semiseg_jax.runtime.errors import UserError
+from tests.conftest import FEW_OPERATIONS
+from tests.errors import raises_code
 from tests.workdirs import same
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device", "shared_programs")]
 
 
 @pytest.fixture
 def config(config_of_pairs):
+    config_of_pairs.sda.ops = FEW_OPERATIONS
     return config_of_pairs
 
 
@@ -52,7 +55,7 @@ LABELS = f"{TEACHER}/pseudo_labels"
 
 def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
     whole = tmp_path / "whole"
-    rounds.run(config, whole)
+    self_training.run(config, whole)
     cases = {
         "a checkpoint": (
             lambda run: cut_all(run / STUDENT / "checkpoints/4"),
@@ -82,7 +85,7 @@ def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
         shutil.copytree(whole, run)
         damage(run)
         capsys.readouterr()
-        rounds.run(config, run)
+        self_training.run(config, run)
         assert said in capsys.readouterr().out, name
         same(whole, run)
 
@@ -92,43 +95,43 @@ def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
         run = tmp_path / "one_file"
         shutil.copytree(whole, run)
         cut(run / path.relative_to(whole))
-        rounds.run(config, run)
+        self_training.run(config, run)
         same(whole, run)
         shutil.rmtree(run)
 
 
 def test_damaged_results_are_one_sentence(config, tmp_path):
     (tmp_path / "results.json").write_text('{"rows": [')
-    with pytest.raises(UserError, match=r"results\.json cannot be read .* remove it"):
-        rounds.run(config, tmp_path)
+    with raises_code("results-damaged", "results.json"):
+        self_training.run(config, tmp_path)
 
 
 def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
     run = tmp_path / "run"
-    rounds.run(config, run)
+    self_training.run(config, run)
     undo(STUDENT)(run)
     manifest = json.loads((run / LABELS / "manifest.json").read_text())
     name = min(manifest["images"])
     manifest["images"][name]["size"] = [3, 4]
     (run / LABELS / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the image was changed; restore it"):
-        rounds.run(config, run)
+    with raises_code("pseudo-label-size-differs"):
+        self_training.run(config, run)
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     config, tmp_path, small_disk
 ):
     whole = tmp_path / "whole"
-    rounds.run(config, whole)
+    self_training.run(config, whole)
     ballast = small_disk / "ballast"
     for free in (0, 40_000, 200_000, 400_000):
         ballast.unlink(missing_ok=True)
         available = shutil.disk_usage(small_disk).free
         ballast.write_bytes(bytes(max(available - free - 16384, 0)))
         with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
-            rounds.run(config, small_disk / "run")
+            self_training.run(config, small_disk / "run")
     ballast.unlink()
-    rounds.run(config, small_disk / "run")
+    self_training.run(config, small_disk / "run")
     same(whole, small_disk / "run")
 
 
@@ -139,15 +142,15 @@ def remount(folder, mode):
 @pytest.mark.parametrize("undone", [(), (STUDENT,), (STUDENT, TEACHER)])
 def test_a_read_only_workdir_is_one_sentence_and_loses_nothing(config, small_disk, undone):
     run = small_disk / "run"
-    rounds.run(config, run)
+    self_training.run(config, run)
     undo(*undone)(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     remount(small_disk, "ro")
     try:
         with pytest.raises(UserError, match=r"cannot be written .*Read-only file system"):
-            rounds.run(config, run)
+            self_training.run(config, run)
         with pytest.raises(UserError, match=r"cannot be written .*Read-only file system"):
-            rounds.run(config, small_disk / "new")
+            self_training.run(config, small_disk / "new")
     finally:
         remount(small_disk, "rw")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -16,8 +16,8 @@ import pytest
 from flax import traverse_util
 
 from configs import default
-from semiseg_jax import paper
-from semiseg_jax.data import sda, sources
+from semiseg_jax.data import load, sda
+from semiseg_jax.experiments import paper_tables
 from semiseg_jax.models import deeplab
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     scope = {"__name__": "__snippet__"}
     with contextlib.ExitStack() as undone:
         # What a block adds there is gone for the other tests.
-        for known in (sda.OPS, sources.LAYOUTS, deeplab.BACKBONES, deeplab.USUAL_NORMALIZATIONS):
+        for known in (sda.OPS, load.LAYOUTS, deeplab.BACKBONES, deeplab.USUAL_NORMALIZATIONS):
             undone.enter_context(mock.patch.dict(known))
         for block in code_blocks(page, "python"):
             exec(compile(block, str(page), "exec"), scope)
@@ -217,7 +217,7 @@ def test_ranges_of_the_operations_are_those_drawn_from():
         for magnitude, said in zip(("uniform", "released"), documented[name], strict=True):
             number = r"(-?\d+(?:\.\d+)?)"
             pairs = re.findall(rf"(\w+) {number}(?: to {number})?", said)
-            ends = [operation.at(share, (0, 0), magnitude) for share in (0.0, 1.0)]
+            ends = [operation.at_fraction(share, (0, 0), magnitude) for share in (0.0, 1.0)]
             assert ends[0].keys() - NO_RANGE == {key for key, *_ in pairs}, name
             for key, low, high in pairs:
                 drawn = [np.ravel(end[key])[0] for end in ends]
@@ -226,9 +226,9 @@ def test_ranges_of_the_operations_are_those_drawn_from():
 
 
 def test_what_rows_of_the_papers_tables_change():
-    documented = {row[0]: row[1] for row in rows("docs/paper.md") if row[0] in paper.RUNS}
-    assert documented.keys() == paper.RUNS.keys()
-    for name, run in paper.RUNS.items():
+    documented = {row[0]: row[1] for row in rows("docs/paper.md") if row[0] in paper_tables.RUNS}
+    assert documented.keys() == paper_tables.RUNS.keys()
+    for name, run in paper_tables.RUNS.items():
         changes = dict(text.split("=", 1) for text in re.findall("`(.*?)`", documented[name]))
         assert changes == {k: str(v).replace(", ", ",") for k, v in run.changes.items()}, name
 

@@ -1,6 +1,7 @@
-"""Predict and export on a run of the quickstart's config, and artefacts where only JAX or TF is.
+"""Predict and export after a run of the quickstart's config.
 
-So too with ImageNet weights on photographs, where these are.
+Exported models are loaded in environments with JAX alone and with TensorFlow alone; also with
+ImageNet weights and photographs, if these files exist.
 """
 
 import json
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semiseg_jax import deployed, mesh, state
-from semiseg_jax.data import streets
-from semiseg_jax.data.labels import read_image
+from semiseg_jax import mesh, train_state
+from semiseg_jax.data.image_io import read_image
+from semiseg_jax.data.sources import streets
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import pretrained
+from semiseg_jax.serving import model_bundle
 from tests.test_export import make_workdir
-from tests.test_predict import maps, scored
+from tests.test_predict import compute_miou, read_maps
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -29,14 +31,14 @@ IMAGENET = SHARED / "weights" / "efficientnet_lite0_nofc.npz"
 
 pytestmark = pytest.mark.slow
 
-# In a folder of their own and isolated from this one (-I); what must not be there cannot be.
+# These scripts run in a separate folder with `python -I`, and cannot import the blocked packages.
 IN_PLAIN_JAX = """
 import sys
 for name in ("semiseg_jax", "flax", "tensorflow"):
     sys.modules[name] = None
 import jax, numpy as np
 program = jax.export.deserialize(bytearray(open("stablehlo/model.stablehlo", "rb").read()))
-run = jax.jit(program.call)
+predict = jax.jit(program.call)
 """
 IN_PLAIN_TENSORFLOW = """
 import sys
@@ -44,13 +46,13 @@ for name in ("semiseg_jax", "flax", "jax", "jaxlib"):
     sys.modules[name] = None
 import numpy as np, tensorflow as tf
 module = tf.saved_model.load("saved_model")
-def run(images):
+def predict(images):
     return module.signatures["serving_default"](images=tf.constant(images))
 """
 SAVE_OUTPUTS = """
 outputs = {}
 for name, images in np.load("images.npz").items():
-    for key, value in run(images).items():
+    for key, value in predict(images).items():
         outputs[f"{name}/{key}"] = np.asarray(value)
 np.savez("outputs.npz", **outputs)
 """
@@ -58,14 +60,14 @@ np.savez("outputs.npz", **outputs)
 
 def run(command, folder):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """A folder with a workdir of configs/streets.py, its stages cut short, and its cache."""
+    """Returns a folder with the cache and the workdir of a short run of configs/streets.py."""
     folder = tmp_path_factory.mktemp("quickstart")
     run(
         [
@@ -81,68 +83,68 @@ def quickstart(tmp_path_factory):
     return folder
 
 
-def test_predict_gives_the_quickstarts_miou(quickstart, tmp_path):
+def test_predictions_have_the_miou_of_the_quickstart(quickstart, tmp_path):
     (data,) = (quickstart / "cache").glob("streets-*")
     command = [sys.executable, "-m", "semiseg_jax.predict", f"--workdir={quickstart / 'run'}"]
     command += [f"--input={data / 'images' / 'val'}", f"--output={tmp_path}"]
     assert "4 images predicted" in run(command, ROOT)
     row = json.loads((quickstart / "run" / "results.json").read_text())["rows"][-1]
-    miou = scored(maps(tmp_path), data / "masks" / "val", len(row["iou"]))
+    miou = compute_miou(read_maps(tmp_path), data / "masks" / "val", len(row["iou"]))
     assert miou == pytest.approx(row["miou"], abs=1e-6)
     assert len(list((tmp_path / "overlays").glob("*.jpg"))) == 4
 
 
 @pytest.fixture(scope="module")
 def scenes(quickstart):
-    """The quickstart's workdir, and built-in scenes of several sizes."""
+    """Returns the quickstart's workdir, no arguments, and built-in scenes of several sizes."""
     sizes = {"even": (96, 160), "odd": (121, 83), "large": (480, 640)}
     images = {name: streets.draw(1, 0, *size)[0][None] for name, size in sizes.items()}
     return quickstart / "run", (), images
 
 
-def imagenet(model):
-    """ImageNet weights below a head from scratch."""
-    drawn = state.init_variables(model, 0, mesh.make_mesh(jax.devices()[:1]))
-    return state.for_inference(pretrained.load(IMAGENET, drawn)[0])
+def load_imagenet_weights(model):
+    """Returns variables with ImageNet weights in the backbone and a random head."""
+    variables = train_state.init_variables(model, 0, mesh.make_mesh(jax.devices()[:1]))
+    return train_state.inference_variables(pretrained.load(IMAGENET, variables)[0])
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A workdir with ImageNet weights, and photographs whole and cut to odd sizes."""
+    """Returns a workdir with ImageNet weights, arguments, and photographs, some of odd sizes."""
     for path in (PHOTOGRAPHS, IMAGENET):
         if not path.exists():
             pytest.skip(f"there is no ../{path.relative_to(ROOT.parent)}")
     workdir = make_workdir(
         tmp_path_factory.mktemp("imagenet"),
-        weights_of=imagenet,
+        make_weights=load_imagenet_weights,
         model__backbone="efficientnet_lite0",
         model__head_features=64,
         model__low_level_features=24,
     )
-    taken = [read_image(path)[None] for path in sorted(PHOTOGRAPHS.iterdir())[:3]]
-    cut = {"odd": taken[1][:, :359, :479], "tall": taken[2][:, :301, 7:204]}
-    return workdir, (f"--images={PHOTOGRAPHS}",), {"whole": taken[0], **cut}
+    images = [read_image(path)[None] for path in sorted(PHOTOGRAPHS.iterdir())[:3]]
+    crops = {"odd": images[1][:, :359, :479], "tall": images[2][:, :301, 7:204]}
+    return workdir, (f"--images={PHOTOGRAPHS}",), {"whole": images[0], **crops}
 
 
-@pytest.mark.parametrize("images_of", ["scenes", "photographs"])
+@pytest.mark.parametrize("source", ["scenes", "photographs"])
 @pytest.mark.parametrize(
     ("format_", "script"), [("stablehlo", IN_PLAIN_JAX), ("saved_model", IN_PLAIN_TENSORFLOW)]
 )
-def test_artefacts_are_the_model_where_this_package_is_not(
-    tmp_path, request, images_of, format_, script
+def test_exported_model_equals_the_network_without_this_package(
+    tmp_path, request, source, format_, script
 ):
-    workdir, arguments, images = request.getfixturevalue(images_of)
+    workdir, arguments, images = request.getfixturevalue(source)
     command = [sys.executable, "-m", "semiseg_jax.export", f"--workdir={workdir}", *arguments]
-    # Which fails where its own parity check does.
+    # The command exits with an error if its own comparison fails.
     run([*command, f"--output={tmp_path / format_}", f"--format={format_}"], ROOT)
     np.savez(tmp_path / "images.npz", **images)
     run([sys.executable, "-I", "-c", script + SAVE_OUTPUTS], tmp_path)
-    found = deployed.load(workdir)
-    predictor = Predictor(found.model, mesh.make_mesh(jax.devices()[:1]))
+    bundle = model_bundle.load(workdir)
+    predictor = Predictor(bundle.model, mesh.make_mesh(jax.devices()[:1]))
     outputs = np.load(tmp_path / "outputs.npz")
     pixels = same = 0
     for name, image in images.items():
-        probabilities = np.asarray(predictor(found.variables, jnp.asarray(image)))
+        probabilities = np.asarray(predictor(bundle.variables, jnp.asarray(image)))
         class_map = outputs[f"{name}/class_map"]
         assert (class_map.dtype, class_map.shape) == (np.uint8, probabilities.shape[:3])
         np.testing.assert_allclose(outputs[f"{name}/probabilities"], probabilities, atol=1e-4)

@@ -500,11 +500,11 @@ def test_copy_keeps_data_and_environment_and_leaves_nothing_old(worker):
     (semiseg / "project" / "old.py").touch()
     (worker.project / "data" / "big").mkdir(parents=True)
     (worker.project / "semiseg_jax" / "data").mkdir(parents=True)
-    (worker.project / "semiseg_jax" / "data" / "labels.py").touch()
+    (worker.project / "semiseg_jax" / "data" / "image_io.py").touch()
     ask(worker, "copy")
     project = semiseg / "project"
     assert not (project / "old.py").exists()
-    assert (project / "semiseg_jax" / "data" / "labels.py").exists()
+    assert (project / "semiseg_jax" / "data" / "image_io.py").exists()
     assert [p.name for p in (project / "data").iterdir()] == ["mine"]
 
 

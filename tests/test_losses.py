@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from semiseg_jax import losses
-
-IGNORE = 255
+from semiseg_jax.losses import IGNORE
 
 
 def by_hand(logits, labels):
-    """(CE, 1 - p_y, max p) of the valid pixels, from the definition, in float64."""
+    """Returns (CE, 1 - p_y, max p) of the valid pixels, by definition, in float64."""
     logits = np.asarray(logits, np.float64)
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     p = exp / exp.sum(-1, keepdims=True)
@@ -24,12 +23,12 @@ def pixels(request):
     logits = (request.param * rng.normal(size=(2, 5, 7, 6))).astype(np.float32)
     labels = rng.integers(0, 6, (2, 5, 7)).astype(np.uint8)
     labels[0, :2] = IGNORE
-    # Certain and right: where 1 - p_y is small, its digits are lost first.
+    # Certain and correct: a small 1 - p_y loses its digits first.
     labels[1] = logits[1].argmax(-1)
     return logits, labels
 
 
-def test_cross_entropy_is_the_definition(pixels):
+def test_cross_entropy_equals_the_definition(pixels):
     ce, _, _ = by_hand(*pixels)
     total, count = losses.cross_entropy(*pixels)
     np.testing.assert_allclose(total, ce.sum(), rtol=1e-6)
@@ -37,7 +36,7 @@ def test_cross_entropy_is_the_definition(pixels):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "expected"),
+    ("kwargs", "expected"),
     [
         ({}, lambda ce, miss, w: w * ce + (1 - w) * 9.210340371976182 * miss),
         (
@@ -57,16 +56,16 @@ def test_cross_entropy_is_the_definition(pixels):
             ),
         ),
     ],
-    ids=["paper", "official unsaturated", "official", "knobs"],
+    ids=["paper", "official unsaturated", "official", "kwargs"],
 )
-def test_self_correction_is_the_definition(pixels, knobs, expected):
-    total, count = losses.self_correction(*pixels, **knobs)
+def test_self_correction_equals_the_definition(pixels, kwargs, expected):
+    total, count = losses.self_correction(*pixels, **kwargs)
     terms = by_hand(*pixels)
     np.testing.assert_allclose(total, expected(*terms).sum(), rtol=1e-6)
     assert count == terms[0].size
 
 
-def test_symmetric_cross_entropy_is_the_definition(pixels):
+def test_symmetric_cross_entropy_equals_the_definition(pixels):
     ce, miss, _ = by_hand(*pixels)
     total, _ = losses.symmetric_cross_entropy(*pixels, alpha=0.3, beta=2.0, label_floor=1e-4)
     np.testing.assert_allclose(total, (0.3 * ce + 2 * 9.210340371976182 * miss).sum(), rtol=1e-6)
@@ -76,7 +75,7 @@ ALL = [losses.cross_entropy, losses.self_correction, losses.symmetric_cross_entr
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_all_ignored_is_zero_of_zero_with_a_zero_gradient(loss):
+def test_ignored_pixels_alone_give_zero_sum_count_and_gradient(loss):
     logits = jnp.ones((1, 2, 3, 4))
     labels = jnp.full((1, 2, 3), IGNORE, jnp.uint8)
     assert [float(v) for v in loss(logits, labels)] == [0.0, 0.0]
@@ -86,7 +85,7 @@ def test_all_ignored_is_zero_of_zero_with_a_zero_gradient(loss):
 
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("label", [0, 1])
-def test_huge_logits_are_finite_and_push_the_right_way(loss, label):
+def test_huge_logits_give_finite_losses_and_gradients(loss, label):
     logits = jnp.array([[1e4, -1e4, 0.0]])
     value, gradient = jax.value_and_grad(lambda x: loss(x, jnp.array([label]))[0])(logits)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -100,7 +99,7 @@ def test_gradient_of_cross_entropy_is_softmax_minus_one_hot_even_at_a_tie():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-def test_w_is_a_constant_unless_asked():
+def test_w_is_a_constant_by_default():
     logits, labels = jnp.array([[1.0, 0.2, -0.5]]), jnp.array([1])
     p = np.asarray(jax.nn.softmax(logits)[0], np.float64)
     # d/dl of w * CE + (1 - w) * R * (1 - p_y) with w constant, R = -log(1e-4)
@@ -124,7 +123,7 @@ def test_bfloat16_logits_are_reduced_in_float32():
     assert count == 10_000
 
 
-def test_another_ignore_value():
+def test_a_negative_ignore_label():
     labels = np.array([[0, -1]])
     _, count = losses.cross_entropy(jnp.zeros((1, 2, 3)), labels, ignore=-1)
     assert count == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from semiseg_jax.paper import TABLES
+from semiseg_jax.experiments.paper_tables import TABLES
 from tests import workdirs
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""How calls of compiled programs return, and batches that fill the devices."""
+"""Synchronous calls on the CPU, and batch sizes rounded up to the devices."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ import pytest
 
 from semiseg_jax import mesh as mesh_lib
 
-IN_ORDER = """
+TIMED_STEPS = """
 import sys
-if sys.argv[1] == "one":
-    from semiseg_jax import mesh
-    mesh.compute_on_cpu()
+if sys.argv[1] == "synchronous":
+    from semiseg_jax.runtime import xla
+    xla.force_cpu()
 import jax
 import jax.numpy as jnp
 
@@ -22,14 +22,14 @@ print(all(step(x).is_ready() for _ in range(3)))
 """
 
 
-@pytest.mark.parametrize(("mode", "ready"), [("one", "True"), ("ahead", "False")])
-def test_a_step_is_done_when_its_call_returns(mode, ready):
-    command = [sys.executable, "-c", IN_ORDER, mode]
+@pytest.mark.parametrize(("mode", "ready"), [("synchronous", "True"), ("default", "False")])
+def test_a_call_on_the_cpu_returns_when_its_results_are_computed(mode, ready):
+    command = [sys.executable, "-c", TIMED_STEPS, mode]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == ready
+    process = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert process.stdout.strip() == ready
 
 
-@pytest.mark.parametrize("images, filled", [(1, 8), (8, 8), (9, 16)])
-def test_a_batch_that_fills_the_devices(images, filled):
-    assert mesh_lib.batch_over(images, 8) == filled
+@pytest.mark.parametrize(("images", "rounded"), [(1, 8), (8, 8), (9, 16)])
+def test_a_batch_is_rounded_up_to_the_devices(images, rounded):
+    assert mesh_lib.round_up_batch(images, 8) == rounded

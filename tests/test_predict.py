@@ -1,4 +1,4 @@
-"""Predictions against evaluation, of every kind of file, and what is refused."""
+"""Predictions compared with evaluation, all kinds of image files, and invalid arguments."""
 
 import dataclasses
 import functools
@@ -12,22 +12,22 @@ from PIL import Image
 
 from semiseg_jax import (
     checkpoints,
-    deployed,
     evaluate,
-    interruption,
     mesh,
-    predictions,
-    rounds,
-    seeing,
-    state,
+    self_training,
     train,
+    train_state,
 )
-from semiseg_jax.data import inputs, pictures, sources
-from semiseg_jax.errors import UserError
+from semiseg_jax.data import load, visualize
 from semiseg_jax.models import deeplab
+from semiseg_jax.runtime import preemption
+from semiseg_jax.serving import inputs, model_bundle, prediction_writer, tiling
 from tests import mains
 from tests.conftest import tiny_config
+from tests.errors import raises_code
 from tests.networks import Pointwise
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 CLASSES = ("ground", "thing", "corner")
 FEW = [(37, 51), (48, 36)]
@@ -35,7 +35,7 @@ MANY = [(33 + 3 * i, 60 - 5 * i) for i in range(9)]
 
 
 def make_data(root, sizes):
-    """Noise with blocks; 2 images to train on, and 9 to evaluate on, of the given sizes."""
+    """Writes images of noise and blocks in the given sizes: 2 to train on, 9 to evaluate."""
     rng = np.random.default_rng(0)
     for i in range(11):
         height, width = sizes[i % len(sizes)]
@@ -50,28 +50,28 @@ def make_data(root, sizes):
             Image.fromarray(array).save(path)
 
 
-def random_weights(path, config):
-    """A network that sees several classes; after a short training it would see one."""
+def write_random_weights(path, config):
+    """Writes weights that predict several classes; a short training would predict one."""
     rng = np.random.default_rng(3)
 
-    def draw(where, shape):
-        name = jax.tree_util.keystr(where)
-        drawn = rng.normal(0, 0.5, shape.shape).astype(shape.dtype)
+    def draw(key_path, shape):
+        name = jax.tree_util.keystr(key_path)
+        values = rng.normal(0, 0.5, shape.shape).astype(shape.dtype)
         if "classifier" in name and "bias" in name:
-            return 0 * drawn
-        return np.abs(drawn) + 0.5 if "var" in name else drawn
+            return 0 * values
+        return np.abs(values) + 0.5 if "var" in name else values
 
-    shapes = state.variable_shapes(deeplab.build(config, 3))
+    shapes = train_state.variable_shapes(deeplab.build(config, 3))
     variables = jax.tree_util.tree_map_with_path(draw, shapes)
-    checkpoints.save_weights(path, state.for_inference(variables), {})
+    checkpoints.save_weights(path, train_state.inference_variables(variables), {})
 
 
-def mesh_of_one():
+def one_device_mesh():
     return mesh.make_mesh(jax.devices()[:1])
 
 
 def run(folder, sizes):
-    """A run over data of these sizes that ends with random weights: (config, workdir)."""
+    """Runs a teacher with random weights on images of these sizes; returns (config, workdir)."""
     make_data(folder / "data", sizes)
     config = tiny_config(
         data__root=str(folder / "data"),
@@ -81,44 +81,44 @@ def run(folder, sizes):
         eval__pad_to=16,
         rounds__count=0,
     )
-    random_weights(folder / "weights.safetensors", config.model)
+    write_random_weights(folder / "weights.safetensors", config.model)
     config.model.pretrained = str(folder / "weights.safetensors")
-    devices = mesh_of_one()
+    devices = one_device_mesh()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make_mesh", lambda: devices)
-        # Ends where training would start.
-        patch.setattr(train, "run", lambda stage, program, start, **_: start())
-        rounds.run(config, folder / "run")
+        # Returns the initial state instead of training.
+        patch.setattr(train, "run", lambda stage, program, init_variables, **_: init_variables())
+        self_training.run(config, folder / "run")
     return config, folder / "run"
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
+def few(tmp_path_factory, shared_programs):
     return run(tmp_path_factory.mktemp("few"), FEW)
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory):
+def many(tmp_path_factory, shared_programs):
     return run(tmp_path_factory.mktemp("many"), MANY)
 
 
 predict = functools.partial(mains.run, command="predict")
-refused = functools.partial(mains.refused, command="predict")
+get_error = functools.partial(mains.refused, command="predict")
 
 
 def flags(workdir, source, output):
     return f"--workdir={workdir}", f"--input={source}", f"--output={output}"
 
 
-def maps(folder):
-    """Class ids by name."""
-    found = {p.relative_to(folder).as_posix(): Image.open(p) for p in folder.rglob("*.png")}
-    assert all(image.mode == "P" for image in found.values())
-    return {name: np.asarray(image) for name, image in found.items()}
+def read_maps(folder):
+    """Returns the class ids of the label maps in a folder, by name."""
+    images = {p.relative_to(folder).as_posix(): Image.open(p) for p in folder.rglob("*.png")}
+    assert all(image.mode == "P" for image in images.values())
+    return {name: np.asarray(image) for name, image in images.items()}
 
 
-def scored(predicted, truth, num_classes=3):
-    """mIoU by NumPy alone."""
+def compute_miou(predicted, truth, num_classes=3):
+    """Returns the mIoU, computed with NumPy alone."""
     counts = np.zeros((num_classes, 256), np.int64)
     for name, ids in predicted.items():
         label = np.asarray(Image.open(truth / name))
@@ -128,30 +128,34 @@ def scored(predicted, truth, num_classes=3):
     return np.mean(np.diag(counts)[union > 0] / union[union > 0])
 
 
-@pytest.mark.parametrize("made", ["few", "many"])
-def test_training_evaluation_and_predicted_files_agree(made, request, tmp_path, monkeypatch):
-    config, workdir = request.getfixturevalue(made)
+@pytest.mark.parametrize("sizes", ["few", "many"])
+def test_predicted_files_have_the_evaluated_miou(sizes, request, tmp_path, monkeypatch):
+    config, workdir = request.getfixturevalue(sizes)
     (row,) = json.loads((workdir / "results.json").read_text())["rows"]
-    assert row["protocol"]["pad_to"] == {"few": 1, "many": 16}[made]
-    model = deployed.load(workdir)
-    data = sources.load(config)
-    score = evaluate.Evaluator(model.model, data, config.eval, mesh_of_one(), model.colour)
+    assert row["protocol"]["pad_to"] == {"few": 1, "many": 16}[sizes]
+    bundle = model_bundle.load(workdir)
+    data = load.load_dataset(config)
+    evaluator = evaluate.Evaluator(
+        bundle.model, data, config.eval, one_device_mesh(), bundle.pad_value
+    )
     images = os.path.join(config.data.root, "images", "val")
     predict(monkeypatch, *flags(workdir, images, tmp_path))
-    found = maps(tmp_path)
-    assert len(found) == 9
-    assert len(np.unique(np.concatenate([ids.ravel() for ids in found.values()]))) > 1
-    miou = scored(found, workdir.parent / "data" / "masks" / "val")
+    label_maps = read_maps(tmp_path)
+    assert len(label_maps) == 9
+    assert len(np.unique(np.concatenate([ids.ravel() for ids in label_maps.values()]))) > 1
+    miou = compute_miou(label_maps, workdir.parent / "data" / "masks" / "val")
     assert 0.05 < miou < 0.9
     assert miou == pytest.approx(row["miou"], abs=1e-6)
-    assert miou == pytest.approx(score(model.variables).miou, abs=1e-6)
-    # One image alone, in another batch, is seen as it was among the others.
+    assert miou == pytest.approx(evaluator(bundle.variables).miou, abs=1e-6)
+    # The prediction of an image does not depend on the other images.
     predict(monkeypatch, *flags(workdir, f"{images}/nested/4.png", tmp_path / "alone"))
-    np.testing.assert_array_equal(maps(tmp_path / "alone")["4.png"], found["nested/4.png"])
+    np.testing.assert_array_equal(
+        read_maps(tmp_path / "alone")["4.png"], label_maps["nested/4.png"]
+    )
 
 
-def test_an_evaluated_image_is_seen_as_it_was_whatever_lies_beside_it(few, tmp_path, monkeypatch):
-    """Few sizes were evaluated and many are predicted: only the new ones are padded."""
+def test_an_evaluated_size_is_never_padded(few, tmp_path, monkeypatch):
+    """Few sizes were evaluated and many are predicted: only the new sizes are padded."""
     _, workdir = few
     images = workdir.parent / "data" / "images" / "val"
     predict(monkeypatch, *flags(workdir, images, tmp_path / "before"))
@@ -161,14 +165,14 @@ def test_an_evaluated_image_is_seen_as_it_was_whatever_lies_beside_it(few, tmp_p
         Image.fromarray(np.full((*size, 3), 20 * i, np.uint8)).save(mixed / f"new{i}.png")
     (mixed / "3.png").write_bytes((images / "3.png").read_bytes())
     predict(monkeypatch, *flags(workdir, mixed, tmp_path / "after"))
-    before, after = maps(tmp_path / "before"), maps(tmp_path / "after")
+    before, after = read_maps(tmp_path / "before"), read_maps(tmp_path / "after")
     np.testing.assert_array_equal(after["3.png"], before["3.png"])
     assert [after[f"new{i}.png"].shape for i in range(9)] == MANY
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Files of every kind, three of them broken; one image in several guises."""
+    """Returns a folder with one image in several file formats, and unreadable files."""
     folder = tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
     rng = np.random.default_rng(1)
@@ -178,11 +182,11 @@ def photos(tmp_path):
     image.convert("L").save(folder / "grey.png")
     alpha = np.dstack([pixels, rng.integers(0, 256, (40, 48))]).astype(np.uint8)
     Image.fromarray(alpha).save(folder / "alpha.png")
-    turned = Image.Exif()
-    turned[0x112] = 6
-    # Stored lying; to be shown turned by a quarter.
+    exif = Image.Exif()
+    exif[0x112] = 6
+    # Stored with an EXIF orientation that rotates it by 90 degrees.
     image.transpose(Image.Transpose.ROTATE_90).save(
-        folder / "turned.webp", "WEBP", lossless=True, exif=turned
+        folder / "turned.webp", "WEBP", lossless=True, exif=exif
     )
     image.save(folder / "same.png")
     image.save(folder / "same.tif")
@@ -195,33 +199,35 @@ def photos(tmp_path):
     return folder
 
 
-def test_every_kind_of_file_and_broken_ones_at_the_end(few, photos, monkeypatch, capsys):
+def test_all_image_formats_are_predicted_and_unreadable_files_listed(
+    few, photos, monkeypatch, capsys
+):
     _, workdir = few
     output = photos / "predicted"
-    sentence = refused(monkeypatch, *flags(workdir, photos, output))
-    assert sentence.startswith("Error: 3 files could not be predicted, all others are written:\n")
+    error = get_error(monkeypatch, *flags(workdir, photos, output))
+    assert error.startswith("Error: 3 files could not be predicted, all others are written:\n")
     for line in ("cut.tif cannot be decoded", "empty.jpg is not an image", "sixteen.png has more"):
-        assert f"\n  {photos}/{line}" in sentence
+        assert f"\n  {photos}/{line}" in error
     assert "1 files below" in capsys.readouterr().out
-    found = maps(output)
-    assert found.keys() == {
+    label_maps = read_maps(output)
+    assert label_maps.keys() == {
         *("deep/plain.png", "grey.png", "alpha.png", "turned.png", "one.png"),
-        # They differ by their endings alone.
+        # Their names differ only in the suffix.
         *("same.png.png", "same.tif.png"),
     }
-    assert found["one.png"].shape == (1, 1)
-    same = ("grey.png", "alpha.png", "turned.png", "same.png.png", "same.tif.png")
-    for name in same:
-        np.testing.assert_array_equal(found[name], found["deep/plain.png"], err_msg=name)
+    assert label_maps["one.png"].shape == (1, 1)
+    equal = ("grey.png", "alpha.png", "turned.png", "same.png.png", "same.tif.png")
+    for name in equal:
+        np.testing.assert_array_equal(label_maps[name], label_maps["deep/plain.png"], err_msg=name)
     record = json.loads((output / "predictions.json").read_text())
     assert record["images"] == 7 and len(record["broken"]) == 3 and record["ended"]
-    # Again: what was predicted is no image to predict, and every file is the same.
+    # A second call ignores the predictions in the input folder and writes the same files.
     files = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    refused(monkeypatch, *flags(workdir, photos, output))
+    get_error(monkeypatch, *flags(workdir, photos, output))
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == files
 
 
-def test_probabilities_and_another_protocol(few, photos, tmp_path, monkeypatch, capsys):
+def test_probabilities_and_changed_protocol(few, photos, tmp_path, monkeypatch, capsys):
     _, workdir = few
     arguments = flags(workdir, photos / "same.png", tmp_path / "out")
     predict(monkeypatch, *arguments, "--probabilities", "--nooverlays", "--flip", "--scales=.5,1")
@@ -232,7 +238,7 @@ def test_probabilities_and_another_protocol(few, photos, tmp_path, monkeypatch, 
     assert levels.dtype == np.uint8 and levels.shape == (40, 48, 3)
     assert tuple(names) == CLASSES
     assert np.abs(levels.sum(-1, dtype=int) - 255).max() <= 2
-    ids = maps(tmp_path / "out")["same.png"]
+    ids = read_maps(tmp_path / "out")["same.png"]
     assert (np.take_along_axis(levels, ids[..., None], -1)[..., 0] == levels.max(-1)).all()
     record = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert record["protocol"]["scales"] == [0.5, 1.0] and not record["as_evaluated"]
@@ -242,80 +248,75 @@ def test_probabilities_and_another_protocol(few, photos, tmp_path, monkeypatch, 
 def pointwise(few):
     network = Pointwise()
     variables = jax.jit(network.init)(jax.random.key(1), np.zeros((1, 4, 4, 3), np.float32))
-    model = deployed.load(few[1])
-    return dataclasses.replace(model, model=network, variables=jax.device_get(variables))
+    bundle = model_bundle.load(few[1])
+    return dataclasses.replace(bundle, model=network, variables=jax.device_get(variables))
 
 
-def test_tiles_of_a_large_image_give_what_the_whole_gives(pointwise, tmp_path):
+def test_tiled_prediction_equals_prediction_in_one_pass(pointwise, tmp_path):
     pixels = np.random.default_rng(5).integers(0, 256, (41, 130, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "large.png")
-    example = sources.Example("large", str(tmp_path / "large.png"), None)
+    example = load.Example("large", str(tmp_path / "large.png"), None)
     devices = mesh.make_mesh(jax.devices()[:2])
-    protocol = seeing.as_evaluated(pointwise, 2)
-    found = {}
-    for name, most in (("whole", 10_000), ("tiles", 900)):
-        tiled = dataclasses.replace(protocol, max_pixels=most)
-        output = tmp_path / name
-        assert predictions.Writer(pointwise, tiled, devices, output, False, True)([example]) == {}
-        levels = np.load(output / "probabilities" / "large.npz")["probabilities"]
-        found[name] = maps(output)["large.png"], levels
-    assert len(np.unique(found["whole"][0])) > 1
-    for whole, tiles in zip(found["whole"], found["tiles"], strict=True):
+    protocol = model_bundle.evaluation_config(pointwise, 2)
+    outputs = {}
+    for name, max_pixels in (("whole", 10_000), ("tiles", 900)):
+        config = dataclasses.replace(protocol, max_pixels=max_pixels)
+        writer = prediction_writer.PredictionWriter(
+            pointwise, config, devices, tmp_path / name, overlays=False, probabilities=True
+        )
+        assert writer([example]) == {}
+        levels = np.load(tmp_path / name / "probabilities" / "large.npz")["probabilities"]
+        outputs[name] = read_maps(tmp_path / name)["large.png"], levels
+    assert len(np.unique(outputs["whole"][0])) > 1
+    for whole, tiles in zip(outputs["whole"], outputs["tiles"], strict=True):
         np.testing.assert_array_equal(whole, tiles)
 
 
-def test_a_device_is_given_no_more_than_it_should_have(pointwise):
-    protocol = seeing.as_evaluated(pointwise, 1)
-    sizes = [(600, 10_000), (3000, 4000), (1000, 1000), *FEW, *FEW, *FEW]
-    plan = seeing.Sizes(sizes, pointwise, protocol, 1)
-    assert [plan.seen(size) for size in sizes[:3]] == [(600, 2048), (2048, 2048), (1000, 1000)]
-    assert [plan.batch(size) for size in [(600, 2048), (2048, 2048), (1000, 1000), FEW[0]]] == [
-        *(3, 1, 4),
-        4,
-    ]
-    for size, tile in ((10_000, 2048), (2049, 2048), (5, 5), (1, 1)):
-        spans = seeing.spans(size, tile)
-        decided = [range(s.low, s.high) for s in spans]
-        assert [i for r in decided for i in r] == list(range(size))
-        assert all(s.start <= s.low and s.high <= s.start + tile <= size for s in spans)
-        # Away from the image's rim, a tile decides on nothing near its own.
-        assert all(s.low - s.start >= 256 for s in spans[1:])
+@pytest.mark.parametrize(("size", "tile"), [(10_000, 2048), (2049, 2048), (5, 5), (1, 1)])
+def test_tiles_cover_an_axis_without_their_borders(size, tile):
+    tiles = tiling.tile_axis(size, tile)
+    assert [i for t in tiles for i in range(t.low, t.high)] == list(range(size))
+    assert all(t.start <= t.low and t.high <= t.start + tile <= size for t in tiles)
+    # Inside the image, no tile provides pixels near its own border.
+    assert all(t.low - t.start >= 256 for t in tiles[1:])
 
 
-def test_names_that_differ_by_their_endings_keep_them():
+def test_names_that_would_collide_keep_their_suffixes():
     paths = ["a.jpg", "a.png", "b.png", "a.jpg.png", "sub/a.png"]
     assert inputs.output_names(paths) == ["a.jpg", "a.png", "b", "a.jpg.png", "sub/a"]
 
 
-def test_an_overlay_names_the_classes_that_are_there():
+def test_the_legend_of_an_overlay_lists_the_present_classes():
     palette = ((0, 0, 0), (200, 100, 0), (0, 250, 0))
     image = np.full((40, 60, 3), 100, np.uint8)
     classes = np.zeros((40, 60), np.uint8)
     classes[:, 15:] = 1
-    sheet = np.asarray(pictures.with_legend(image, classes, CLASSES, palette))
-    # Four times as large, the least that gives the legend room; 45 % image and 55 % class.
+    sheet = np.asarray(visualize.with_legend(image, classes, CLASSES, palette))
+    # Enlarged four times to make room for the legend; blended from 45 % image and 55 % class.
     assert sheet.shape[1] == 240 and sheet.shape[0] > 160
     assert (sheet[:160, :60] == 45).all() and (sheet[:160, 60:] == (155, 100, 45)).all()
     legend = sheet[160:].reshape(-1, 3).tolist()
     assert [200, 100, 0] in legend and [0, 0, 0] in legend and [0, 250, 0] not in legend
-    large = pictures.with_legend(
+    large = visualize.with_legend(
         np.zeros((30, 5000, 3), np.uint8), np.ones((30, 5000), np.uint8), CLASSES, palette
     )
     assert large.width == 1667
 
 
-def test_it_stops_on_request_and_says_that_it_did_not_end(pointwise, photos, tmp_path):
+def test_a_stopped_prediction_is_recorded_as_unfinished(pointwise, photos, tmp_path):
     images = inputs.Images(photos, tmp_path / "out")
-    protocol = dataclasses.replace(seeing.as_evaluated(pointwise, 1), batch=1)
-    writer = predictions.Writer(pointwise, protocol, mesh_of_one(), tmp_path / "out")
-    done = []
-    with pytest.raises(interruption.Interrupted):
-        writer(images.examples, done.append, asked=lambda: len(done) >= 5)
-    assert 0 < len(maps(tmp_path / "out")) < 7
+    protocol = dataclasses.replace(model_bundle.evaluation_config(pointwise, 1), batch=1)
+    writer = prediction_writer.PredictionWriter(
+        pointwise, protocol, one_device_mesh(), tmp_path / "out"
+    )
+    counts = []
+    with pytest.raises(preemption.Preempted), preemption.stop_when(lambda: len(counts) >= 5):
+        writer(images.examples, counts.append)
+    assert 0 < len(read_maps(tmp_path / "out")) < 7
     assert not json.loads((tmp_path / "out" / "predictions.json").read_text())["ended"]
 
 
-def test_what_cannot_be_done_is_one_sentence(few, photos, tmp_path, monkeypatch):
+def test_invalid_arguments_print_one_sentence(few, photos, tmp_path, monkeypatch):
     _, workdir = few
     (tmp_path / "file").write_text("")
     (tmp_path / "none").mkdir()
@@ -327,7 +328,7 @@ def test_what_cannot_be_done_is_one_sentence(few, photos, tmp_path, monkeypatch)
         ((photos, photos, tmp_path / "o"), "has no model/weights.safetensors: a run writes it"),
         ((workdir, photos, ""), "Say --output"),
     ):
-        assert sentence in refused(monkeypatch, *flags(*arguments))
+        assert sentence in get_error(monkeypatch, *flags(*arguments))
     for option, sentence in (
         ("--scales=1,x", "numbers with commas between them"),
         ("--scales=0", "--scales is (0.0,): make it a tuple of numbers above 0"),
@@ -337,14 +338,14 @@ def test_what_cannot_be_done_is_one_sentence(few, photos, tmp_path, monkeypatch)
         ("--max_pixels=0", "--max_pixels is 0"),
         ("--pad_two=3", "Unknown command line flag 'pad_two'"),
     ):
-        assert sentence in refused(monkeypatch, *flags(workdir, photos, tmp_path / "o"), option)
+        assert sentence in get_error(monkeypatch, *flags(workdir, photos, tmp_path / "o"), option)
 
 
-def test_what_is_no_prediction_is_not_written_over(photos, tmp_path):
+def test_files_that_are_not_predictions_are_not_overwritten(photos, tmp_path):
     (photos / "masks").mkdir()
     mask = photos / "masks" / "grey.png"
     Image.new("L", (48, 40)).save(mask)
-    with pytest.raises(UserError, match=r"masks/grey.png is there already, and is no predict"):
+    with raises_code("output-holds-other-files", "masks/grey.png"):
         inputs.Images(photos, photos / "masks")
     (photos / "masks" / "predictions.json").write_text("{}")
     assert len(inputs.Images(photos, photos / "masks").examples) == 10

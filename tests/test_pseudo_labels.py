@@ -1,4 +1,4 @@
-"""Label maps and what is kept beside them, of probabilities by hand."""
+"""Label maps, confidence maps and statistics of given probabilities."""
 
 import json
 
@@ -9,45 +9,49 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from semiseg_jax import health
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.data import labels, sources
-from semiseg_jax.errors import UserError
+from semiseg_jax import pseudo_label_stats, pseudo_labels
+from semiseg_jax.data import load
 from semiseg_jax.models import deeplab
 from semiseg_jax.pseudo_labels import Labeler
+from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime.errors import UserError
+from tests.errors import raises_code
 
 # 255 * 0.6 is 153.
 PROBABILITIES = jnp.array([0.1, 0.6, 0.3])
 
 
 @pytest.fixture
-def label(config_of_pairs, tmp_path):
-    """Labels every pixel with class 1, whatever the network; the folder is labels/maps."""
+def label(config_of_pairs, tmp_path, monkeypatch):
+    """Returns a function that labels every pixel with class 1, in the folder labels/maps."""
     config = config_of_pairs
     config.pseudo.keep_confidence = True
-    # Fewer images at a time than devices, of which one has an empty image.
+    # Fewer images per batch than devices, so that one device receives an empty image.
     config.pseudo.batch = 1
     mesh = mesh_lib.make_mesh(jax.devices()[:2])
     model = deeplab.build(config.model, 3)
-    colour = np.zeros(3, np.uint8)
+    pad_value = np.zeros(3, np.uint8)
     variables = {"params": {}, "batch_stats_weak": {}}
     folder = tmp_path / "labels" / "maps"
 
-    def start():
-        labeler = Labeler(model, sources.load(config), config, mesh, colour)
-        labeler._predictor = lambda _, images: jnp.broadcast_to(
-            PROBABILITIES, (*images.shape[:3], 3)
-        )
-        return labeler(variables, "a teacher", folder, lambda *_: None, print)
+    def predict(_, images):
+        return jnp.broadcast_to(PROBABILITIES, (*images.shape[:3], 3))
 
-    return start
+    monkeypatch.setattr(pseudo_labels, "Predictor", lambda *_: predict)
+
+    def run_labeler():
+        labeler = Labeler(model, load.load_dataset(config), config, mesh, pad_value)
+        return labeler(variables, "a teacher", folder, lambda *_: None)
+
+    return run_labeler
 
 
-def test_confidence_is_a_grey_image_of_each_pixel(label, tmp_path):
+def test_a_confidence_map_contains_the_confidence_of_each_pixel(label, tmp_path):
     manifest = label()
-    kept = sorted((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))
-    assert len(kept) == len(manifest["images"]) == 8
-    for path in kept:
+    paths = sorted((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))
+    assert len(paths) == len(manifest["images"]) == 8
+    for path in paths:
         name = str(path.relative_to(tmp_path / "labels" / "pseudo_confidence").with_suffix(""))
         entry = manifest["images"][name]
         grey = np.asarray(Image.open(path))
@@ -56,25 +60,25 @@ def test_confidence_is_a_grey_image_of_each_pixel(label, tmp_path):
         assert entry["mean_confidence"] == pytest.approx(0.6, rel=1e-5)
 
 
-def test_no_label_map_without_its_confidence(label, tmp_path, monkeypatch):
-    """Else the next start would take the image for done."""
-    write = labels.write_bytes
+def test_a_label_map_is_written_after_its_confidence_map(label, tmp_path, monkeypatch):
+    """Otherwise the next call would skip the image."""
+    write = fileio.write_bytes
 
-    def full(path, content, **how):
+    def fail_for_confidence(path, content, **kwargs):
         if "pseudo_confidence" in str(path):
             raise UserError("full")
-        write(path, content, **how)
+        write(path, content, **kwargs)
 
-    monkeypatch.setattr(labels, "write_bytes", full)
+    monkeypatch.setattr(fileio, "write_bytes", fail_for_confidence)
     with pytest.raises(UserError, match="full"):
         label()
     assert not list((tmp_path / "labels").rglob("*.png"))
-    monkeypatch.setattr(labels, "write_bytes", write)
+    monkeypatch.setattr(fileio, "write_bytes", write)
     assert len(label()["images"]) == 8
     assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
 
 
-def test_confidence_that_is_wanted_later_is_made_then(label, config_of_pairs, tmp_path):
+def test_missing_confidence_maps_are_added_later(label, config_of_pairs, tmp_path):
     config_of_pairs.pseudo.keep_confidence = False
     first = label()
     assert not (tmp_path / "labels" / "pseudo_confidence").exists()
@@ -83,32 +87,58 @@ def test_confidence_that_is_wanted_later_is_made_then(label, config_of_pairs, tm
     assert len(list((tmp_path / "labels" / "pseudo_confidence").rglob("*.png"))) == 8
 
 
-@pytest.mark.parametrize("earlier", [None, "", '{"images": {'])
-def test_a_round_whose_labels_are_gone_is_not_compared_with(
-    label, config_of_pairs, tmp_path, earlier
+@pytest.mark.parametrize("content", [None, "", '{"images": {'])
+def test_a_previous_round_without_manifest_is_not_compared(
+    label, config_of_pairs, tmp_path, content
 ):
     manifest = label()
-    folder, before = epath.Path(tmp_path / "labels" / "maps"), epath.Path(tmp_path / "before")
-    if earlier is not None:
-        before.mkdir()
-        (before / "manifest.json").write_text(earlier)
-    line, *_ = health.check(folder, manifest, sources.load(config_of_pairs), before)
+    folder, previous = epath.Path(tmp_path / "labels" / "maps"), epath.Path(tmp_path / "before")
+    if content is not None:
+        previous.mkdir()
+        (previous / "manifest.json").write_text(content)
+    line, *_ = pseudo_label_stats.write_stats(
+        folder, manifest, load.load_dataset(config_of_pairs), previous
+    )
     assert line.endswith(
-        f"not compared with the round before: {before}/manifest.json is missing or damaged"
+        f"not compared with the round before: {previous}/manifest.json is missing or damaged"
     )
     assert "changed" not in json.loads((folder / "health.json").read_text())
 
 
-@pytest.mark.parametrize("left", [b"", bytes(900)], ids=["empty", "zeros"])
-@pytest.mark.parametrize("manifest", [True, False])
-def test_what_a_power_cut_leaves_of_a_label_map_is_made_again(label, tmp_path, left, manifest):
-    """Label maps are not synced: their names may be on the disk and their content not."""
+@pytest.mark.parametrize("damaged", [b"", bytes(900)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_damaged_label_map_is_written_again(label, tmp_path, damaged, has_manifest):
+    """Label maps are not synced: after a power cut the file may exist without its content."""
     label()
     folder = tmp_path / "labels" / "maps"
     path = min(folder.rglob("*.png"))
-    whole = path.read_bytes()
-    path.write_bytes(left)
-    if not manifest:
+    content = path.read_bytes()
+    path.write_bytes(damaged)
+    if not has_manifest:
         (folder / "manifest.json").unlink()
     label()
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "*.png"])
+def test_an_unreadable_file_raises_a_user_error(label, tmp_path, closed, pattern):
+    label()
+    path = min((tmp_path / "labels" / "maps").rglob(pattern))
+    closed(path)
+    with pytest.raises(UserError) as raised:
+        label()
+    assert str(raised.value) == f"{path} cannot be read (Permission denied): make it readable."
+
+
+def test_an_unreadable_manifest_of_the_previous_round_raises_a_user_error(
+    label, config_of_pairs, tmp_path, closed
+):
+    folder, previous = epath.Path(tmp_path / "labels" / "maps"), epath.Path(tmp_path / "before")
+    manifest = label()
+    previous.mkdir()
+    (previous / "manifest.json").write_text("{}")
+    closed(previous / "manifest.json")
+    with raises_code("path-unreadable", "/before/manifest.json"):
+        pseudo_label_stats.write_stats(
+            folder, manifest, load.load_dataset(config_of_pairs), previous
+        )

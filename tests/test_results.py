@@ -6,25 +6,28 @@ import pytest
 from rich.console import Console
 
 from semiseg_jax import results
-from semiseg_jax.errors import UserError
-from semiseg_jax.evaluate import COMPARED, Score
-
-PROTOCOL = {key: key for key in COMPARED} | {"seed": 0, "config_hash": "a", "split": "val"}
+from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.evaluate import Score
+from tests.errors import raises_code
+from tests.rows import PROTOCOL
 
 
 def row(stage, round_, diagonal, protocol=PROTOCOL, step=10):
     """A row whose first two classes occur; the third never does."""
     confusion = np.array([[diagonal, 10 - diagonal, 0], [0, 10, 0], [0, 0, 0]])
-    return results.make_row(stage, round_, step, 0, Score(confusion), protocol)
+    protocol = EvalProtocol.from_json(protocol)
+    return results.ResultRow.of_score(stage, round_, step, Score(confusion), protocol)
 
 
 def test_a_row_says_what_it_is():
-    made = row("teacher", 0, 5)
+    made = row("teacher", 0, 5).to_json()
     assert made["iou"] == [0.5, 10 / 15, None]
     np.testing.assert_allclose(made["miou"], (0.5 + 10 / 15) / 2)
     assert (made["pixels"], made["pixel_accuracy"], made["mean_class_accuracy"]) == (20, 0.75, 0.75)
     assert (made["step"], made["weights_step"]) == (10, 10)
-    json.dumps(made, allow_nan=False)
+    assert results.ResultRow.from_json(json.loads(json.dumps(made, allow_nan=False))) == row(
+        "teacher", 0, 5
+    )
 
 
 def test_a_row_made_again_takes_the_place_of_the_old_one(tmp_path):
@@ -37,7 +40,7 @@ def test_a_row_made_again_takes_the_place_of_the_old_one(tmp_path):
     again.add(row("teacher", 0, 4), final=True)
     content = json.loads(path.read_text())
     assert [r["stage"] for r in content["rows"]] == ["teacher", "student"]
-    assert content["rows"][0] == row("teacher", 0, 4)
+    assert content["rows"][0] == row("teacher", 0, 4).to_json()
     assert [r["step"] for r in content["curve"]] == [5]
 
 
@@ -45,7 +48,7 @@ def test_a_row_of_another_protocol_stands_beside_the_old_one(tmp_path):
     kept = results.Results(tmp_path / "results.json")
     kept.add(row("teacher", 0, 1), final=True)
     kept.add(row("teacher", 0, 3, PROTOCOL | {"split": "test"}), final=True)
-    assert [r["split"] for r in kept.rows] == ["val", "test"]
+    assert [r.split for r in kept.rows] == ["val", "test"]
 
 
 @pytest.mark.parametrize(
@@ -53,25 +56,25 @@ def test_a_row_of_another_protocol_stands_beside_the_old_one(tmp_path):
 )
 def test_results_of_another_form_are_refused_as_damaged_ones(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"results\.json cannot be read \(.* remove it, and start"):
+    with raises_code("results-damaged", "results.json"):
         results.Results(tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("key", ["stage", "round", "step", "seed", "protocol", "miou", "iou"])
 def test_a_row_without_what_tables_read_is_refused(key, tmp_path):
-    whole = row("teacher", 0, 1)
+    whole = row("teacher", 0, 1).to_json()
     (tmp_path / "results.json").write_text(
         json.dumps({"rows": [{k: v for k, v in whole.items() if k != key}]})
     )
-    with pytest.raises(UserError, match="its rows are no result rows"):
+    with raises_code("results-damaged", "results.json", "rows"):
         results.Results(tmp_path / "results.json")
 
 
 def test_results_without_a_curve(tmp_path):
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"rows": [row("teacher", 0, 1)]}))
+    path.write_text(json.dumps({"rows": [row("teacher", 0, 1).to_json()]}))
     kept = results.Results(path)
-    assert [r["stage"] for r in kept.rows] == ["teacher"] and kept.curve == []
+    assert [r.stage for r in kept.rows] == ["teacher"] and kept.curve == []
     kept.add(row("teacher", 0, 3, step=5), final=False)
     assert len(json.loads(path.read_text())["curve"]) == 1
 
@@ -88,6 +91,6 @@ def test_the_table_has_gains():
 
 
 def test_a_table_of_several_protocols_is_refused():
-    rows = [row("teacher", 0, 5), row("student", 1, 8, PROTOCOL | {"scales": "others"})]
+    rows = [row("teacher", 0, 5), row("student", 1, 8, PROTOCOL | {"scales": [2.0]})]
     with pytest.raises(ValueError, match="different protocols"):
         results.print_table(rows, ("sky", "road", "moon"), Console())

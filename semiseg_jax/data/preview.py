@@ -1,14 +1,14 @@
-"""Pictures of what training sees: python -m semiseg_jax.data.preview --config=… --output=F.png
+"""Draws training views: python -m semiseg_jax.data.preview --config=… --output=F.png
 
-F.png is a contact sheet of the views that a student's first steps take from either stream, with
-their labels, and what was drawn for each. F_operations.png shows each operation of strong
-augmentation at the low end, the middle and the high end of its range, on one of these images.
+F.png is a contact sheet of the views of both streams in the first steps of a student, with their
+labels, geometry and operations. F_operations.png shows each operation of strong augmentation at
+the low end, the middle and the high end of its range, on one of these images.
 """
 
 import dataclasses
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,28 @@ from etils import epath
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw
 
-from semiseg_jax import command_line
-from semiseg_jax.data import labels, pipeline, sda, sources, streams, weak
-from semiseg_jax.data.pictures import PALE, PAPER, TEXT, Picture, legend, overlay, shortened, words
-from semiseg_jax.errors import UserError
+from semiseg_jax import stages
+from semiseg_jax.data import batch_layout, image_io, input_pipeline, load, sda, weak_augment
+from semiseg_jax.data.visualize import (
+    PAPER,
+    SECONDARY_COLOUR,
+    TEXT,
+    Picture,
+    legend,
+    overlay,
+    shorten,
+    words,
+)
+from semiseg_jax.runtime import cli, fileio
+from semiseg_jax.runtime.errors import UserError
 
-# In pixels of the sheet: about how wide one picture is, and the space between things.
-_CELL, _OPERATION_CELL = 300, 230
+# Approximate widths of a picture on either sheet, in pixels.
+_CELL_WIDTH, _OPERATION_CELL_WIDTH = 300, 230
+# Spaces between pictures, between cards, and around the sheet, in pixels.
 _GAP, _CARD_GAP, _MARGIN = 4, 22, 28
-_LINE, _EMPTY = (255, 60, 130), (236, 238, 241)
+# Colours of the frame around the crop, and of the space beside a picture in its cell.
+_FRAME_COLOUR, _CELL_COLOUR = (255, 60, 130), (236, 238, 241)
+# Font sizes and the width of the legend, in pixels.
 _TITLE, _HEADING = 30, 24
 _LEGEND_WIDTH = 1500
 
@@ -35,114 +48,119 @@ Operations = list[tuple[str, sda.Magnitude]]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One image of a training batch, and how it came about.
+    """An image of a training batch and the random draws that produced it.
 
     Attributes:
-        example: whose view it is.
-        image, label: as training gets them; [crop].
+        example: the example of the view.
+        image, label: the arrays of the training batch; [crop].
         without_sda: the same view before strong augmentation.
         source: the whole image.
-        geometry: scale, crop and mirror that were drawn.
-        operations: names and magnitudes of strong augmentation in the order applied.
+        geometry: the drawn scale, crop and mirror.
+        operations: names and magnitudes of strong augmentation, in the order of application.
     """
 
-    example: sources.Example
+    example: load.Example
     image: Picture
     label: UInt8[np.ndarray, "h w"]
     without_sda: Picture
     source: UInt8[np.ndarray, "sh sw 3"]
-    geometry: weak.Geometry
+    geometry: weak_augment.Geometry
     operations: Operations
 
 
-# --- What is shown -------------------------------------------------------------------------------
+# --- Views ---------------------------------------------------------------------------------------
 
 
-def views(
+def first_views(
     config: Any,
-    dataset: sources.Dataset,
-    pseudo: Sequence[sources.Example],
-    taken: streams.Streams,
+    dataset: load.Dataset,
+    pseudo: Sequence[load.Example],
+    stage_streams: batch_layout.BatchSpec,
     seed: Int64[np.ndarray, "2"],
-    colour: UInt8[np.ndarray, "3"],
+    pad_value: UInt8[np.ndarray, "3"],
     count: int,
 ) -> dict[str, list[View]]:
-    """The first views that a stage takes from its streams, from step 0 on.
+    """Returns the first views of a stage in each stream, from step 0 on.
 
     Args:
-        config, dataset, pseudo, taken, seed, colour: as `pipeline.train_batches` takes them.
-        count: of each stream.
+        config, dataset, pseudo, stage_streams, seed, pad_value: arguments of
+            `input_pipeline.train_batches`.
+        count: number of views of each stream.
 
     Returns:
-        Views by stream, "weak" and "strong"; none where the stage takes no such stream.
+        Views by stream, "weak" and "strong"; an empty list if the stage does not use the stream.
     """
-    plain = config.copy_and_resolve_references()
-    plain.sda.num_ops = 0
-    known = {"labeled": {e.id: e for e in dataset.labeled}, "pseudo": {e.id: e for e in pseudo}}
-    wanted = {name: count if taken.size(name) else 0 for name in ("weak", "strong")}
-    found: dict[str, list[View]] = {name: [] for name in wanted}
-    is_strong = streams.slots(taken, groups=1).strong
-    # As many steps as fill the larger stream.
-    steps = range(max(-(-wanted[name] // max(taken.size(name), 1)) for name in wanted))
-    batches, plain_batches = (
-        pipeline.train_batches(c, dataset, pseudo, taken, seed, steps, colour)
-        for c in (config, plain)
+    config_without_sda = config.copy_and_resolve_references()
+    config_without_sda.sda.num_ops = 0
+    examples = {"labeled": {e.id: e for e in dataset.labeled}, "pseudo": {e.id: e for e in pseudo}}
+    counts = {name: count if stage_streams.size(name) else 0 for name in ("weak", "strong")}
+    views: dict[str, list[View]] = {name: [] for name in counts}
+    is_strong = batch_layout.lay_out_batch(stage_streams, groups=1).strong
+    num_steps = max(-(-counts[name] // max(stage_streams.size(name), 1)) for name in counts)
+    batches, batches_without_sda = (
+        input_pipeline.train_batches(
+            c, dataset, pseudo, stage_streams, seed, range(num_steps), pad_value
+        )
+        for c in (config, config_without_sda)
     )
-    for batch, before in zip(batches, plain_batches, strict=True):
-        for place, strong in enumerate(is_strong):
-            stream = found["strong" if strong else "weak"]
+    for batch, without_sda in zip(batches, batches_without_sda, strict=True):
+        for i, strong in enumerate(is_strong):
+            stream = views["strong" if strong else "weak"]
             if len(stream) == count:
                 continue
-            kind = "pseudo" if batch.is_pseudo[place] else "labeled"
-            example = known[kind][batch.ids[place]]
-            source = labels.read_image(example.image)
-            draws = pipeline.view_draws(batch.seed[place], bool(strong), source.shape[:2], config)
+            kind = "pseudo" if batch.is_pseudo[i] else "labeled"
+            example = examples[kind][batch.ids[i]]
+            source = image_io.read_image(example.image)
+            geometry, operations = input_pipeline.sample_view(
+                batch.seed[i], bool(strong), source.shape[:2], config
+            )
             stream.append(
                 View(
-                    example,
-                    batch.image[place],
-                    batch.label[place],
-                    before.image[place],
-                    source,
-                    *draws,
+                    example=example,
+                    image=batch.image[i],
+                    label=batch.label[i],
+                    without_sda=without_sda.image[i],
+                    source=source,
+                    geometry=geometry,
+                    operations=operations,
                 )
             )
-    return found
+    return views
 
 
 def describe_geometry(view: View) -> str:
-    """Scale, crop and mirror of a view, for people."""
+    """Returns a caption with the scale, mirroring and padding of a view."""
     geometry = view.geometry
     scale = float(geometry.scaled[0] / view.source.shape[0])
     padded = tuple(geometry.valid.numpy()) != view.label.shape
-    parts = [f"scale {scale:.2f}", "mirrored" if geometry.mirrored else "", "padded" * padded]
-    return ", ".join(part for part in parts if part)
+    phrases = [f"scale {scale:.2f}", "mirrored" if geometry.mirrored else "", "padded" * padded]
+    return ", ".join(phrase for phrase in phrases if phrase)
 
 
 def describe_magnitude(magnitude: sda.Magnitude) -> str:
-    """The entries of a magnitude that a person can judge, such as "sigma 1.42"."""
-    parts = []
+    """Returns a caption with the displayable entries of a magnitude, such as "sigma 1.42"."""
+    phrases = []
     for key, value in magnitude.items():
         array = np.asarray(value)
         if key == "seed" or (array.dtype == bool and not array.any()):
             continue
         if array.dtype == bool and array.ndim:
-            parts.append(" ".join(name for name, on in zip("RGB", array, strict=True) if on))
+            phrases.append(" ".join(name for name, on in zip("RGB", array, strict=True) if on))
         elif array.dtype == bool:
-            parts.append(key.replace("_", " "))
+            phrases.append(key.replace("_", " "))
         elif key == "permutation":
-            parts.append("RGB from " + "".join("RGB"[i] for i in array))
+            phrases.append("RGB from " + "".join("RGB"[i] for i in array))
         elif key == "cells":
-            parts.append(f"{array[0]}x{array[1]} cells")
+            phrases.append(f"{array[0]}x{array[1]} cells")
         else:
             numbers = np.unique(array) if (array == array.flat[0]).all() else array
             digits = 0 if array.dtype.kind == "i" or np.abs(array).max() >= 10 else 2
-            parts.append(f"{key} " + " ".join(f"{n:.{digits}f}" for n in np.atleast_1d(numbers)))
-    return ", ".join(parts)
+            phrases.append(f"{key} " + " ".join(f"{n:.{digits}f}" for n in np.atleast_1d(numbers)))
+    return ", ".join(phrases)
 
 
-def outline(view: View) -> Picture:
-    """The whole image with a frame around what the view shows of it."""
+def draw_crop_frame(view: View) -> Picture:
+    """Returns the whole image with a frame around the crop of the view."""
     height, width = view.source.shape[:2]
     geometry = view.geometry
     ratio = np.array([height, width]) / geometry.scaled.numpy()
@@ -153,7 +171,7 @@ def outline(view: View) -> Picture:
     image = Image.fromarray(view.source)
     thickness = max(round(max(height, width) / 120), 1)
     box = (int(left), int(top), max(round(right) - 1, int(left)), max(round(bottom) - 1, int(top)))
-    ImageDraw.Draw(image).rectangle(box, outline=_LINE, width=thickness)
+    ImageDraw.Draw(image).rectangle(box, outline=_FRAME_COLOUR, width=thickness)
     return np.asarray(image)
 
 
@@ -161,115 +179,121 @@ def outline(view: View) -> Picture:
 
 
 def contact_sheet(
-    sections: Sequence[tuple[str, str, Sequence[View]]], dataset: sources.Dataset, title: str
+    sections: Sequence[tuple[str, str, Sequence[View]]], dataset: load.Dataset, title: str
 ) -> Image.Image:
-    """A sheet of views in sections (heading, explanation, views), below the classes' legend."""
+    """Draws sections of views (heading, explanation, views) below the legend of the classes."""
     classes = zip(dataset.classes, dataset.palette, strict=True)
     blocks = [words(title, _TITLE), legend(classes, _LEGEND_WIDTH)]
-    for heading, explanation, shown in sections:
-        blocks += [words(heading, _HEADING), words(explanation, TEXT, PALE)]
-        cards = [_view_card(view, dataset.palette) for view in shown]
+    for heading, explanation, views in sections:
+        blocks += [words(heading, _HEADING), words(explanation, TEXT, SECONDARY_COLOUR)]
+        cards = [_view_card(view, dataset.palette) for view in views]
         blocks.append(_grid(cards, 2))
     return _stack(blocks)
 
 
 def operations_sheet(image: Picture, config: Any, title: str) -> Image.Image:
-    """A sheet of every operation at the low end, the middle and the high end of its range."""
-    as_is = _card([_fitted(image, _OPERATION_CELL)], ["the image"], [[]])
-    cards = [as_is]
+    """Draws every operation at the low end, the middle and the high end of its range."""
+    cards = [_card([_resize_to_width(image, _OPERATION_CELL_WIDTH)], ["the image"], [[]])]
     for number, (name, operation) in enumerate(sda.OPS.items()):
-        off = "" if name in config.sda.ops else "  (switched off in this config)"
+        note = "" if name in config.sda.ops else "  (switched off in this config)"
         pictures, captions = [], []
-        for share in (0.0, 0.5, 1.0):
-            magnitude = operation.at(share, (number, 0), config.sda.magnitude)
-            changed = operation.apply(image, **magnitude).numpy()
-            pictures.append(_fitted(changed, _OPERATION_CELL))
+        for fraction in (0.0, 0.5, 1.0):
+            magnitude = operation.at_fraction(fraction, (number, 0), config.sda.magnitude)
+            augmented = operation.apply(image, **magnitude).numpy()
+            pictures.append(_resize_to_width(augmented, _OPERATION_CELL_WIDTH))
             captions.append([describe_magnitude(magnitude)])
-        if not any(map(any, captions)):  # It has no magnitude: one picture says all.
+        if not any(map(any, captions)):  # Without a magnitude, all three pictures are equal.
             pictures, captions = pictures[:1], captions[:1]
-        cards.append(_card(pictures, [name + off], captions))
+        cards.append(_card(pictures, [name + note], captions))
     explanation = (
         "Low end, middle and high end of the range; where channels are drawn independently, all "
         "have the same here."
     )
-    return _stack([words(title, _TITLE), words(explanation, TEXT, PALE), _grid(cards, 3)])
+    return _stack(
+        [words(title, _TITLE), words(explanation, TEXT, SECONDARY_COLOUR), _grid(cards, 3)]
+    )
 
 
 def _view_card(view: View, palette: Sequence[Sequence[int]]) -> Image.Image:
-    """The whole image, the view, and the view with its labels, where it has any; and captions."""
-    seen = _fitted(view.image, _CELL)
-    pictures = [_inside(outline(view), seen.size), seen]
+    """Draws the whole image, the view before and after SDA, and its labels, with captions."""
+    view_picture = _resize_to_width(view.image, _CELL_WIDTH)
+    pictures = [_fit_into(draw_crop_frame(view), view_picture.size), view_picture]
+    captions = [[describe_geometry(view)]]
     if view.operations:
-        pictures.insert(1, _fitted(view.without_sda, _CELL))
+        pictures.insert(1, _resize_to_width(view.without_sda, _CELL_WIDTH))
+        captions.append([f"{name} {describe_magnitude(m)}" for name, m in view.operations])
     if view.example.mask is not None:
-        pictures.append(_fitted(overlay(view.image, view.label, palette), _CELL))
-    drawn = [f"{name} {describe_magnitude(magnitude)}" for name, magnitude in view.operations]
-    lines = [[describe_geometry(view)], drawn] if view.operations else [[describe_geometry(view)]]
-    return _card(pictures, [view.example.id], lines)
+        label_picture = overlay(view.image, view.label, palette)
+        pictures.append(_resize_to_width(label_picture, _CELL_WIDTH))
+    return _card(pictures, [view.example.id], captions)
 
 
-def _fitted(image: Picture, width: int) -> Image.Image:
-    """The picture about `width` wide, enlarged by whole pixels."""
+def _resize_to_width(image: Picture, width: int) -> Image.Image:
+    """Resizes an image to about `width`; enlarges only by a whole factor."""
     picture = Image.fromarray(image)
     if picture.width > 1.5 * width:
-        size = _scaled(picture.size, width / picture.width)
+        size = _scale_size(picture.size, width / picture.width)
         return picture.resize(size, Image.Resampling.LANCZOS)
     factor = max(round(width / picture.width), 1)
-    return picture.resize(_scaled(picture.size, factor), Image.Resampling.NEAREST)
+    return picture.resize(_scale_size(picture.size, factor), Image.Resampling.NEAREST)
 
 
-def _inside(image: Picture, size: tuple[int, int]) -> Image.Image:
-    """The whole picture, as large as fits (width, height) of `size`, in its middle."""
+def _fit_into(image: Picture, size: tuple[int, int]) -> Image.Image:
+    """Resizes an image to fit into (width, height) and centres it in a cell of that size."""
     picture = Image.fromarray(image)
     factor = min(size[0] / picture.width, size[1] / picture.height)
-    picture = picture.resize(_scaled(picture.size, factor), Image.Resampling.LANCZOS)
-    cell = Image.new("RGB", size, _EMPTY)
+    picture = picture.resize(_scale_size(picture.size, factor), Image.Resampling.LANCZOS)
+    cell = Image.new("RGB", size, _CELL_COLOUR)
     cell.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
     return cell
 
 
-def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+def _scale_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
 def _card(
-    pictures: Sequence[Image.Image], heading: Sequence[str], columns: Sequence[Sequence[str]]
+    pictures: Sequence[Image.Image], heading: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> Image.Image:
-    """Pictures side by side, lines above, and below each of them a column of lines."""
+    """Draws pictures side by side, below the lines of a heading, each above its caption's lines.
+
+    The last caption may extend below further pictures.
+    """
     width = sum(p.width for p in pictures) + _GAP * (len(pictures) - 1)
-    line = round(1.35 * TEXT)
-    above = line * len(heading) + 2
-    below = line * max((len(c) for c in columns), default=0) + 4
-    height = above + max(p.height for p in pictures)
-    card = Image.new("RGB", (width, height + below), PAPER)
+    line_height = round(1.35 * TEXT)
+    top = line_height * len(heading) + 2
+    bottom = top + max(p.height for p in pictures)
+    caption_height = line_height * max((len(c) for c in captions), default=0) + 4
+    card = Image.new("RGB", (width, bottom + caption_height), PAPER)
     for row, text in enumerate(heading):
-        card.paste(words(shortened(text, TEXT, width), TEXT), (0, row * line))
+        card.paste(words(shorten(text, TEXT, width), TEXT), (0, row * line_height))
     x = 0
-    for place, picture in enumerate(pictures):
-        card.paste(picture, (x, above))
-        last = place == len(columns) - 1
-        room = width - x if last else picture.width
-        for row, text in enumerate(columns[place] if place < len(columns) else ()):
-            caption = words(shortened(text, TEXT, room), TEXT, PALE)
-            card.paste(caption, (x, height + 3 + row * line))
+    for i, picture in enumerate(pictures):
+        card.paste(picture, (x, top))
+        is_last_caption = i == len(captions) - 1
+        max_width = width - x if is_last_caption else picture.width
+        for row, text in enumerate(captions[i] if i < len(captions) else ()):
+            line = words(shorten(text, TEXT, max_width), TEXT, SECONDARY_COLOUR)
+            card.paste(line, (x, bottom + 3 + row * line_height))
         x += picture.width + _GAP
     return card
 
 
 def _grid(cards: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Cards in rows, in cells as wide as the widest of them."""
+    """Draws cards in rows of equally wide cells."""
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    cell = max(card.width for card in cards) + _CARD_GAP
+    cell_width = max(card.width for card in cards) + _CARD_GAP
     heights = [max(card.height for card in row) + _CARD_GAP // 2 for row in rows]
-    grid = Image.new("RGB", (cell * min(columns, len(cards)) - _CARD_GAP, sum(heights)), PAPER)
+    width = cell_width * min(columns, len(cards)) - _CARD_GAP
+    grid = Image.new("RGB", (width, sum(heights)), PAPER)
     for number, row in enumerate(rows):
         for column, card in enumerate(row):
-            grid.paste(card, (column * cell, sum(heights[:number])))
+            grid.paste(card, (column * cell_width, sum(heights[:number])))
     return grid
 
 
 def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
-    """Blocks one below the other, with margins."""
+    """Draws blocks below each other, with margins."""
     width = max(block.width for block in blocks) + 2 * _MARGIN
     height = sum(block.height + 8 for block in blocks) + 2 * _MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -286,51 +310,53 @@ def _stack(blocks: Sequence[Image.Image]) -> Image.Image:
 def make_sheets(
     config: Any, title: str, count: int, pseudo_labels: str | None = None
 ) -> tuple[Image.Image, Image.Image]:
-    """The contact sheet and the sheet of operations.
+    """Draws the contact sheet and the sheet of operations.
 
     Args:
         config: the whole config, checked.
-        title: names it on the sheets.
-        count: views of each stream.
-        pseudo_labels: the folder of a run's pseudo-labels, if there are any yet.
+        title: name of the config on the sheets.
+        count: number of views of each stream.
+        pseudo_labels: folder of a run's pseudo-labels; None to show unlabelled images.
 
     Raises:
-        UserError: as `sources.load` and `pipeline.train_batches`, or there are no such labels.
+        UserError: as `load_dataset` and `train_batches`, or a pseudo-label is missing.
     """
-    dataset = sources.load(config)
+    dataset = load.load_dataset(config)
     stage = "student" if config.rounds.count and dataset.unlabeled else "teacher"
-    taken = streams.of_stage(config, stage)
-    seed = streams.stage_seed(config.seed, int(stage == "student"), stage)
-    pseudo: Sequence[sources.Example] = dataset.unlabeled
+    stage_streams = stages.batch_spec(config, stage)
+    seed = stages.stage_seed(config.seed, int(stage == "student"), stage)
+    pseudo: Sequence[load.Example] = dataset.unlabeled
     if pseudo_labels:
         pseudo = _pseudo_examples(dataset, pseudo_labels)
-    colour = _padding_colour(config, stage)
-    shown = views(config, dataset, pseudo, taken, seed, colour, count)
-    name = f"{stage} 1" if stage == "student" else stage
-    sections = list(_sections(shown, name))
-    if not any(view.example.mask for view in shown["strong"]):
-        # Labels that are known, to see that they stay where they are.
-        also = dataclasses.replace(taken, weak=(), strong=("labeled",))
-        strong = views(config, dataset, (), also, seed, colour, count)["strong"]
+    pad_value = _pad_value(config, stage)
+    views = first_views(config, dataset, pseudo, stage_streams, seed, pad_value, count)
+    name = stages.stage_name(stage, 1)
+    sections = list(_sections(views, name))
+    if not any(view.example.mask for view in views["strong"]):
+        # Labelled images in the strong stream show that SDA does not move the labels.
+        labeled_strong = dataclasses.replace(stage_streams, weak=(), strong=("labeled",))
+        strong = first_views(config, dataset, (), labeled_strong, seed, pad_value, count)["strong"]
         heading = "Labelled images as the strong stream would show them"
         sections.append((heading, _EXPLANATIONS["strong"], strong))
-    some = (shown["strong"] or shown["weak"])[0].without_sda
+    image = (views["strong"] or views["weak"])[0].without_sda
     return (
         contact_sheet(sections, dataset, f"{title}: what {name} sees, from step 0 on"),
-        operations_sheet(some, config, f"{title}: the operations of strong augmentation"),
+        operations_sheet(image, config, f"{title}: the operations of strong augmentation"),
     )
 
 
-def _pseudo_examples(dataset: sources.Dataset, folder: str) -> tuple[sources.Example, ...]:
-    """The unlabelled images with a run's label maps."""
-    found = pipeline.pseudo_examples(dataset, epath.Path(folder))
-    lost = [e.id for e in found if e.mask and not epath.Path(e.mask).exists()]
-    if lost:
+def _pseudo_examples(dataset: load.Dataset, folder: str) -> tuple[load.Example, ...]:
+    """Returns the unlabelled examples with a run's pseudo-labels, which must all exist."""
+    examples = input_pipeline.pseudo_examples(dataset, epath.Path(folder))
+    missing = [e.id for e in examples if e.mask and not epath.Path(e.mask).exists()]
+    if missing:
         raise UserError(
-            f"--pseudo_labels={folder} has no label map of {len(lost)} of {len(found)} unlabelled "
-            f"images, {lost[0]} first: give the folder of a run that has labelled all of them."
+            f"--pseudo_labels={folder} has no label map of {len(missing)} of {len(examples)} "
+            f"unlabelled images, {missing[0]} first: give the folder of a run that has labelled "
+            "all of them.",
+            code="pseudo-labels-incomplete",
         )
-    return found
+    return examples
 
 
 _EXPLANATIONS = {
@@ -339,60 +365,55 @@ _EXPLANATIONS = {
 }
 
 
-def _sections(shown: dict[str, list[View]], name: str) -> Iterator[tuple[str, str, Sequence[View]]]:
-    for stream, found in shown.items():
-        if not found:
+def _sections(
+    views_by_stream: dict[str, list[View]], name: str
+) -> Iterator[tuple[str, str, Sequence[View]]]:
+    """Yields (heading, explanation, views) of each stream in use."""
+    for stream, views in views_by_stream.items():
+        if not views:
             continue
         explanation = _EXPLANATIONS[stream]
-        if not all(view.example.mask for view in found):
+        if not all(view.example.mask for view in views):
             explanation += (
                 " Pseudo-labels come with a run; --pseudo_labels=WORKDIR/round_0/teacher/"
                 "pseudo_labels shows them."
             )
-        yield f"The {stream} stream of {name}", explanation, found
+        yield f"The {stream} stream of {name}", explanation, views
 
 
-def _padding_colour(config: Any, stage: str) -> UInt8[np.ndarray, "3"]:
-    """The padding of a stage's images: what its network normalises to 0."""
+def _pad_value(config: Any, stage: str) -> UInt8[np.ndarray, "3"]:
+    """Returns the RGB padding of a stage's images, which its network normalises to 0."""
     from semiseg_jax.models import deeplab
 
-    other = config.rounds.student_model if stage == "student" else ""
-    model_config = deeplab.config_for(config, other or config.model.backbone)
-    return deeplab.input_mean(model_config)
-
-
-def _png(sheet: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    backbone = stages.stage_backbone(config, stage)
+    return deeplab.input_mean(deeplab.config_for(config, backbone))
 
 
 def main(argv: list[str]) -> None:
-    """Writes the sheets of the config of the command line."""
-    config_path = command_line.config_path(argv)
-    from semiseg_jax import settings
+    """Writes the sheets of the config on the command line."""
+    config_path = cli.start_command_with_config(argv)
+    from semiseg_jax import config_check
 
     values = flags.FLAGS
     if not values.output or not values.output.lower().endswith(".png"):
         sys.exit("Error: Say where the sheet goes, such as --output=preview.png.")
     try:
-        settings.check(values.config)
-        title = settings.run_name(config_path)
+        config_check.check(values.config)
+        title = config_check.run_name(config_path)
         sheets = make_sheets(values.config, title, values.images, values.pseudo_labels)
         output = Path(values.output)
-        for path, sheet in zip(_paths(output), sheets, strict=True):
-            labels.write_bytes(path, _png(sheet))
+        paths = (output, output.with_stem(f"{output.stem}_operations"))
+        for path, sheet in zip(paths, sheets, strict=True):
+            buffer = io.BytesIO()
+            sheet.save(buffer, "PNG")
+            fileio.write_bytes(path, buffer.getvalue())
             print(path)
     except UserError as error:
         sys.exit(f"Error: {error}")
 
 
-def _paths(output: Path) -> Iterable[Path]:
-    return output, output.with_stem(f"{output.stem}_operations")
-
-
 if __name__ == "__main__":
-    command_line.define_config("Whose data to show")
+    cli.define_config_flag("Whose data to show")
     flags.DEFINE_string("output", None, "The contact sheet, F.png; F_operations.png comes with it.")
     flags.DEFINE_integer("images", 6, "How many views of each stream to show.", lower_bound=1)
     flags.DEFINE_string(
@@ -400,4 +421,4 @@ if __name__ == "__main__":
         None,
         "A run's pseudo-labels, such as runs/X/round_0/teacher/pseudo_labels.",
     )
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=cli.parse_flags_and_config)

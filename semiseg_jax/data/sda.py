@@ -1,13 +1,13 @@
 """Strong data augmentation (SDA): N operations drawn from a pool of 17.
 
 Yuan et al., "A Simple Baseline for Semi-supervised Semantic Segmentation with Strong Data
-Augmentation", ICCV 2021, section 3.2 and figure 2. The paper names the operations, not their
-magnitudes; the ranges here are this project's. `magnitude="released"` draws what the authors'
-released code effectively does instead: constants for most operations.
+Augmentation", ICCV 2021, section 2.1 and figure 2. The paper names the operations but not their
+magnitudes; this project chose the ranges. `magnitude="released"` reproduces the magnitudes of the
+authors' released code, most of which are constants.
 
-An operation sees the image alone, so that labels stay as they are. Everything is a pure function
-of its arguments, made of TensorFlow's stateless operations: the same in eager mode, in graphs, and
-under any number of threads.
+An operation changes only the image, never the label. Every function here is a pure function of
+its arguments and uses TensorFlow's stateless random operations. Results are therefore equal in
+eager mode, in graphs and with any number of threads.
 """
 
 import dataclasses
@@ -15,56 +15,55 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import tensorflow as tf
-
 from semiseg_jax.data import sda_ops
+from semiseg_jax.runtime.quiet_tensorflow import tf
 
-TensorLike: TypeAlias = Any  # what tf.convert_to_tensor takes
+TensorLike: TypeAlias = Any  # any argument of tf.convert_to_tensor
 Magnitude = dict[str, tf.Tensor]
 
 _MAGNITUDES = ("uniform", "released")
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
-    """How a magnitude is drawn.
+class MagnitudeSampler:
+    """The distribution of a magnitude.
 
     Attributes:
-        draw: seed int64 [2] -> magnitude.
-        at: 0..1 -> the magnitude that share of the way through the range, the same in every channel
-            and without a seed of its own: what to show of an operation.
+        draw: seed int64 [2] -> random magnitude.
+        at_fraction: 0..1 -> the magnitude at this fraction of the range, equal in all channels and
+            without the entry `seed`; used to display an operation.
     """
 
     draw: Callable[[tf.Tensor], Magnitude]
-    at: Callable[[float], Magnitude]
+    at_fraction: Callable[[float], Magnitude]
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of the pool: how its magnitude is drawn, and what it does to an image.
+    """An operation of the pool: its kernel and the distributions of its magnitude.
 
     Attributes:
-        name: its name in `OPS` and in `config.sda.ops`.
+        name: name in `OPS` and in `config.sda.ops`.
         kernel: (image, **magnitude) -> image, deterministic.
-        uniform: draws from the range of this project.
-        released: draws as the authors' code does.
-        defaults: the entries of a magnitude that may be left out, and their values.
+        uniform: the distribution over this project's range.
+        released: the distribution in the authors' code.
+        defaults: values of the magnitude's optional entries.
     """
 
     name: str
     kernel: Callable[..., tf.Tensor]
-    uniform: Law
-    released: Law
+    uniform: MagnitudeSampler
+    released: MagnitudeSampler
     defaults: dict[str, bool] = dataclasses.field(default_factory=dict)
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, image: TensorLike, **magnitude: TensorLike) -> tf.Tensor:
-        """The image after this operation.
+        """Applies the operation to an image.
 
         Args:
-            image: uint8 [H, W, 3], RGB, 0..255, any H and W from 1.
+            image: uint8 [H, W, 3], RGB, 0..255, H and W at least 1.
             **magnitude: the entries that `sample` returns, as tensors, arrays or numbers. Random
-                operations take a `seed`, int [2], and are deterministic in it.
+                operations take a `seed`, int [2], and are deterministic given the seed.
 
         Returns:
             uint8 [H, W, 3], rounded half up and clipped to 0..255.
@@ -83,63 +82,71 @@ class Operation:
 
         Args:
             seed: int [2].
-            magnitude: "uniform" draws from the ranges of this project; "released" does as the
+            magnitude: "uniform" for the ranges of this project, "released" for the values of the
                 authors' code.
 
         Returns:
             A dict of tensors: float32, int32 or bool of shape [], [2] or [3] (one per channel),
             and for random operations `seed`, int64 [2].
         """
-        return self._law(magnitude).draw(tf.cast(seed, tf.int64))
+        return self._sampler(magnitude).draw(tf.cast(seed, tf.int64))
 
-    def at(self, share: float, seed: TensorLike, magnitude: str = "uniform") -> Magnitude:
-        """The magnitude some way through its range: the keyword arguments of `apply`.
+    def at_fraction(
+        self, fraction: float, seed: TensorLike, magnitude: str = "uniform"
+    ) -> Magnitude:
+        """Returns the magnitude at a fraction of its range: the keyword arguments of `apply`.
 
         Args:
-            share: 0 for the low end, 1 for the high one.
-            seed: int [2], for what differs from pixel to pixel; not used by most operations.
-            magnitude: as `sample` takes it.
+            fraction: 0 for the low end, 1 for the high end.
+            seed: int [2], for values that differ between pixels; most operations ignore it.
+            magnitude: as in `sample`.
         """
-        entries = self._law(magnitude).at(share)
+        entries = self._sampler(magnitude).at_fraction(fraction)
         takes_seed = "seed" in inspect.signature(self.kernel).parameters
         return entries | ({"seed": tf.cast(seed, tf.int64)} if takes_seed else {})
 
-    def _law(self, magnitude: str) -> Law:
+    def _sampler(self, magnitude: str) -> MagnitudeSampler:
         _check_magnitude(magnitude)
         return self.uniform if magnitude == "uniform" else self.released
 
 
-# There is no Python control flow on tensors here; converting it all the same doubles the time that
-# building the graph takes.
+# The function has no Python control flow on tensors. Autograph would convert it in vain, which
+# doubles the time to build the graph.
 @tf.autograph.experimental.do_not_convert
 def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tensor:
     """Applies N random operations with random magnitudes.
 
-    With replacement, N operations are drawn one by one and applied in the order drawn (figure 2);
-    without, N distinct ones are applied in the order of `ops` (as in the released code).
+    With replacement, N operations are drawn independently and applied in the order of the draws
+    (figure 2). Without replacement, N distinct operations are applied in the order of `ops`, as
+    in the released code.
 
     Args:
         image: uint8 [H, W, 3], RGB.
         seed: int [2]; the result is a pure function of it, the image and the config.
-        config: `config.sda`, or the whole config: `num_ops` >= 0, `replace`, `magnitude`
-            ("uniform" or "released"), `ops` (the names switched on).
+        config: `config.sda` or the whole config; read are `num_ops` >= 0, `replace`, `magnitude`
+            ("uniform" or "released") and `ops` (the names of the enabled operations).
 
     Returns:
         uint8 [H, W, 3]; the image itself if `num_ops` is 0.
     """
     sda = getattr(config, "sda", config)
-    operations = _switched_on(sda)
+    operations = _enabled_operations(sda)
     image = tf.convert_to_tensor(image)
     if sda.num_ops == 0:
         return image
-    picks, magnitude_seed = _choose(operations, seed, sda)
+    picks, magnitude_seed = _draw_picks(operations, seed, sda)
 
     def apply_next(position: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         seed = _fold_in(magnitude_seed, position)
-        return position + 1, _apply_one(operations, picks[position], image, seed, sda.magnitude)
 
-    # A loop in the graph rather than in Python: the operations are traced and optimised once,
-    # not once a position.
+        def branch(operation: Operation) -> Callable[[], tf.Tensor]:
+            return lambda: operation.apply(image, **operation.sample(seed, sda.magnitude))
+
+        branches = [branch(operation) for operation in operations]
+        return position + 1, tf.switch_case(picks[position], branches)
+
+    # The loop is in the graph, so that the operations are traced and optimised once and not once
+    # per position.
     _, image = tf.while_loop(
         lambda position, _: position < sda.num_ops,
         apply_next,
@@ -149,40 +156,45 @@ def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tenso
     return image
 
 
-def drawn(seed: TensorLike, config: Any) -> list[tuple[str, Magnitude]]:
-    """What `strong_augment` applies with this seed: names and magnitudes, in order.
+def sample_ops(seed: TensorLike, config: Any) -> list[tuple[str, Magnitude]]:
+    """Returns the operations that `strong_augment` applies with this seed.
 
     Args:
         seed: int [2], not symbolic.
-        config: as `strong_augment` takes it.
+        config: as in `strong_augment`.
+
+    Returns:
+        (name, magnitude) of each operation, in the order of application.
     """
     sda = getattr(config, "sda", config)
-    operations = _switched_on(sda)
+    operations = _enabled_operations(sda)
     if sda.num_ops == 0:
         return []
-    picks, magnitude_seed = _choose(operations, seed, sda)
-    chosen = [operations[pick] for pick in picks.numpy()]
+    picks, magnitude_seed = _draw_picks(operations, seed, sda)
+    picked = [operations[pick] for pick in picks.numpy()]
     return [
         (operation.name, operation.sample(_fold_in(magnitude_seed, position), sda.magnitude))
-        for position, operation in enumerate(chosen)
+        for position, operation in enumerate(picked)
     ]
 
 
-def _choose(operations: list[Operation], seed: TensorLike, sda: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Places in `operations` of those to apply, int32 [num_ops]; and the seed of magnitudes."""
-    choice_seed, magnitude_seed = _split(tf.cast(seed, tf.int64), 2)
+def _draw_picks(
+    operations: list[Operation], seed: TensorLike, sda: Any
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws indices into `operations`, int32 [num_ops]; returns also the seed of magnitudes."""
+    pick_seed, magnitude_seed = _split(tf.cast(seed, tf.int64), 2)
     if sda.replace:
-        picks = _integers(choice_seed, [sda.num_ops], 0, len(operations) - 1)
+        picks = _integers(pick_seed, [sda.num_ops], 0, len(operations) - 1)
     else:
         shuffled = tf.random.experimental.stateless_shuffle(
-            tf.range(len(operations)), choice_seed, alg="philox"
+            tf.range(len(operations)), pick_seed, alg="philox"
         )
         picks = tf.sort(shuffled[: sda.num_ops])
     return picks, magnitude_seed
 
 
-def _switched_on(sda: Any) -> list[Operation]:
-    """The operations that the config names; raises where the config cannot be obeyed."""
+def _enabled_operations(sda: Any) -> list[Operation]:
+    """Returns the operations that the config names; raises a ValueError for an invalid config."""
     _check_magnitude(sda.magnitude)
     unknown = [name for name in sda.ops if name not in OPS]
     if unknown:
@@ -209,22 +221,11 @@ def _check_magnitude(magnitude: str) -> None:
         raise ValueError(f"sda.magnitude is one of {', '.join(_MAGNITUDES)}, not {magnitude!r}.")
 
 
-def _apply_one(
-    operations: list[Operation], pick: tf.Tensor, image: tf.Tensor, seed: tf.Tensor, magnitude: str
-) -> tf.Tensor:
-    """Draws the picked operation's magnitude and applies it."""
-
-    def branch(operation: Operation) -> Callable[[], tf.Tensor]:
-        return lambda: operation.apply(image, **operation.sample(seed, magnitude))
-
-    return tf.switch_case(pick, [branch(operation) for operation in operations])
-
-
-# --- Draws. Seeds are int64 [2]; every draw has a seed of its own --------------------------------
+# --- Distributions. Seeds are int64 [2]; every draw has its own seed -----------------------------
 
 
 def _tensor(key: str, value: TensorLike) -> tf.Tensor:
-    """An entry of a magnitude as a tensor of the type that the kernels expect."""
+    """Returns an entry of a magnitude as a tensor of the type that the kernels expect."""
     return tf.cast(value, _TYPES.get(key, tf.float32))
 
 
@@ -253,67 +254,67 @@ def _floats(seed: tf.Tensor, shape: list[int], low: float, high: float) -> tf.Te
 
 
 def _integers(seed: tf.Tensor, shape: list[int], low: int, high: int) -> tf.Tensor:
-    """Uniform in low..high, both included; int32."""
+    """Draws int32 values uniformly from low..high, both included."""
     return tf.random.stateless_uniform(shape, seed, low, high + 1, tf.int32, alg="philox")
 
 
-def _uniform(key: str, low: float, high: float, shape: tuple[int, ...] = ()) -> Law:
-    """Draws one entry uniformly; shape (3,) is an independent draw for each channel."""
-    return Law(
+def _uniform(key: str, low: float, high: float, shape: tuple[int, ...] = ()) -> MagnitudeSampler:
+    """Samples one entry uniformly; shape (3,) is an independent draw for each channel."""
+    return MagnitudeSampler(
         draw=lambda seed: {key: _floats(seed, list(shape), low, high)},
-        at=lambda share: {key: tf.fill(shape, _way(share, low, high))},
+        at_fraction=lambda fraction: {key: tf.fill(shape, _interpolate(fraction, low, high))},
     )
 
 
-def _constant(**entries: Any) -> Law:
-    """The entries as they are."""
-    return Law(
+def _constant(**entries: Any) -> MagnitudeSampler:
+    """Returns the given entries for every seed."""
+    return MagnitudeSampler(
         draw=lambda seed: {key: _tensor(key, value) for key, value in entries.items()},
-        at=lambda share: {key: _tensor(key, value) for key, value in entries.items()},
+        at_fraction=lambda fraction: {key: _tensor(key, value) for key, value in entries.items()},
     )
 
 
-def _way(share: float, low: float, high: float) -> tf.Tensor:
-    return tf.constant(low + share * (high - low), tf.float32)
+def _interpolate(fraction: float, low: float, high: float) -> tf.Tensor:
+    return tf.constant(low + fraction * (high - low), tf.float32)
 
 
-def _whole_way(share: float, low: int, high: int) -> tf.Tensor:
-    return tf.constant(round(low + share * (high - low)), tf.int32)
+def _interpolate_integer(fraction: float, low: int, high: int) -> tf.Tensor:
+    return tf.constant(round(low + fraction * (high - low)), tf.int32)
 
 
-def _seeded(law: Law) -> Law:
-    """Adds the seed from which the kernel draws what differs from pixel to pixel."""
+def _seeded(sampler: MagnitudeSampler) -> MagnitudeSampler:
+    """Adds the seed from which the kernel draws the values that differ between pixels."""
 
     def draw(seed: tf.Tensor) -> Magnitude:
         draw_seed, pixel_seed = _split(seed, 2)
-        return law.draw(draw_seed) | {"seed": pixel_seed}
+        return sampler.draw(draw_seed) | {"seed": pixel_seed}
 
-    return Law(draw, law.at)
+    return MagnitudeSampler(draw, sampler.at_fraction)
 
 
-def _channels() -> Law:
-    """Each channel by a fair coin; if that chose none, one of them with equal odds."""
+def _channels() -> MagnitudeSampler:
+    """Selects each channel with probability 1/2; if none is selected, one uniformly."""
 
     def draw(seed: tf.Tensor) -> Magnitude:
-        coins_seed, one_seed = _split(seed, 2)
+        coins_seed, fallback_seed = _split(seed, 2)
         coins = _floats(coins_seed, [3], 0, 1) < 0.5
-        one = tf.range(3) == _integers(one_seed, [], 0, 2)
+        fallback = tf.range(3) == _integers(fallback_seed, [], 0, 2)
         return {
-            "channels": coins | (one & ~tf.reduce_any(coins)),
+            "channels": coins | (fallback & ~tf.reduce_any(coins)),
             "swap_red_blue": tf.constant(False),
         }
 
-    return Law(
+    return MagnitudeSampler(
         draw,
-        at=lambda share: {
-            "channels": tf.range(3) <= _whole_way(share, 0, 2),
+        at_fraction=lambda fraction: {
+            "channels": tf.range(3) <= _interpolate_integer(fraction, 0, 2),
             "swap_red_blue": tf.constant(False),
         },
     )
 
 
-def _grid(low: float, high: float, fewest: int, most: int) -> Law:
-    """Probability in low..high, and cells down and across, each drawn by itself."""
+def _grid(low: float, high: float, fewest: int, most: int) -> MagnitudeSampler:
+    """Samples a probability in low..high and, independently, the cells down and across."""
 
     def draw(seed: tf.Tensor) -> Magnitude:
         p_seed, cells_seed = _split(seed, 2)
@@ -322,47 +323,55 @@ def _grid(low: float, high: float, fewest: int, most: int) -> Law:
             "cells": _integers(cells_seed, [2], fewest, most),
         }
 
-    return Law(
+    return MagnitudeSampler(
         draw,
-        at=lambda share: {
-            "p": _way(share, low, high),
-            "cells": tf.fill([2], _whole_way(share, fewest, most)),
+        at_fraction=lambda fraction: {
+            "p": _interpolate(fraction, low, high),
+            "cells": tf.fill([2], _interpolate_integer(fraction, fewest, most)),
         },
     )
 
 
-def _hue_saturation(low: float, high: float) -> Law:
+def _hue_saturation(low: float, high: float) -> MagnitudeSampler:
+    """Samples the shifts of hue and saturation independently."""
+
     def draw(seed: tf.Tensor) -> Magnitude:
         hue, saturation = tf.unstack(_floats(seed, [2], low, high))
         return {"hue": hue, "saturation": saturation}
 
-    return Law(draw, at=lambda share: dict.fromkeys(("hue", "saturation"), _way(share, low, high)))
+    def at_fraction(fraction: float) -> Magnitude:
+        shift = _interpolate(fraction, low, high)
+        return {"hue": shift, "saturation": shift}
+
+    return MagnitudeSampler(draw, at_fraction)
 
 
-def _permutation() -> Law:
+def _permutation() -> MagnitudeSampler:
+    """Samples one of the six permutations of the channels."""
     shuffle = tf.random.experimental.stateless_shuffle
-    # Of the six, the exchange of green and blue, the turn by one, and the exchange of red and blue.
-    shown = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
-    return Law(
+    # Displayed are: green and blue exchanged, the cyclic shift by one, red and blue exchanged.
+    displayed = ((0, 2, 1), (1, 2, 0), (2, 1, 0))
+    return MagnitudeSampler(
         draw=lambda seed: {"permutation": shuffle(tf.range(3), seed, alg="philox")},
-        at=lambda share: {"permutation": tf.constant(shown[round(2 * share)])},
+        at_fraction=lambda fraction: {"permutation": tf.constant(displayed[round(2 * fraction)])},
     )
 
 
-def _quality(low: int, high: int) -> Law:
-    return Law(
+def _quality(low: int, high: int) -> MagnitudeSampler:
+    """Samples a JPEG quality from low..high, both included."""
+    return MagnitudeSampler(
         draw=lambda seed: {"quality": _integers(seed, [], low, high)},
-        at=lambda share: {"quality": _whole_way(share, low, high)},
+        at_fraction=lambda fraction: {"quality": _interpolate_integer(fraction, low, high)},
     )
 
 
-# --- The pool, in the order that drawing without replacement applies -----------------------------
+# --- The pool, in the order of application when drawn without replacement ------------------------
 
-_EACH = (3,)
+_PER_CHANNEL = (3,)
 _solarize = _uniform("t", 64, 192)
 _salt_pepper = _seeded(_uniform("p", 0, 0.1))
 _shuffle = _permutation()
-_multiply = _uniform("m", 0.25, 2.5, _EACH)
+_multiply = _uniform("m", 0.25, 2.5, _PER_CHANNEL)
 
 OPS: dict[str, Operation] = {
     operation.name: operation
@@ -370,13 +379,13 @@ OPS: dict[str, Operation] = {
         Operation(
             "contrast_gamma",
             sda_ops.contrast_gamma,
-            uniform=_uniform("g", 0.5, 1.5, _EACH),
+            uniform=_uniform("g", 0.5, 1.5, _PER_CHANNEL),
             released=_constant(g=[1.013] * 3),
         ),
         Operation(
             "contrast_linear",
             sda_ops.contrast_linear,
-            uniform=_uniform("a", 0.5, 2, _EACH),
+            uniform=_uniform("a", 0.5, 2, _PER_CHANNEL),
             released=_constant(a=[1.269] * 3),
         ),
         Operation(
@@ -388,7 +397,7 @@ OPS: dict[str, Operation] = {
         Operation(
             "brightness_channel",
             sda_ops.brightness,
-            uniform=_uniform("v", -20, 50, _EACH),
+            uniform=_uniform("v", -20, 50, _PER_CHANNEL),
             released=_constant(v=[16] * 3),
         ),
         Operation(

@@ -1,33 +1,35 @@
-"""The kernels of strong data augmentation: image and magnitude in, image out.
+"""The kernels of strong data augmentation: functions from image and magnitude to image.
 
-Each takes uint8 [H, W, 3] (RGB) and returns the same shape and type. Results are rounded half up
-and clipped to 0..255. Randomness comes in through `seed` alone. `semiseg_jax.data.sda` draws the
-magnitudes, names the ranges, and checks the arguments.
+Each kernel takes uint8 [H, W, 3] (RGB) and returns the same shape and type. Results are rounded
+half up and clipped to 0..255. `seed` is the only source of randomness. `semiseg_jax.data.sda`
+defines the ranges, draws the magnitudes and checks the arguments.
 
-They are written for one CPU core, because the host augments many images at once. What that taught
-about TensorFlow's CPU kernels, for 769x769x3 values:
+The kernels are optimised for one CPU core, because the host augments many images in parallel.
+Measurements of TensorFlow's CPU kernels on 769x769x3 values, and their consequences:
 
-- arithmetic on uint8 takes .3 ms, on int16 .6, on float32 1.1: work in the narrowest type;
-- `tf.where` on images takes 13 ms: select with masks that are multiplied or xor-ed;
-- broadcasting [3] over [H, W, 3] takes 4 ms, a row of 1536 over the flat image .4: `_blocks`;
-- looking up costs by the element, whatever the element's width: look up pairs of grey levels;
-  `tf.gather_nd` takes 3 ns an element, `tf.gather` 4.5;
-- Philox takes 5 ns per 32 bits: draw no more bits than the result can show.
+- arithmetic takes .3 ms on uint8, .6 on int16, 1.1 on float32: use the narrowest type;
+- `tf.where` on images takes 13 ms: select by multiplication or xor with a mask;
+- broadcasting [3] over [H, W, 3] takes 4 ms, a row of 1536 over the flat image .4: see `_blocks`;
+- the cost of a table lookup depends on the number of elements and not on their width: look up
+  pairs of grey levels; `tf.gather_nd` takes 3 ns per element, `tf.gather` 4.5;
+- Philox takes 5 ns per 32 bits: draw no more bits than can affect the result.
 """
 
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-# A multiple of 6, so that every block starts with the same channel and holds whole pairs.
+from semiseg_jax.runtime.quiet_tensorflow import tf
+
+# A multiple of 6, so that every block starts with channel R and holds an even number of values.
 _BLOCK = 1536
 
-# In the flat image R G B R G B …, pairs of neighbours are (R, G), (B, R), (G, B), (R, G), …
+# The channels of the pairs of neighbours in the flat image R G B R G B …:
+# (R, G), (B, R), (G, B), (R, G), …
 _PAIR_FIRST = np.array([0, 2, 1])
 _PAIR_SECOND = np.array([1, 0, 2])
 
-# Shifts and noise of this many levels saturate every pixel: larger ones need not be told apart.
+# Shifts and noise of this many levels saturate every pixel; larger values have the same effect.
 _MAX_LEVEL = 255
 
 # Linear sRGB to XYZ over the white point D65, so that white is (1, 1, 1).
@@ -42,7 +44,7 @@ _XYZ_FROM_LINEAR = np.array(
 _LINEAR_FROM_XYZ = np.linalg.inv(_XYZ_FROM_LINEAR)
 
 
-# --- Point operations: each grey level of a channel goes to one grey level -----------------------
+# --- Point operations: functions of one value ----------------------------------------------------
 
 
 def contrast_gamma(image: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
@@ -64,18 +66,19 @@ def multiply(image: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
 
 
 def brightness(image: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-    """x + v, v float [] for all channels or [3] for each."""
-    # x is an integer: x + v rounded is x plus v rounded.
+    """x + v, v float [] for all channels or [3], one per channel."""
+    # x is an integer, so rounding x + v equals adding the rounded v to x.
     shift = tf.clip_by_value(tf.floor(_per_channel(v) + 0.5), -_MAX_LEVEL, _MAX_LEVEL)
     lowest = _row(tf.maximum(-shift, 0))
     highest = _row(_MAX_LEVEL - tf.maximum(shift, 0))
-    # Within these limits the sum stays in 0..255, and uint8's wrap-around subtracts as well.
+    # Within these limits the sum is in 0..255, so the wrap-around of uint8 implements negative
+    # shifts.
     limited = tf.clip_by_value(_blocks(image), lowest, highest)
     return _unblock(limited + _row(tf.math.floormod(shift, 256.0)), image)
 
 
 def invert(image: tf.Tensor, channels: tf.Tensor, swap_red_blue: tf.Tensor) -> tf.Tensor:
-    """255 - x on the chosen channels, bool [3]; bool [] `swap_red_blue` exchanges R and B."""
+    """255 - x in the channels, bool [3], that are True; `swap_red_blue`, bool [], swaps R and B."""
     flip = _row(tf.where(channels, 255, 0))
     inverted = _unblock(tf.bitwise.bitwise_xor(_blocks(image), flip), image)
     return _if(
@@ -92,10 +95,10 @@ def solarize(image: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(image: tf.Tensor, lightness: tf.Tensor) -> tf.Tensor:
-    """Histogram equalisation of each channel, exactly as PIL's ImageOps.equalize.
+    """Equalises the histogram of each channel, exactly as PIL's ImageOps.equalize.
 
-    With bool [] `lightness`, that of L in CIE Lab instead, as in the authors' code; slower by an
-    order of magnitude.
+    With `lightness`, bool [], equalises L of CIE Lab instead, as the authors' code does; this is
+    slower by an order of magnitude.
     """
     return _if(lightness, lambda: _equalize_lightness(image), lambda: _equalize_channels(image))
 
@@ -111,8 +114,8 @@ def _equalize_channels(image: tf.Tensor) -> tf.Tensor:
     padding = (2 * tf.size(pairs) - tf.size(image)) // 3
     histogram -= padding * tf.one_hot(0, 256, dtype=tf.int32)
 
-    # PIL: the last level that occurs does not count towards the step; a step of 0 (a channel of
-    # one level, or fewer than 255 pixels below the last) leaves the channel as it is.
+    # As in PIL, pixels of the highest occurring level do not count towards the step. A step of 0
+    # leaves the channel unchanged: it has one level, or fewer than 255 pixels below the highest.
     pixels = tf.reduce_sum(histogram, axis=1, keepdims=True)
     last = tf.reduce_max(tf.where(histogram > 0, tf.range(256), 0), axis=1)
     step = (pixels - tf.gather(histogram, last[:, None], batch_dims=1)) // 255
@@ -122,7 +125,7 @@ def _equalize_channels(image: tf.Tensor) -> tf.Tensor:
 
 
 def _equalize_lightness(image: tf.Tensor) -> tf.Tensor:
-    """Equalises L, quantised to 0..255, by OpenCV's rule; a and b stay as they are."""
+    """Equalises L, quantised to 0..255, by OpenCV's rule; a and b remain unchanged."""
     encoded = tf.range(256, dtype=tf.float32) / 255
     decoded = tf.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
     pixels = tf.reshape(image, [-1, 3])
@@ -138,7 +141,8 @@ def _equalize_lightness(image: tf.Tensor) -> tf.Tensor:
     mapped = tf.clip_by_value(tf.floor(mapped + 0.5), 0, 255)
     mapped = tf.where(others > 0, mapped, tf.range(256, dtype=mapped.dtype))
     brighter = tf.cast(tf.gather(mapped, levels), tf.float32) - tf.cast(levels, tf.float32)
-    # a and b are differences of the curve's components: all three move by as much as L's does.
+    # a and b are differences of the curve's components, so adding L's change to all three
+    # preserves them.
     curve += brighter / (2.55 * 116)
     curve = tf.where(curve > 0.206893, curve**3, (curve - 16 / 116) / 7.787)
     linear = tf.clip_by_value(tf.matmul(_LINEAR_FROM_XYZ, curve), 0, 1)
@@ -153,7 +157,7 @@ def _equalize_lightness(image: tf.Tensor) -> tf.Tensor:
 def permute_channels(image: tf.Tensor, permutation: tf.Tensor) -> tf.Tensor:
     """Channel c of the result is channel permutation[c] of the image, int [3]."""
     # tf.gather on the last axis takes 8 ms. Instead, for each channel of the result, the flat
-    # image is shifted so that the wanted channel falls on it, and the others are masked out.
+    # image is shifted so that the source channel is at its position, and the others are masked.
     size = tf.size(image)
     rows = _ceil_div(size, _BLOCK)
     flat = tf.pad(tf.reshape(image, [-1]), [[2, rows * _BLOCK - size + 2]])
@@ -165,26 +169,27 @@ def permute_channels(image: tf.Tensor, permutation: tf.Tensor) -> tf.Tensor:
 
 
 def hue_saturation(image: tf.Tensor, hue: tf.Tensor, saturation: tf.Tensor) -> tf.Tensor:
-    """Shifts hue and saturation of HSV, in float; the value stays.
+    """Shifts hue and saturation of HSV in float; the value remains unchanged.
 
-    Both shifts are float [] in units where 255 is the full circle of hue, and the whole range of
-    saturation, which is clipped. A grey pixel has hue 0 (red), as in colorsys.
+    Both shifts are float []; 255 is the full circle of hue, and the full range of saturation,
+    which is clipped. A grey pixel has hue 0 (red), as in colorsys.
 
-    With V the largest channel and C = V - the smallest, each channel's drop V - channel, as a
-    function of hue, is a trapezoid between 0 and C, and the hue moves along the edges of a cube:
-    at any hue one channel is moving, the others rest at 0 or C. So a shift needs neither hue nor
-    sectors: see `_turn`. Saturation C / V then scales the drops.
+    Let V be the largest channel and C the difference of the largest and the smallest. As a
+    function of hue, the drop V - channel of each channel is a trapezoid between 0 and C. A change
+    of hue moves the colour along the edges of a cube: at any hue one drop changes, and the others
+    are 0 or C. A shift therefore needs neither the hue nor its sector (see `_turn_within_sector`).
+    The saturation C / V then scales the drops.
     """
     turn = hue * (6 / 255)
     sectors = tf.round(turn)
     red, green, blue = (tf.cast(plane, tf.float32) for plane in tf.unstack(image, axis=-1))
-    # Makes grey pixels the faintest red, and spares all divisions the zero. Exact in float32.
+    # Grey pixels become minimally red, so that no division is by zero. Exact in float32.
     red += 2.0**-12
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
     drops = [value - red, value - green, value - blue]
     drops = _turn_sectors(drops, chroma, tf.cast(sectors, tf.int32))
-    drops = _turn(drops, chroma, turn - sectors)
+    drops = _turn_within_sector(drops, chroma, turn - sectors)
     scale = _clip(chroma + value * (saturation / 255), 0, value) / chroma
     rounded = value + 0.5
     # The cast truncates, and a drop never exceeds the value.
@@ -193,7 +198,7 @@ def hue_saturation(image: tf.Tensor, hue: tf.Tensor, saturation: tf.Tensor) -> t
 
 
 def _turn_sectors(drops: list[tf.Tensor], chroma: tf.Tensor, sectors: tf.Tensor) -> list[tf.Tensor]:
-    """Turns hue by whole sixths: an exchange of channels, inverted for odd ones."""
+    """Turns hue by whole sixths: a permutation of the channels, inverted for odd numbers."""
     red, green, blue = drops
 
     def inverted(*channels: tf.Tensor) -> list[tf.Tensor]:
@@ -210,11 +215,13 @@ def _turn_sectors(drops: list[tf.Tensor], chroma: tf.Tensor, sectors: tf.Tensor)
     return tf.switch_case(tf.math.floormod(sectors, 6), turns)
 
 
-def _turn(drops: list[tf.Tensor], chroma: tf.Tensor, turn: tf.Tensor) -> list[tf.Tensor]:
+def _turn_within_sector(
+    drops: list[tf.Tensor], chroma: tf.Tensor, turn: tf.Tensor
+) -> list[tf.Tensor]:
     """Turns hue by -.5 to .5 sixths.
 
-    The moving channel takes the step |turn| * C. When it comes to its end, which the neighbour on
-    the far side sees as a drop within a step of 0 or C, that neighbour moves by the rest.
+    The changing channel moves by the step |turn| * C. If it reaches 0 or C earlier, the next
+    channel moves by the remainder of the step.
     """
     red, green, blue = drops
     step = chroma * tf.abs(turn)
@@ -228,9 +235,9 @@ def _turn(drops: list[tf.Tensor], chroma: tf.Tensor, turn: tf.Tensor) -> list[tf
 
 
 def _clip(values: tf.Tensor, low: Any, high: tf.Tensor) -> tf.Tensor:
-    """Float values within limits of their shape or []; one pass, tf.clip_by_value takes two.
+    """Clips float values to limits of their shape or [], in one pass; tf.clip_by_value takes two.
 
-    Not for integers, where it mispredicts branches.
+    For integers it is slow, because of mispredicted branches.
     """
     low = tf.cast(low, values.dtype)
     return tf.raw_ops.ClipByValue(t=values, clip_value_min=low, clip_value_max=high)
@@ -240,15 +247,15 @@ def _clip(values: tf.Tensor, low: Any, high: tf.Tensor) -> tf.Tensor:
 
 
 def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
-    """Gaussian of `sigma` pixels, float [], radius ceil(3 sigma), the border replicated."""
+    """Gaussian blur of `sigma` pixels, float [], radius ceil(3 sigma), with replicated borders."""
     sigma = tf.maximum(tf.cast(sigma, tf.float64), 1e-3)
     radius = tf.cast(tf.math.ceil(3 * sigma), tf.int32)
     offsets = tf.cast(tf.range(-radius, radius + 1), tf.float64)
     taps = tf.exp(-0.5 * (offsets / sigma) ** 2)
     taps = tf.cast(taps / tf.reduce_sum(taps), tf.float32)
     padded = tf.cast(_replicate(_replicate(image, radius, 0), radius, 1), tf.float32)
-    # Down the columns, a row's values are as many channels: the faster form by a third. Both need
-    # oneDNN, TensorFlow's default on x86; without it they take ten times as long.
+    # The vertical pass treats all values of a row as channels, which is faster by a third. Both
+    # passes need oneDNN, TensorFlow's default on x86; without it they take ten times as long.
     height, width = tf.shape(padded)[0], tf.shape(padded)[1]
     columns = tf.reshape(padded, [1, height, 1, width * 3])
     filters = tf.tile(taps[:, None, None, None], [1, 1, width * 3, 1])
@@ -256,7 +263,7 @@ def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
     rows = tf.reshape(columns, [1, height - 2 * radius, width, 3])
     filters = tf.tile(taps[None, :, None, None], [1, 1, 3, 1])
     rows = tf.nn.depthwise_conv2d(rows, filters, [1, 1, 1, 1], "VALID")
-    # The cast truncates; taps that sum to 1 stay in range.
+    # The cast truncates. The taps sum to 1, so the result is in range.
     return tf.cast(rows[0] + 0.5, tf.uint8)
 
 
@@ -278,7 +285,7 @@ def gaussian_noise(image: tf.Tensor, s: tf.Tensor, seed: tf.Tensor) -> tf.Tensor
 
 
 def poisson_noise(image: tf.Tensor, lam: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """x + k or x - k with even odds, k ~ Poisson(lam), independent per pixel and channel."""
+    """x + k or x - k with equal probability, k ~ Poisson(lam), per pixel and channel."""
     bits_seed, table_seed = _split(seed)
     rate = tf.cast(lam, tf.float64)
     counts = tf.range(_MAX_LEVEL + 1, dtype=tf.float64)
@@ -288,21 +295,22 @@ def poisson_noise(image: tf.Tensor, lam: tf.Tensor, seed: tf.Tensor) -> tf.Tenso
 
 
 def _stratified(seed: tf.Tensor) -> tf.Tensor:
-    """One uniform draw from each of 32768 equal parts of (0, 1), in order; float64 [32768]."""
-    parts = 32768
-    jitter = tf.random.stateless_uniform([parts], seed, dtype=tf.float64, alg="philox")
-    # float64, because a draw that were rounded to 1 would lie beyond every count.
-    return tf.maximum((tf.range(parts, dtype=tf.float64) + jitter) / parts, 2.0**-40)
+    """Draws one value from each of 32768 equal intervals of (0, 1), ascending; float64 [32768]."""
+    count = 32768
+    jitter = tf.random.stateless_uniform([count], seed, dtype=tf.float64, alg="philox")
+    # float64, because a draw that rounds to 1 would exceed the cumulative probability of every
+    # count.
+    return tf.maximum((tf.range(count, dtype=tf.float64) + jitter) / count, 2.0**-40)
 
 
 def _add_symmetric_noise(image: tf.Tensor, levels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Adds integer noise that is distributed as +-levels, each pixel and channel on its own.
+    """Adds integer noise distributed as +-levels, independent per pixel and channel.
 
-    Image and result are integers, so that rounded(x + noise) = x + rounded(noise): what is drawn
-    is the rounded noise, by its inverse distribution function at 16 random bits. `levels` holds
-    that function's values at a fresh uniform draw within each of its 2^15 steps, for one sign.
-    Hence the distribution of any pixel's noise over seeds is exact to float32, tails included,
-    and within one image every probability is met to 2^-16.
+    The image is integer, so rounded(x + noise) = x + rounded(noise). The rounded noise is drawn
+    by evaluating its inverse distribution function at 16 random bits. For one sign, `levels`
+    holds the values of this function at one uniform draw within each of its 2^15 intervals. Over
+    seeds, the distribution of a pixel's noise is therefore exact to float32, including the tails;
+    within an image, every probability is accurate to 2^-16.
 
     Args:
         image: uint8 [H, W, 3].
@@ -317,66 +325,67 @@ def _add_symmetric_noise(image: tf.Tensor, levels: tf.Tensor, seed: tf.Tensor) -
 
 
 def dropout(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """0 with probability p, float []; each pixel and channel on its own."""
+    """Sets values to 0 with probability p, float [], independent per pixel and channel."""
     byte_seed, rest_seed = _split(seed)
-    # A random byte below `threshold` drops; what 256ths of p leave over, rare, is drawn apart.
+    # A value is dropped if its random byte is below `threshold`. The remainder of p, less than
+    # 1/256, is drawn separately.
     threshold = tf.clip_by_value(tf.floor(256 * p), 0, 255)
     rest = (p - threshold / 256) / (1 - threshold / 256)
     draws = _random_bits(image, byte_seed, tf.uint8)
-    kept = tf.cast(draws >= tf.cast(threshold, tf.uint8), tf.uint8)
-    places = _places(image, rest, rest_seed)
-    return _put(image * kept, places, tf.zeros_like(places, tf.uint8))
+    mask = tf.cast(draws >= tf.cast(threshold, tf.uint8), tf.uint8)
+    indices = _random_indices(image, rest, rest_seed)
+    return _put(image * mask, indices, tf.zeros_like(indices, tf.uint8))
 
 
 def coarse_dropout(image: tf.Tensor, p: tf.Tensor, cells: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Drops each cell and channel of a grid with probability p; float [].
+    """Drops each cell and channel of a grid with probability p, float [].
 
-    The grid of `cells`, int [2] (down, across), is enlarged to the image by nearest, half-pixel
-    centres; where it is finer than the image, some cells fall between the pixels.
+    The grid of `cells`, int [2] (down, across), is resized to the image by nearest neighbour with
+    half-pixel centres. If it is finer than the image, some cells cover no pixel.
     """
     draws = tf.random.stateless_uniform([cells[0], cells[1], 3], seed, alg="philox")
-    kept = tf.cast(draws >= p, tf.uint8)
+    mask = tf.cast(draws >= p, tf.uint8)
     for axis in (1, 0):
         size = tf.shape(image)[axis]
         nearest = (2 * tf.range(size) + 1) * cells[axis] // (2 * size)
-        kept = tf.gather(kept, nearest, axis=axis)
-    return image * kept
+        mask = tf.gather(mask, nearest, axis=axis)
+    return image * mask
 
 
 def salt_pepper(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Replaced by 255 * Beta(.5, .5) with probability p, float []; each channel on its own."""
-    place_seed, level_seed = _split(seed)
-    places = _places(image, p, place_seed)
+    """Replaces values by 255 * Beta(.5, .5) with probability p, float [], per pixel and channel."""
+    index_seed, level_seed = _split(seed)
+    indices = _random_indices(image, p, index_seed)
     # sin^2 of a uniform angle has the distribution Beta(.5, .5).
-    angles = np.pi * tf.random.stateless_uniform(tf.shape(places), level_seed, alg="philox")
-    return _put(image, places, tf.cast(255 * tf.sin(angles) ** 2 + 0.5, tf.uint8))
+    angles = np.pi * tf.random.stateless_uniform(tf.shape(indices), level_seed, alg="philox")
+    return _put(image, indices, tf.cast(255 * tf.sin(angles) ** 2 + 0.5, tf.uint8))
 
 
-def _places(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Indices into the flat image, ascending, each chosen with probability p; int64 [chosen].
+def _random_indices(image: tf.Tensor, p: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws each index into the flat image with probability p; int64 [n], ascending.
 
-    The distances between chosen ones are geometric: drawing these costs by their number, where
-    a draw for every value of the image takes 4 ms.
+    The distances between drawn indices have a geometric distribution. Drawing the distances costs
+    time in proportion to their number; a draw for every value of the image takes 4 ms.
     """
     size = tf.cast(tf.size(image), tf.float64)
     chance = tf.cast(p, tf.float64)
-    # Six standard deviations more than are expected, so that the last one lies beyond the image.
-    enough = size * chance + 6 * tf.sqrt(size * chance * (1 - chance)) + 10
-    uniform = tf.random.stateless_uniform([tf.cast(enough, tf.int32)], seed, alg="philox")
+    # The mean number plus six standard deviations, so that the last index exceeds the image.
+    count = size * chance + 6 * tf.sqrt(size * chance * (1 - chance)) + 10
+    uniform = tf.random.stateless_uniform([tf.cast(count, tf.int32)], seed, alg="philox")
     gaps = tf.math.log1p(-uniform) / tf.cast(tf.math.log1p(-chance), tf.float32)
-    # A chance of 0 gives infinite gaps, or 0 / 0, which `minimum` may pass on.
+    # A chance of 0 yields infinity or 0 / 0, and `tf.minimum` may propagate NaN.
     gaps = tf.where(gaps < tf.cast(size, tf.float32), gaps, tf.cast(size, tf.float32))
-    places = tf.cumsum(tf.cast(gaps, tf.int64) + 1) - 1
-    return places[: tf.searchsorted(places, [tf.size(image, tf.int64)])[0]]
+    indices = tf.cumsum(tf.cast(gaps, tf.int64) + 1) - 1
+    return indices[: tf.searchsorted(indices, [tf.size(image, tf.int64)])[0]]
 
 
-def _put(image: tf.Tensor, places: tf.Tensor, levels: tf.Tensor) -> tf.Tensor:
-    """The image with `levels`, uint8 [n], at `places` of the flat image."""
-    flat = tf.tensor_scatter_nd_update(tf.reshape(image, [-1]), places[:, None], levels)
+def _put(image: tf.Tensor, indices: tf.Tensor, levels: tf.Tensor) -> tf.Tensor:
+    """Writes `levels`, uint8 [n], at `indices` of the flat image."""
+    flat = tf.tensor_scatter_nd_update(tf.reshape(image, [-1]), indices[:, None], levels)
     return tf.reshape(flat, tf.shape(image))
 
 
-# --- What the kernels share ----------------------------------------------------------------------
+# --- Helpers -------------------------------------------------------------------------------------
 
 
 def _split(seed: tf.Tensor) -> list[tf.Tensor]:
@@ -384,13 +393,13 @@ def _split(seed: tf.Tensor) -> list[tf.Tensor]:
 
 
 def _random_bits(image: tf.Tensor, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Unsigned integers of up to 32 bits and the image's shape, uniform over all their values."""
+    """Draws unsigned integers of `dtype` (up to 32 bits) in the image's shape, uniformly."""
     size = tf.size(image)
     words = tf.random.stateless_uniform(
         [_ceil_div(size, 4 // dtype.size)], seed, None, None, tf.uint32, alg="philox"
     )
-    parts = tf.reshape(tf.bitcast(words, dtype), [-1])
-    return tf.reshape(parts[:size], tf.shape(image))
+    integers = tf.reshape(tf.bitcast(words, dtype), [-1])
+    return tf.reshape(integers[:size], tf.shape(image))
 
 
 def _ceil_div(numerator: tf.Tensor, denominator: int) -> tf.Tensor:
@@ -398,15 +407,15 @@ def _ceil_div(numerator: tf.Tensor, denominator: int) -> tf.Tensor:
 
 
 def _if(condition: tf.Tensor, then, otherwise) -> tf.Tensor:
-    """tf.cond that builds one branch only where the condition is known."""
-    known = tf.get_static_value(condition)
-    if known is None:
+    """tf.cond that builds only the selected branch if the condition is static."""
+    static_condition = tf.get_static_value(condition)
+    if static_condition is None:
         return tf.cond(condition, then, otherwise)
-    return then() if known else otherwise()
+    return then() if static_condition else otherwise()
 
 
 def _per_channel(value: tf.Tensor) -> tf.Tensor:
-    """float64 [3] of float [] or [3]."""
+    """Broadcasts float [] or [3] to float64 [3]."""
     return tf.broadcast_to(tf.cast(value, tf.float64), [3])
 
 
@@ -415,31 +424,31 @@ def _round_table(levels: tf.Tensor) -> tf.Tensor:
 
 
 def _row(channels: tf.Tensor) -> tf.Tensor:
-    """uint8 [_BLOCK], the three values repeated: what to combine `_blocks` with."""
+    """Repeats three values to a row for elementwise operations with `_blocks`: uint8 [_BLOCK]."""
     return tf.tile(tf.cast(channels, tf.uint8), [_BLOCK // 3])
 
 
 def _blocks(image: tf.Tensor) -> tf.Tensor:
-    """uint8 [rows, _BLOCK]: the flat image, R G B R G B …, padded with zeros at its end."""
+    """Returns the flat image R G B R G B …, zero-padded at its end, as uint8 [rows, _BLOCK]."""
     size = tf.size(image)
     flat = tf.pad(tf.reshape(image, [-1]), [[0, -size % _BLOCK]])
     return tf.reshape(flat, [-1, _BLOCK])
 
 
 def _unblock(blocks: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-    """The inverse of `_blocks`; takes the size from `image`."""
+    """Inverts `_blocks`; `image` provides the shape."""
     return tf.reshape(tf.reshape(blocks, [-1])[: tf.size(image)], tf.shape(image))
 
 
 def _pair_indices(image: tf.Tensor) -> tf.Tensor:
-    """int32 [rows, _BLOCK / 2]: the place of each pair of neighbours in `_pair_table`."""
+    """Returns the index of each pair of neighbours in `_pair_table`, int32 [rows, _BLOCK / 2]."""
     pairs = tf.bitcast(tf.reshape(_blocks(image), [-1, _BLOCK // 2, 2]), tf.uint16)
     table = tf.tile(tf.range(3) * 65536, [_BLOCK // 6])
     return tf.cast(pairs, tf.int32) + table
 
 
 def _pair_table(tables: tf.Tensor) -> tf.Tensor:
-    """uint16 [3 * 65536]: uint8 [3, 256] applied to every pair of neighbouring channels."""
+    """Applies uint8 tables [3, 256] to every pair of neighbouring channels: uint16 [3 * 65536]."""
     tables = tf.cast(tables, tf.uint16)
     first = tf.gather(tables, _PAIR_FIRST)[:, None, :]
     second = tf.gather(tables, _PAIR_SECOND)[:, :, None]
@@ -447,12 +456,12 @@ def _pair_table(tables: tf.Tensor) -> tf.Tensor:
 
 
 def _look_up(image: tf.Tensor, tables: tf.Tensor, pairs: tf.Tensor | None = None) -> tf.Tensor:
-    """Channel c of the result is tables[c, channel c of the image].
+    """Applies a table to each channel: channel c becomes tables[c, channel c of the image].
 
     Args:
         image: uint8 [H, W, 3].
         tables: uint8 [3, 256].
-        pairs: `_pair_indices(image)`, where it is already known.
+        pairs: `_pair_indices(image)`, if already computed.
     """
     pairs = _pair_indices(image) if pairs is None else pairs
     mapped = tf.gather_nd(_pair_table(tables), pairs[..., None])
@@ -460,7 +469,7 @@ def _look_up(image: tf.Tensor, tables: tf.Tensor, pairs: tf.Tensor | None = None
 
 
 def _replicate(image: tf.Tensor, radius: tf.Tensor, axis: int) -> tf.Tensor:
-    """The image with its border pixels repeated `radius` times on both sides of the axis."""
+    """Repeats the border pixels `radius` times on both sides of an axis."""
     first = tf.gather(image, [0], axis=axis)
     last = tf.gather(image, [tf.shape(image)[axis] - 1], axis=axis)
     sides = tf.repeat(first, radius, axis), tf.repeat(last, radius, axis)

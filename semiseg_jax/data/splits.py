@@ -1,174 +1,447 @@
-"""Which images are labelled: lists as the community writes them, and seeded draws.
+"""Checks split lists or the data of a config for mistakes that would corrupt an experiment.
 
     python -m semiseg_jax.data.splits --labeled=F --unlabeled=F --val=F [--root=DIR]
-    python -m semiseg_jax.data.splits --config=configs/folder.py
+    python -m semiseg_jax.data.splits --config=configs/cityscapes.py [--config.key=value …]
 
-looks for what would corrupt an experiment: in such lists, with --root also in the files that they
-name; or in the data of a config (see `doctor`). Exit status 1 where it found something.
+The first command checks lists and, with --root, the files that they name. The second checks the
+data of a config, split as the config says. The exit status is 1 if an error was found.
 """
 
+import collections
 import dataclasses
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
 
 import numpy as np
+from absl import app, flags
 from etils import epath
+from jaxtyping import Int
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from semiseg_jax.errors import UserError, unread
+from semiseg_jax.data import image_io, split_lists
+from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below
+from semiseg_jax.data.split_lists import Entry
+from semiseg_jax.runtime import cli
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.logger import capture_lines
 
-# Masks read at a time while looking for images of each class.
-CHUNK = 64
+LIST_NAMES = ("labeled", "unlabeled", "val")
+# An error message names at most this many images.
+MAX_NAMED = 3
+
+# Published lists of labelled images, by their `fingerprint`.
+KNOWN_LISTS = {
+    "0ba33a845572f337": "CamVid 1/30 (configs/splits/camvid/1_30.txt)",
+    "681eaa635a1cd2f1": "CamVid 1/16 (configs/splits/camvid/1_16.txt)",
+    "9b46c9ed7a4bc791": "CamVid 1/8 (configs/splits/camvid/1_8.txt)",
+    "d2dcce5ff0fd2503": "CamVid 1/4 (configs/splits/camvid/1_4.txt)",
+    "78b93b048a3a2371": "CamVid 1/2 (configs/splits/camvid/1_2.txt)",
+}
+# Common splits by their numbers of (labelled, unlabelled) images; equal sizes prove nothing.
+KNOWN_SIZES = {
+    (100, 2875): "Cityscapes 1/30",
+    (186, 2789): "Cityscapes 1/16",
+    (372, 2603): "Cityscapes 1/8",
+    (744, 2231): "Cityscapes 1/4",
+    (1488, 1487): "Cityscapes 1/2",
+    (92, 10490): "Pascal VOC, 92 of the original 1,464 labelled, the rest of 10,582 unlabelled",
+    (183, 10399): "Pascal VOC, 183 of the original 1,464 labelled, the rest of 10,582 unlabelled",
+    (366, 10216): "Pascal VOC, 366 of the original 1,464 labelled, the rest of 10,582 unlabelled",
+    (732, 9850): "Pascal VOC, 732 of the original 1,464 labelled, the rest of 10,582 unlabelled",
+    (1464, 9118): "Pascal VOC, the original 1,464 labelled, the rest of 10,582 unlabelled",
+    (100, 10482): "Pascal VOC 1/106 of 10,582",
+    (212, 10370): "Pascal VOC 1/50 of 10,582",
+    (529, 10053): "Pascal VOC 1/20 of 10,582",
+    (662, 9920): "Pascal VOC 1/16 of 10,582",
+    (1323, 9259): "Pascal VOC 1/8 of 10,582",
+    (2646, 7936): "Pascal VOC 1/4 of 10,582",
+    (5291, 5291): "Pascal VOC 1/2 of 10,582",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A line of a split list.
+@dataclasses.dataclass
+class SplitReport:
+    """The findings about a split.
 
     Attributes:
-        image: its path or bare id.
-        mask: its mask's path, or None.
-        without_mask: the line says None for the mask, rather than nothing.
+        sizes: number of entries of each readable list.
+        masks: number of these entries that name a mask.
+        errors: sentences about mistakes that would corrupt an experiment.
+        warnings: sentences about properties that may be intended.
+        notes: sentences with further information.
+        classes: pixel counts by class id or mask value, of the labelled and of the val masks.
+        names: class names in id order; empty if unknown.
     """
 
-    image: str
-    mask: str | None
-    without_mask: bool = False
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    masks: dict[str, int] = dataclasses.field(default_factory=dict)
+    errors: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    classes: dict[str, Int[np.ndarray, "256"]] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
-def read_list(path: epath.PathLike) -> tuple[Entry, ...]:
-    """The entries of a split list, in order.
+def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
+    """Checks split lists and, with `root`, the files that they name.
 
-    One column (image or bare id) or two (image, mask), separated by a TAB or by blanks; names
-    that hold blanks need the TAB. CR, a byte order mark, blank lines, blanks around, a leading
-    "/" or "./", backslashes and a missing last newline do not matter; `None` in the second column
-    is no mask.
-
-    Raises:
-        UserError: the list is missing, empty, or has a line of more than two columns.
+    Args:
+        paths: paths of the lists by name, out of LIST_NAMES; "" for a list that was not given.
+        root: the folder that the paths in the lists are relative to; "" to check no files.
     """
-    path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise UserError(f"The split list {path} is missing: give a file that exists.")
-    entries = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise unread(f"The split list {path}", error, "make it readable") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The split list {path} is not UTF-8: save it as UTF-8.") from error
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        line = line.strip()
-        columns = re.split(r"\s*\t\s*", line) if "\t" in line else line.split()
-        columns = [re.sub(r"^(\./|/)+", "", c.replace("\\", "/")) for c in columns]
-        if not columns:
+    report = SplitReport()
+    entries: dict[str, tuple[Entry, ...]] = {}
+    for name, path in paths.items():
+        if not path:
+            report.notes.append(f"No list of {name} images was given: nothing was said of them.")
             continue
-        if len(columns) > 2:
-            raise UserError(
-                f"{path}, line {number}, has {len(columns)} columns: write an image and, after a "
-                "TAB or a blank, a mask or None; with blanks in a name only a TAB separates."
-            )
-        mask = columns[1] if len(columns) == 2 else None
-        entries.append(Entry(columns[0], None, True) if mask == "None" else Entry(columns[0], mask))
-    if not entries:
-        raise UserError(f"The split list {path} is empty: give one with at least one image.")
-    return tuple(entries)
+        try:
+            entries[name] = split_lists.read_list(path)
+        except UserError as error:
+            report.errors.append(str(error))
+            continue
+        _check_encoding(path, report)
+        report.sizes[name] = len(entries[name])
+        report.masks[name] = sum(e.mask is not None for e in entries[name])
+    _check_duplicates(entries, report)
+    if "labeled" in entries:
+        _identify_split(entries, report)
+        unmasked = [e.image for e in entries["labeled"] if e.without_mask]
+        if unmasked:
+            report.errors.append(f"{_abbreviate(unmasked)} labelled without a mask: name its mask.")
+    if root:
+        _check_files(entries, epath.Path(root).expanduser(), report)
+    return report
 
 
-def draw(
-    count: int,
-    labels: float,
-    seed: int,
-    classes_of: Callable[[Sequence[int]], Iterable[frozenset[int]]] | None = None,
-    num_classes: int = 0,
-) -> tuple[int, ...]:
-    """Indices of the labelled among `count` training images, ascending; draws of a seed nest.
-
-    Args:
-        count: training images.
-        labels: a number of them above 1, a share in (0, 1], or 0 for all.
-        seed: of the order they are taken in.
-        classes_of, num_classes: as in `order`, which sees to it that each class is drawn.
-
-    Raises:
-        UserError: more labels than images, or a negative number.
-    """
-    wanted = number(count, labels, "data.labels") if labels else count
-    if wanted == count:
-        return tuple(range(count))
-    return tuple(sorted(order(count, seed, classes_of, num_classes)[:wanted]))
-
-
-def number(count: int, wanted: float, key: str) -> int:
-    """How many of `count` images a number above 1, or a share in (0, 1], asks for.
-
-    Raises:
-        UserError: naming the key, for none of them or more than there are.
-    """
-    images = round(wanted * count) if wanted <= 1 else round(wanted)
-    if not 0 < images <= count:
-        raise UserError(
-            f"{key}={wanted:g} asks for {images} of {count} training images: give a count from 2 "
-            f"to {count}, a share in (0, 1], or 0 for {'all' if key == 'data.labels' else 'none'}."
+def _check_encoding(path: str, report: SplitReport) -> None:
+    """Adds warnings about CR line ends and a byte order mark."""
+    content = epath.Path(path).read_bytes()
+    if b"\r" in content:
+        report.warnings.append(f"{path} has CR line ends: we read them, other tools may not.")
+    if content.startswith(b"\xef\xbb\xbf"):
+        report.warnings.append(
+            f"{path} begins with a byte order mark: we read it, other tools may not."
         )
-    return images
 
 
-def order(
-    count: int,
-    seed: int,
-    classes_of: Callable[[Sequence[int]], Iterable[frozenset[int]]] | None = None,
-    num_classes: int = 0,
-) -> list[int]:
-    """The order in which images are drawn: a seeded permutation, with every class early.
+def _check_duplicates(entries: dict[str, tuple[Entry, ...]], report: SplitReport) -> None:
+    """Adds errors for images that occur twice in a list or in two lists."""
+    for name, list_entries in entries.items():
+        repeated = list(_common_images(list_entries, list_entries))
+        if repeated:
+            report.errors.append(f"The {name} list has {_abbreviate(repeated)} more than once.")
+    for first, second, harm in (
+        ("labeled", "unlabeled", "its label would be known"),
+        ("labeled", "val", "the score would be that of images trained on"),
+        ("unlabeled", "val", "the score would be that of images trained on"),
+    ):
+        shared = list(_common_images(entries.get(first, ()), entries.get(second, ())))
+        if shared:
+            report.errors.append(
+                f"{_abbreviate(shared)} in the {first} and in the {second} list: {harm}."
+            )
 
-    Let m be the shortest beginning of the permutation with all classes. Whoever draws m images or
-    more gets a plain random draw. Within that beginning the images that bring the most classes
-    which are still missing come first, so that smaller draws have as many classes as they can,
-    and all draws nest.
 
-    Args:
-        count: images.
-        seed: of the permutation.
-        classes_of: the classes in the images of given indices; asked in the permutation's order
-            until all are seen. None: the permutation alone.
-        num_classes: classes there are; one that no image has makes all images be looked at.
+def _common_images(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[str]:
+    """Yields the images of `first` that `second` names too.
+
+    If both are the same list, yields the images that an earlier entry names. Two paths name the
+    same image if one ends with the other, so that bare ids and paths below other folders are
+    recognised; suffixes such as .jpg are ignored.
     """
-    permutation = np.random.Generator(np.random.PCG64(seed)).permutation(count).tolist()
-    if classes_of is None:
-        return permutation
-    classes: dict[int, frozenset[int]] = {}
-    seen: set[int] = set()
-    beginning = 0
-    for start in range(0, count, CHUNK):
-        chunk = permutation[start : start + CHUNK]
-        for place, (index, present) in enumerate(zip(chunk, classes_of(chunk), strict=True)):
-            if not present <= seen:
-                seen |= present
-                beginning = start + place + 1
-            classes[index] = present
-        if len(seen) == num_classes:
-            break
-    rest, missing, first = permutation[:beginning], set(seen), []
-    while missing:
-        # Of several that bring as many, `max` takes the earliest of the permutation.
-        best = max(rest, key=lambda index: len(classes[index] & missing))
-        rest.remove(best)
-        first.append(best)
-        missing -= classes[best]
-    return first + rest + permutation[beginning:]
+    paths_by_id: dict[str, list[str]] = collections.defaultdict(list)
+    if first is not second:
+        for entry in second:
+            paths_by_id[image_id(entry.image)].append(_without_image_suffix(entry.image))
+    for entry in first:
+        path = _without_image_suffix(entry.image)
+        for candidate in paths_by_id[image_id(entry.image)]:
+            short, long = sorted((path, candidate), key=len)
+            if f"/{long}".endswith(f"/{short}"):
+                yield entry.image
+                break
+        if first is second:
+            paths_by_id[image_id(entry.image)].append(path)
 
 
-def split_hash(parts: Sequence[Iterable[str]]) -> str:
-    """16 hex digits that name a split: the sorted ids of each part."""
-    digest = hashlib.sha256()
-    for ids in parts:
-        digest.update("\n".join(sorted(ids)).encode() + b"\0")
-    return digest.hexdigest()[:16]
+def _without_image_suffix(path: str) -> str:
+    """Returns the path without an image suffix and without the suffix of Cityscapes' images."""
+    stem, suffix = os.path.splitext(path)
+    stem = stem if suffix.lower() in IMAGE_SUFFIXES else path
+    return stem.removesuffix("_leftImg8bit")
+
+
+def image_id(path: str) -> str:
+    """Returns the id of an image, the same for all list formats, such as 2007_000032."""
+    return os.path.basename(_without_image_suffix(path))
+
+
+def fingerprint(images: Iterable[str]) -> str:
+    """Returns a hash of 16 hex digits of the ids in a list, independent of its format and order."""
+    ids = sorted({image_id(image) for image in images})
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def _identify_split(entries: dict[str, tuple[Entry, ...]], report: SplitReport) -> None:
+    """Adds a note that names the published split, by its images or else by its sizes."""
+    digest = fingerprint(e.image for e in entries["labeled"])
+    sizes = (len(entries["labeled"]), len(entries.get("unlabeled", ())))
+    if digest in KNOWN_LISTS:
+        report.notes.append(f"The labelled images are those of {KNOWN_LISTS[digest]} ({digest}).")
+    elif sizes in KNOWN_SIZES:
+        report.notes.append(
+            f"{KNOWN_SIZES[sizes]} has these sizes; the images may be others ({digest} is not "
+            "known)."
+        )
+    else:
+        report.notes.append(f"The labelled images are of no split known here ({digest}).")
+
+
+def _check_files(
+    entries: dict[str, tuple[Entry, ...]], root: epath.Path, report: SplitReport
+) -> None:
+    """Adds errors for missing files and for masks of the wrong size; counts the mask values."""
+    if not root.is_dir():
+        report.errors.append(f"The data folder {root} is missing: correct --root.")
+        return
+    find = _ImageFinder(root)
+    for name, list_entries in entries.items():
+        missing = [e.image for e in list_entries if find(e.image) is None]
+        if missing:
+            report.errors.append(
+                f"The {name} list has {_abbreviate(missing)}, not there below {root}."
+            )
+        # The masks of unlabelled images are never read.
+        pairs = [
+            (find(e.image), root / e.mask) for e in list_entries if e.mask and name != "unlabeled"
+        ]
+        missing_masks = [os.fspath(mask) for _, mask in pairs if not mask.exists()]
+        if missing_masks:
+            report.errors.append(
+                f"The {name} list has {_abbreviate(missing_masks)}, a mask that is not there."
+            )
+        existing = [
+            Example(os.fspath(image), os.fspath(image), os.fspath(mask))
+            for image, mask in pairs
+            if image is not None and mask.exists()
+        ]
+        _count_pixels(name, existing, np.arange(256, dtype=np.int16), report)
+    _check_learnt_classes(report)
+
+
+class _ImageFinder:
+    """Finds an image by its path below a root, or by its bare id anywhere below the root."""
+
+    def __init__(self, root: epath.Path):
+        self._root = root
+        self._by_id: dict[str, epath.Path] | None = None
+
+    def __call__(self, image: str) -> epath.Path | None:
+        if (self._root / image).is_file():
+            return self._root / image
+        if "/" in image:
+            return None
+        if self._by_id is None:
+            files = (f for f in files_below(self._root) if f.name.lower().endswith(IMAGE_SUFFIXES))
+            self._by_id = {image_id(f.name): f for f in files}
+        return self._by_id.get(image_id(image))
+
+
+def _count_pixels(
+    name: str, examples: Sequence[Example], table: Int[np.ndarray, "256"], report: SplitReport
+) -> None:
+    """Adds the pixel counts of each class, and errors for unusable pairs of image and mask."""
+    if not examples:
+        return
+
+    def count(example: Example) -> Int[np.ndarray, "256"] | str:
+        """Returns the counts of a mask or an error message."""
+        try:
+            assert example.mask is not None
+            counts, size = image_io.count_classes(example.mask, table)
+            image_size = image_io.image_size(example.image)
+        except UserError as error:
+            return str(error)
+        if size != image_size:
+            return f"{example.image} and its mask {example.mask} differ in size."
+        return counts
+
+    total = np.zeros(256, np.int64)
+    errors = []
+    with futures.ThreadPoolExecutor() as pool:
+        for result in pool.map(count, examples):
+            if isinstance(result, str):
+                errors.append(result)
+            else:
+                total += result
+    report.classes[name] = total
+    report.errors += errors[:MAX_NAMED]
+    if len(errors) > MAX_NAMED:
+        report.errors.append(
+            f"{len(errors) - MAX_NAMED} further pairs of {name} images are as bad."
+        )
+
+
+def _check_learnt_classes(report: SplitReport) -> None:
+    """Adds a warning for classes that are evaluated but have no labelled pixel."""
+    learnt = report.classes.get("labeled")
+    if learnt is None:
+        return
+    if report.names:
+        ids = list(range(len(report.names)))
+    else:
+        evaluated = report.classes.get("val", learnt)
+        ids = [i for i in range(image_io.IGNORE) if learnt[i] or evaluated[i]]
+    absent = [_class_name(i, report) for i in ids if not learnt[i]]
+    if absent:
+        report.warnings.append(f"No labelled pixel of {', '.join(absent)}.")
+
+
+def _class_name(class_id: int, report: SplitReport) -> str:
+    return report.names[class_id] if report.names else f"value {class_id}"
+
+
+def examine_config(config: Any) -> SplitReport:
+    """Checks the data of a config, split as the config says."""
+    # Imported here, because `sources` imports `splits`, the module that starts this command.
+    from semiseg_jax.data import load
+
+    report = SplitReport()
+    try:
+        with capture_lines() as lines:
+            dataset, _ = load.plan_dataset(config)
+        report.notes.extend(lines)
+    except UserError as error:
+        report.errors.append(str(error))
+        return report
+    report.names = dataset.classes
+    sets = dict(
+        zip(LIST_NAMES, (dataset.labeled, dataset.unlabeled, dataset.evaluation), strict=True)
+    )
+    for name, examples in sets.items():
+        report.sizes[name] = len(examples)
+        report.masks[name] = sum(e.mask is not None for e in examples)
+        if not examples:
+            report.errors.append(f"There is no {name} image.")
+    by_path = {
+        name: tuple(Entry(os.path.realpath(e.image), e.mask) for e in examples)
+        for name, examples in sets.items()
+    }
+    _check_duplicates(by_path, report)
+    by_id = {name: tuple(Entry(e.id, None) for e in examples) for name, examples in sets.items()}
+    _identify_split(by_id, report)
+    for name in ("labeled", "val"):
+        unmasked = [e.image for e in sets[name] if e.mask is None]
+        if unmasked:
+            report.errors.append(f"{_abbreviate(unmasked)} in the {name} set without a mask.")
+        _count_pixels(name, [e for e in sets[name] if e.mask], dataset.table, report)
+    missing = [e.image for e in dataset.unlabeled if not os.path.exists(e.image)]
+    if missing:
+        report.errors.append(f"The unlabeled set has {_abbreviate(missing)}, not there.")
+    _check_learnt_classes(report)
+    learnt = report.classes.get("labeled")
+    if learnt is not None and learnt.any():
+        try:
+            load.check_several_classes(learnt, dataset.classes)
+        except UserError as error:
+            report.errors.append(str(error))
+    report.notes.append(f"The split's hash is {dataset.split_hash}, as in result rows.")
+    return report
+
+
+def _abbreviate(names: Sequence[str]) -> str:
+    """Joins the first MAX_NAMED names and appends the number of further names."""
+    listing = ", ".join(names[:MAX_NAMED])
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{listing}{more}"
+
+
+def print_report(report: SplitReport, console: Console) -> None:
+    """Prints the report as tables and sentences."""
+    table = Table(box=box.SIMPLE_HEAD, title="Lists")
+    for column in ("", "images", "with a mask"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, size in report.sizes.items():
+        table.add_row(name, str(size), str(report.masks[name]))
+    if report.sizes:
+        console.print(table)
+    if report.classes:
+        _print_classes(report, console)
+    for title, sentences in (
+        ("Error", report.errors),
+        ("Warning", report.warnings),
+        ("Note", report.notes),
+    ):
+        for sentence in sentences:
+            console.print(f"{title}: {sentence}", markup=False)
+    if not report.errors:
+        console.print("Nothing was found that would corrupt an experiment.")
+
+
+def _print_classes(report: SplitReport, console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title="Share of labelled pixels, in %")
+    table.add_column("", no_wrap=True)
+    for name in report.classes:
+        table.add_column(name, justify="right", no_wrap=True)
+    totals = {
+        name: max(counts[: image_io.IGNORE].sum(), 1) for name, counts in report.classes.items()
+    }
+    num_classes = len(report.names) or image_io.IGNORE
+    for i in range(num_classes):
+        if report.names or any(counts[i] for counts in report.classes.values()):
+            shares = (f"{100 * c[i] / totals[n]:.2f}" for n, c in report.classes.items())
+            table.add_row(_class_name(i, report), *shares)
+    console.print(table)
+
+
+def run() -> None:
+    """Defines the flags and starts the command."""
+    # The flags are defined in a function, because another command with its own --config may
+    # import this module.
+    kinds = ("labelled", "unlabelled", "evaluation")
+    holders = [
+        *(
+            flags.DEFINE_string(name, "", f"The list of {kind} images, a line each.")
+            for name, kind in zip(LIST_NAMES, kinds, strict=True)
+        ),
+        flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
+    ]
+    # --help lists the flags of the module that was started.
+    for holder in holders:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
+    cli.define_config_flag("Whose data to look at, instead of at lists")
+    app.run(main, flags_parser=cli.parse_flags_and_config)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the report; the exit status is 1 if it has an error."""
+    values = flags.FLAGS
+    cli.start_command(argv)
+    paths = {name: values[name].value or "" for name in LIST_NAMES}
+    if values.config is not None:
+        # Imported here, because `settings` is in a higher layer; only the command needs it.
+        from semiseg_jax import config_check
+
+        try:
+            config_check.check(values.config)
+        except UserError as error:
+            sys.exit(f"Error: {error}")
+        report = examine_config(values.config)
+    elif any(paths.values()):
+        report = examine_lists(paths, values.root)
+    else:
+        sys.exit("Error: Say what to look at: --labeled=F --unlabeled=F --val=F, or --config=….")
+    print_report(report, Console(highlight=False, soft_wrap=True))
+    if report.errors:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    # Here, because it reads lists with this module.
-    from semiseg_jax.data.doctor import run
-
     run()

@@ -1,1 +1,1 @@
-"""Networks: backbones, heads, and the norm that keeps weak and strong images apart."""
+"""Networks: backbones, heads, and batch norm with separate domains for weak and strong images."""

@@ -1,18 +1,18 @@
-"""Two-dimensional convolution, in the form that is fast on the platform it is compiled for.
+"""Two-dimensional convolution, in a fast form for the platform that the program is compiled for.
 
-On TPU and GPU every convolution is `lax.conv_general_dilated`. XLA's CPU compiler is good at dense
-k x k kernels, dilated ones too, and poor at two others, which get a form of their own there.
-Measured on two cores (jax 0.10.2, float32; milliseconds, forward / both gradients):
+On TPU and GPU every convolution is `lax.conv_general_dilated`. XLA's CPU compiler is fast at dense
+k x k kernels, dilated or not, and slow at depthwise and 1x1 kernels, which have their own forms on
+the CPU. Measured on two cores (jax 0.10.2, float32; milliseconds, forward / both gradients):
 
     depthwise 3x3, 4x65x65x256      lax.conv 113 / 290      shifted products   2.5 / 7
     depthwise 5x5, 4x33x33x240      lax.conv  42 / 106      shifted products   1.3 / 3.8
     1x1, 4x33x33x728 to 728         lax.conv  33 / 108      matrix product      24 / 49
     3x3, 4x33x41x304 to 256         lax.conv  84 / 175      9 matrix products  130 / 190
 
-Choosing is per lowering, not per process: `lax.platform_dependent` leaves only the branch of the
-platform that a program is compiled for, so a program lowered on a CPU host for a TPU pod holds the
-TPU's form. It stands inside both rules of a custom VJP, because differentiating through the switch
-would differentiate every branch and make each branch return all branches' residuals.
+The choice is made per lowering, not per process: `lax.platform_dependent` retains only the branch
+of the target platform, so a program that a CPU host lowers for a TPU pod contains the TPU's form.
+The switch is inside both rules of a custom VJP, because differentiating through the switch would
+differentiate every branch and make each branch return all branches' residuals.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
-# In pixels: an int, or an expression of jax.export's where the images' size is symbolic.
+# In pixels: an int, or a jax.export expression if the size of the images is symbolic.
 Dim = Any
 Pads = tuple[tuple[Dim, Dim], tuple[Dim, Dim]]
 Padding = str | Pads  # "same", "torch" or explicit
@@ -34,7 +34,7 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 class _Geometry(NamedTuple):
-    """All that is static about a convolution besides its shapes; hashable, so it can key a jit."""
+    """The static arguments of a convolution besides its shapes; hashable, as `jax.jit` requires."""
 
     stride: int
     dilation: int
@@ -53,25 +53,25 @@ def conv2d(
 ) -> Float[Array, "b ho wo cout"]:
     """Cross-correlates images with a kernel, as `lax.conv_general_dilated` does.
 
-    Differentiable once, in reverse mode. A batch sharded over devices stays where it is: only the
+    Differentiable once, in reverse mode. A batch sharded over devices is not moved: only the
     kernel's gradient is summed across devices.
 
     Args:
-        x: images. Their dtype is the result's. float32 and float64 are computed as they are;
-            narrower types are accumulated in float32, and the result is rounded once.
-        kernel: cast to the images' dtype; its gradient comes back in its own.
+        x: images; the result has their dtype. float32 and float64 are computed in their own
+            precision; narrower types are accumulated in float32, and the result is rounded once.
+        kernel: cast to the images' dtype; its gradient has the kernel's own dtype.
         stride: rows and columns between neighbouring outputs.
         dilation: rows and columns between neighbouring kernel elements.
-        padding: "same" gives ceil(size / stride) outputs, the odd pixel of padding at the bottom
-            and right (TensorFlow's SAME: where a strided kernel sits then depends on the image's
-            size); "torch" pads dilation * (k - 1) // 2 on every side, whatever the size and
-            stride; or ((top, bottom), (left, right)), in pixels.
-        groups: 1, or cin for a depthwise convolution. Output channel c then sees input channel
+        padding: "same" gives ceil(size / stride) outputs, with the odd pixel of padding at the
+            bottom and right (TensorFlow's SAME: the position of a strided kernel then depends on
+            the size of the images); "torch" pads dilation * (k - 1) // 2 on every side, for every
+            size and stride; or ((top, bottom), (left, right)), in pixels.
+        groups: 1, or cin for a depthwise convolution. Output channel c then reads input channel
             c // (cout // cin). The fast CPU form covers cout == cin.
 
     Raises:
-        ValueError: the kernel does not suit the images' channels or size, or there is no such
-            padding.
+        ValueError: the kernel does not fit the channels or the size of the images, or the padding
+            is unknown.
     """
     if groups not in (1, x.shape[-1]):
         raise ValueError(f"groups must be 1 or the {x.shape[-1]} input channels, not {groups}")
@@ -82,7 +82,7 @@ def conv2d(
         )
     pads = _explicit_pads(x.shape[1:3], kernel.shape[:2], stride, dilation, padding)
     if any(is_symbolic_dim(n) for n in (*pads[0], *pads[1])):
-        # "same" with a stride pads by the size's remainder; lax.conv takes numbers alone.
+        # "same" with a stride pads by the size's remainder, and lax.conv accepts only numbers.
         x, pads = _pad(x, pads), ((0, 0), (0, 0))
     geometry = _Geometry(stride, dilation, pads, groups)
     if any(n < 1 for n in _out_size(x.shape, kernel.shape, geometry)):
@@ -104,7 +104,8 @@ def _explicit_pads(
         totals = [
             (-(-n // stride) - 1) * stride + r + 1 - n for n, r in zip(size, reach, strict=True)
         ]
-        if any(r + 1 < stride for r in reach):  # Else none is negative, also where n is symbolic.
+        # Otherwise no total is negative, also for a symbolic size.
+        if any(r + 1 < stride for r in reach):
             totals = [max(total, 0) for total in totals]
         top, left = (total // 2 for total in totals)
         return (top, totals[0] - top), (left, totals[1] - left)
@@ -131,11 +132,11 @@ def _out_size(
 def _without_idle_taps(
     x_shape: Sequence[Dim], kernel: Float[Array, "kh kw ci co"], geometry: _Geometry
 ) -> tuple[Float[Array, "kh2 kw2 ci co"], _Geometry]:
-    """Drops the outer kernel rows and columns that only ever meet padding.
+    """Drops the outer kernel rows and columns that read only padding.
 
-    Rates 12 and 18 of atrous pyramid pooling meet a 9x11 map in the kernel's centre alone:
-    what is left is 1x1, a ninth of the work. The dropped taps' gradient is zero, as it
-    should be. Where the images' size is symbolic, which taps these are is not known: all stay.
+    With rates 12 and 18 of atrous pyramid pooling, only the centre of the kernel reads a 9x11 map:
+    the remaining 1x1 kernel takes a ninth of the work. The gradient of the dropped taps is zero,
+    which is correct. No tap is dropped if the size of the images is symbolic.
     """
     if any(is_symbolic_dim(n) for n in x_shape[1:3]):
         return kernel, geometry
@@ -145,12 +146,12 @@ def _without_idle_taps(
     for n, out, k, (low, high) in zip(
         x_shape[1:3], outs, kernel.shape[:2], geometry.pads, strict=True
     ):
-        met = [
+        used = [
             tap
             for tap in range(k)
             if any(0 <= o * stride + tap * dilation - low < n for o in range(out))
         ] or [0]
-        first, last = met[0], met[-1]
+        first, last = used[0], used[-1]
         ranges.append(slice(first, last + 1))
         pads.append((low - first * dilation, high - (k - 1 - last) * dilation))
     return kernel[ranges[0], ranges[1]], geometry._replace(pads=(pads[0], pads[1]))
@@ -164,7 +165,7 @@ def _is_pointwise(kernel: Array, geometry: _Geometry) -> bool:
     return geometry.groups == 1 and kernel.shape[:2] == (1, 1)
 
 
-# ---------------------------------------------------------------- the choice
+# ---------------------------------------------------------------- the choice by platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -201,12 +202,12 @@ def _switched_conv_bwd(
 
 _switched_conv.defvjp(_switched_conv_fwd, _switched_conv_bwd)
 
-# jit, so that layers of equal shapes are traced once and calls outside of jit run one program
-# instead of compiling the switch and its every operation separately.
+# With jit, layers of equal shapes are traced once, and a call outside of jit runs one program
+# instead of compiling the switch and each of its operations separately.
 _jitted_switched_conv = jax.jit(_switched_conv, static_argnums=2)
 
 
-# ---------------------------------------------------------------- every platform but the CPU
+# ---------------------------------------------------------------- every platform except the CPU
 
 
 def _lax_conv(x: Array, kernel: Array, geometry: _Geometry) -> Array:
@@ -222,7 +223,7 @@ def _lax_conv(x: Array, kernel: Array, geometry: _Geometry) -> Array:
 
 
 def _lax_gradients(x: Array, kernel: Array, g: Array, geometry: _Geometry) -> tuple[Array, Array]:
-    # Transposed, not differentiated: jax.vjp would put a dead forward pass into the program.
+    # Transposed, not differentiated: jax.vjp would add an unused forward pass to the program.
     (gx,) = jax.linear_transpose(lambda x: _lax_conv(x, kernel, geometry), x)(g)
     (gk,) = jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(g)
     return gx, gk
@@ -232,12 +233,12 @@ def _lax_gradients(x: Array, kernel: Array, g: Array, geometry: _Geometry) -> tu
 
 
 def _wide(x: Array) -> Array:
-    """At least float32: what products are accumulated in."""
+    """Casts to the dtype of accumulation, at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _pad(x: Float[Array, "b h w c"], pads: Pads, interior: int = 0) -> Float[Array, "b h2 w2 c"]:
-    """Zeros around the images (negative: crops) and `interior` zeros between their pixels."""
+    """Adds zeros around the images (negative: crops) and `interior` zeros between their pixels."""
     config = [(0, 0, 0), *((low, high, interior) for low, high in pads), (0, 0, 0)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
@@ -245,14 +246,14 @@ def _pad(x: Float[Array, "b h w c"], pads: Pads, interior: int = 0) -> Float[Arr
 def _tap(
     padded: Float[Array, "b h w c"], top: int, left: int, size: Sequence[Dim], stride: int
 ) -> Float[Array, "b ho wo c"]:
-    """The pixels one kernel element meets: `size` of them, `stride` apart, from (top, left)."""
+    """Returns the pixels that one kernel tap reads: `size` of them, from (top, left)."""
     b, _, _, c = padded.shape
     bottom, right = top + (size[0] - 1) * stride + 1, left + (size[1] - 1) * stride + 1
     return lax.slice(padded, (0, top, left, 0), (b, bottom, right, c), (1, stride, stride, 1))
 
 
 def _input_gradient_pads(x: Array, kernel: Array, g: Array, geometry: _Geometry) -> Pads:
-    """What to pad g by, after spreading it by the stride, so that the flipped kernel gives gx."""
+    """Padding of g, after dilating it by the stride, for which the flipped kernel gives gx."""
     pads = []
     for n, out, k, (low, _) in zip(
         x.shape[1:3], g.shape[1:3], kernel.shape[:2], geometry.pads, strict=True
@@ -266,26 +267,26 @@ def _input_gradient_pads(x: Array, kernel: Array, g: Array, geometry: _Geometry)
 
 
 def _pointwise(x: Array, kernel: Array, geometry: _Geometry) -> Array:
-    """A matrix product over the pixels: up to 2 times as fast as lax.conv, its gradients 2 to 4."""
+    """A matrix product over the pixels: up to 2 times (gradients 4 times) as fast as lax.conv."""
     size = _out_size(x.shape, kernel.shape, geometry)
-    met = _tap(_pad(x, geometry.pads), 0, 0, size, geometry.stride)
-    y = lax.dot_general(_wide(met), _wide(kernel[0, 0]), (((3,), (0,)), ((), ())))
+    pixels = _tap(_pad(x, geometry.pads), 0, 0, size, geometry.stride)
+    y = lax.dot_general(_wide(pixels), _wide(kernel[0, 0]), (((3,), (0,)), ((), ())))
     return y.astype(x.dtype)
 
 
 def _pointwise_gradients(
     x: Array, kernel: Array, g: Array, geometry: _Geometry
 ) -> tuple[Array, Array]:
-    met = _tap(_pad(x, geometry.pads), 0, 0, g.shape[1:3], geometry.stride)
+    pixels = _tap(_pad(x, geometry.pads), 0, 0, g.shape[1:3], geometry.stride)
     g = _wide(g)
     gx = lax.dot_general(g, _wide(kernel[0, 0]), (((3,), (1,)), ((), ()))).astype(x.dtype)
     gx = _pad(gx, _input_gradient_pads(x, kernel, g, geometry), geometry.stride - 1)
     over_pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    # The compiler writes the left operand to memory once more, transposed: let it be the smaller.
+    # The compiler writes a transposed copy of the left operand to memory: put the smaller there.
     if x.shape[-1] <= g.shape[-1]:
-        gk = lax.dot_general(_wide(met), g, over_pixels)
+        gk = lax.dot_general(_wide(pixels), g, over_pixels)
     else:
-        gk = lax.dot_general(g, _wide(met), over_pixels).T
+        gk = lax.dot_general(g, _wide(pixels), over_pixels).T
     return gx, gk[None, None].astype(kernel.dtype)
 
 
@@ -308,10 +309,10 @@ def _shifted_sum(
     stride: int,
     dilation: int,
 ) -> Float[Array, "b ho wo c"]:
-    """kh * kw multiply-adds per output, one loop over contiguous channels.
+    """Sums the taps: kh * kw multiply-adds per output, in one loop over contiguous channels.
 
-    The padding is an operation of its own: fused into the loop as a bounds check per tap it was 1.5
-    times slower. What follows (an affine norm, a ReLU) is fused into the loop by XLA.
+    The padding is a separate operation: fused into the loop as a bounds check per tap, it was 1.5
+    times slower. XLA fuses the following operations (an affine norm, a ReLU) into the loop.
     """
     kh, kw = kernel.shape[:2]
     padded, kernel = _wide(padded), _wide(kernel)
@@ -326,19 +327,19 @@ def _shifted_sum(
 def _depthwise_gradients(
     x: Array, kernel: Array, g: Array, geometry: _Geometry
 ) -> tuple[Array, Array]:
-    """The input's gradient is a depthwise convolution of g, the kernel's a sum of products."""
+    """The gradient of x is a depthwise convolution of g, that of the kernel a sum of products."""
     kh, kw = kernel.shape[:2]
     stride, dilation = geometry.stride, geometry.dilation
     (top, bottom), sides = _input_gradient_pads(x, kernel, g, geometry)
-    # The kernel's gradient takes rows in groups; rows of zeros fill up the last group.
+    # The kernel's gradient sums rows in groups; rows of zeros fill the last group.
     group, extra = _row_groups(x.shape[1] if stride == 1 else g.shape[1])
 
-    spread = _pad(g, ((top, bottom + (extra if stride == 1 else 0)), sides), stride - 1)
-    gx = _shifted_sum(spread, kernel[::-1, ::-1], x.shape[1:3], stride=1, dilation=dilation)
+    dilated_g = _pad(g, ((top, bottom + (extra if stride == 1 else 0)), sides), stride - 1)
+    gx = _shifted_sum(dilated_g, kernel[::-1, ::-1], x.shape[1:3], stride=1, dilation=dilation)
     if stride == 1:
-        # Shifting g past x or x past g gives the same sums in opposite order: g is padded already.
+        # Shifting g over x or x over g gives the same sums in opposite order; g is padded already.
         x = _pad(x, ((0, extra), (0, 0)))
-        gk = _shifted_dots(spread, x, (kh, kw), group, stride=1, dilation=dilation)[::-1, ::-1]
+        gk = _shifted_dots(dilated_g, x, (kh, kw), group, stride=1, dilation=dilation)[::-1, ::-1]
     else:
         (top, bottom), sides = geometry.pads
         padded = _pad(x, ((top, bottom + extra * stride), sides))
@@ -348,11 +349,12 @@ def _depthwise_gradients(
 
 
 def _row_groups(rows: int) -> tuple[int, int]:
-    """How many rows to sum in one step, and how many rows of zeros to append for it.
+    """Returns (rows to sum in one step, rows of zeros to append).
 
-    At least one: padding is what makes XLA write its operand to memory. Without it, the layers
-    around (a norm's gradient, say) are fused into the sums and make them too long to be unrolled:
-    41 ms where it should be 15. Groups of 5 to 8 rows were equally fast.
+    At least one row of zeros is appended, because padding makes XLA write its operand to memory.
+    Without it XLA fuses the neighbouring layers (a norm's gradient, for example) into the sums,
+    which become too long to be unrolled: 41 ms instead of 15. Groups of 5 to 8 rows were equally
+    fast.
     """
     extra = {group: group - rows % group for group in (8, 7, 6, 5)}
     group = min(extra, key=lambda group: extra[group])
@@ -371,13 +373,14 @@ def _shifted_dots(
     """For every tap and channel, the sum over images and pixels of shifted `padded` times `other`.
 
     One reduction with an operand per tap reads both arrays once; separate sums would read them once
-    per tap. As a reduction over all rows it runs channel by channel, in scalar code: the compiler
-    vectorises the innermost loop, and that is the sum's. A sum over few enough terms it unrolls,
-    which leaves the loop over channels innermost: 72 products (8 rows, 9 taps) still were unrolled,
-    144 no longer; 8 rows took 5 ms where all rows at once took 16. The second sum is cheap.
+    per tap. A reduction over all rows would run channel by channel, in scalar code, because the
+    compiler vectorises the innermost loop, which is that of the sum. It unrolls a sum of few terms,
+    and the loop over channels is then innermost: it unrolled 72 products (8 rows, 9 taps), but not
+    144; 8 rows took 5 ms, all rows at once 16. The second sum is cheap.
 
-    The images are summed last and apart, so that a batch sharded over devices needs one all-reduce:
-    for a reduction with several results XLA gathers arrays instead of adding up sums.
+    The sum over the images is a separate, last operation, so that a batch sharded over devices
+    needs one all-reduce: for a reduction with several results XLA gathers arrays instead of
+    reducing them.
     """
     kh, kw = kernel_size
     b, ho, wo, c = other.shape
@@ -396,7 +399,7 @@ def _shifted_dots(
 
 
 def _joint_sum(terms: Sequence[Array], axis: int) -> Sequence[Array]:
-    """Sums of arrays of one shape over one axis, in one pass over their common operands."""
+    """Sums arrays of one shape over one axis, in one pass over their common operands."""
     zeros = [jnp.zeros((), term.dtype) for term in terms]
 
     def add(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""DeepLab: backbone, head, logits at the size of the input; built from the config.
+"""DeepLab, built from the config: a backbone, a head, and logits at the size of the input.
 
 Sources: DeepLabV3+ (Chen et al., ECCV 2018), DeepLabV2 (Chen et al., 2017).
 """
@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Num
 
-from semiseg_jax.errors import UserError
 from semiseg_jax.models import (
+    convolutions,
     dsbn,
     efficientnet_lite,
     layers,
@@ -23,8 +24,9 @@ from semiseg_jax.models import (
     resnet,
     xception,
 )
+from semiseg_jax.runtime.errors import UserError
 
-# Mean and standard deviation by channel, of RGB values 0..255.
+# By name: mean and standard deviation of each channel, for RGB values 0..255.
 INPUT_NORMALIZATIONS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
@@ -34,7 +36,7 @@ INPUT_NORMALIZATIONS = {
 BACKBONES = {**resnet.BACKBONES, **xception.BACKBONES, **efficientnet_lite.BACKBONES}
 GRID_SIZES = {**resnet.GRID_SIZES, **xception.GRID_SIZES}
 
-# What each backbone's published weights were trained with.
+# By backbone: the input normalisation of its published weights.
 USUAL_NORMALIZATIONS = (
     dict.fromkeys(resnet.BACKBONES, "imagenet")
     | dict.fromkeys(xception.BACKBONES, "half")
@@ -44,6 +46,21 @@ USUAL_NORMALIZATIONS = (
 HEADS = ("v3plus", "v3plus_smp", "v2")
 
 
+@flax.struct.dataclass
+class Features:
+    """The result of `DeepLab.encode`: a pytree of feature maps, and the size of the input.
+
+    Attributes:
+        low: features at stride 4, [b, h, w, c].
+        high: the last features, at the output stride, [b, h, w, c].
+        size: (height, width) of the images, in pixels; static.
+    """
+
+    low: Any
+    high: Any
+    size: tuple[convolutions.Dim, convolutions.Dim] = flax.struct.field(pytree_node=False)
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: 1x1, dilated separable 3x3, image pooling; then 1x1.
 
@@ -51,13 +68,13 @@ class ASPP(nn.Module):
 
     Attributes:
         features: channels of every branch and of the result.
-        rates: dilation of the 3x3 convolutions, in pixels of the features.
-        norm: makes the norms.
-        dropout: share of the result dropped in training.
-        align_corners: how the pooled features are enlarged.
+        rates: dilations of the 3x3 convolutions, in pixels of the features.
+        norm: factory of the norms.
+        dropout: rate of the dropout on the result.
+        align_corners: see `layers.interpolation_matrix`; for enlarging the pooled features.
         norm_between: see `layers.SeparableConvNorm`.
-        remat: keep no activations from inside the separable convolutions for the backward pass.
-        dtype: of the computation; None for that of input and parameters together.
+        remat: recompute the activations inside the separable convolutions in the backward pass.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     features: int
@@ -71,10 +88,10 @@ class ASPP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], batch: dsbn.Batch
+        self, x: Float[Array, "b h w c"], layout: dsbn.DomainLayout
     ) -> Float[Array, "b h w features"]:
-        """Features at the resolution of x."""
-        point = functools.partial(layers.ConvNorm, self.features, self.norm, dtype=self.dtype)
+        """Computes features at the resolution of x."""
+        pointwise = functools.partial(layers.ConvNorm, self.features, self.norm, dtype=self.dtype)
         separable = functools.partial(
             layers.rematerialized(layers.SeparableConvNorm, self.remat),
             self.features,
@@ -82,27 +99,34 @@ class ASPP(nn.Module):
             norm_between=self.norm_between,
             dtype=self.dtype,
         )
-        branches = [point(name="point")(x, batch)]
+        branches = [pointwise(name="point")(x, layout)]
         for i, rate in enumerate(self.rates):
-            branches.append(separable(dilation=rate, name=f"atrous{i + 1}")(x, batch))
+            branches.append(separable(dilation=rate, name=f"atrous{i + 1}")(x, layout))
         pooled = jnp.mean(x, axis=(1, 2), keepdims=True)
-        pooled = point(name="image_pooling")(pooled, batch)
+        pooled = pointwise(name="image_pooling")(pooled, layout)
         branches.append(layers.resize(pooled, x.shape[1:3], self.align_corners))
-        y = point(name="project")(jnp.concatenate(branches, axis=-1), batch)
-        return layers.Dropout(self.dropout)(y, batch)
+        y = pointwise(name="project")(jnp.concatenate(branches, axis=-1), layout)
+        return layers.Dropout(self.dropout)(y, layout)
 
 
 class DeepLab(nn.Module):
-    """Backbone, then what a subclass makes of its features, at the size of the images.
+    """A backbone and a head; subclasses define the head in `_head`.
+
+    `encode` computes the backbone's features and `decode` the logits from them, so that a caller
+    can change the features in between or decode them by another head:
+
+        features = model.apply(variables, images, domain="strong", method="encode")
+        logits = model.apply(variables, features, domain="strong", method="decode")
 
     Attributes:
-        backbone: gives {"low": stride 4, "high": output stride}.
+        backbone: returns {"low": features at stride 4, "high": at the output stride}.
         num_classes: C.
-        rates: the head's dilation rates, in pixels of the features.
-        mean, std: input normalisation, of RGB values 0..255.
-        align_corners: how every resize inside places its corners.
-        remat: keep no activations from inside the head's separable convolutions either.
-        dtype: of the computation; None for that of input and parameters together.
+        rates: dilations of the head, in pixels of the features.
+        mean, std: input normalisation, for RGB values 0..255.
+        align_corners: see `layers.interpolation_matrix`; for every resize in the network.
+        remat: recompute the activations inside the head's separable convolutions in the backward
+            pass too.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     backbone: nn.Module
@@ -114,7 +138,6 @@ class DeepLab(nn.Module):
     remat: bool
     dtype: DTypeLike | None
 
-    @nn.compact
     def __call__(
         self,
         images: Num[ArrayLike, "b h w 3"],
@@ -123,27 +146,56 @@ class DeepLab(nn.Module):
         train: bool = False,
         num_weak: int | None = None,
     ) -> Float[Array, "b h w classes"]:
-        """Logits at the size of the images, in the compute dtype.
+        """Computes logits at the size of the images, in the compute dtype.
 
         Args:
-            images: RGB; uint8 is normalised here, floats are taken as normalised already.
-            domain: which norm the images meet; "both" for blocks of weak and strong images.
-            groups: with "both", the number of equal blocks (see `dsbn.Batch`).
-            train: batch statistics and dropout; pass the statistics as mutable, and a
-                `dropout` key where the dropout rate is not 0.
-            num_weak: with "both", weak images in each block; None for half of it.
+            images: RGB; uint8 images are normalised here, float images must be normalised already.
+            domain: the norm of the images; "both" for blocks of weak and strong images.
+            groups: with "both", the number of equal blocks (see `dsbn.DomainLayout`).
+            train: use batch statistics and dropout; the statistics collections must be mutable,
+                and a dropout rate other than 0 needs a `dropout` key.
+            num_weak: with "both", the number of weak images in each block; None for half of it.
         """
-        batch = dsbn.Batch(domain, train, groups, num_weak)
+        features = self.encode(images, domain, groups, train, num_weak)
+        return self.decode(features, domain, groups, train, num_weak)
+
+    def encode(
+        self,
+        images: Num[ArrayLike, "b h w 3"],
+        domain: dsbn.Domain = "weak",
+        groups: int = 1,
+        train: bool = False,
+        num_weak: int | None = None,
+    ) -> Features:
+        """Computes the backbone's features; arguments as for `__call__`."""
+        layout = dsbn.DomainLayout(domain, train, groups, num_weak)
         images = jnp.asarray(images)
         x = normalize(images, self.mean, self.std)
         x = x if self.dtype is None else x.astype(self.dtype)
-        logits = self._logits(self.backbone(x, batch), batch)
-        return layers.resize(logits, images.shape[1:3], self.align_corners)
+        features = self.backbone(x, layout)
+        return Features(features["low"], features["high"], images.shape[1:3])
 
-    def _logits(
-        self, features: Mapping[str, Float[Array, "b _ _ _"]], batch: dsbn.Batch
+    @nn.compact
+    def decode(
+        self,
+        features: Features,
+        domain: dsbn.Domain = "weak",
+        groups: int = 1,
+        train: bool = False,
+        num_weak: int | None = None,
     ) -> Float[Array, "b h w classes"]:
-        """Logits at a resolution of the head's own; submodules are made in the caller's scope."""
+        """Computes logits at the size of the images from features, in the compute dtype.
+
+        Args:
+            features: from `encode`, changed or not. Their batch need not be that of the images: the
+                other arguments describe the batch of the features.
+            domain, groups, train, num_weak: as for `__call__`.
+        """
+        logits = self._head(features, dsbn.DomainLayout(domain, train, groups, num_weak))
+        return layers.resize(logits, features.size, self.align_corners)
+
+    def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
+        """Computes logits at any resolution; its submodules belong to the scope of `decode`."""
         raise NotImplementedError
 
     def _classifier(self, kernel_size: int, dilation: int, name: str) -> layers.Conv:
@@ -159,14 +211,15 @@ class DeepLab(nn.Module):
 
 
 class DeepLabV3Plus(DeepLab):
-    """ASPP, a decoder with a branch from stride 4, a classifier.
+    """ASPP, a decoder with a low-level branch from stride 4, and a classifier.
 
     Attributes:
-        norm: makes the head's norms.
+        norm: factory of the head's norms.
         features: channels of ASPP and decoder.
         low_features: channels of the low-level branch.
-        dropout: share of the encoder's features dropped in training.
-        decoder: separable 3x3 convolutions before and after the low-level branch joins.
+        dropout: rate of the dropout on the features of ASPP.
+        decoder: numbers of separable 3x3 convolutions before and after the concatenation with the
+            low-level branch.
         norm_between: see `layers.SeparableConvNorm`.
     """
 
@@ -177,9 +230,7 @@ class DeepLabV3Plus(DeepLab):
     decoder: tuple[int, int] = (0, 2)
     norm_between: bool = True
 
-    def _logits(
-        self, features: Mapping[str, Float[Array, "b _ _ _"]], batch: dsbn.Batch
-    ) -> Float[Array, "b h w classes"]:
+    def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
         y = ASPP(
             self.features,
             self.rates,
@@ -190,7 +241,7 @@ class DeepLabV3Plus(DeepLab):
             self.remat,
             self.dtype,
             name="aspp",
-        )(features["high"], batch)
+        )(features.high, layout)
         separable = functools.partial(
             layers.rematerialized(layers.SeparableConvNorm, self.remat),
             self.features,
@@ -200,28 +251,26 @@ class DeepLabV3Plus(DeepLab):
         )
         before, after = self.decoder
         for i in range(before):
-            y = separable(name=f"decoder{i + 1}")(y, batch)
+            y = separable(name=f"decoder{i + 1}")(y, layout)
         low = layers.ConvNorm(self.low_features, self.norm, dtype=self.dtype, name="low")(
-            features["low"], batch
+            features.low, layout
         )
         y = layers.resize(y, low.shape[1:3], self.align_corners)
         y = jnp.concatenate([y, low], axis=-1)
         for i in range(before, before + after):
-            y = separable(name=f"decoder{i + 1}")(y, batch)
+            y = separable(name=f"decoder{i + 1}")(y, layout)
         return self._classifier(1, 1, "classifier")(y)
 
 
 class DeepLabV2(DeepLab):
-    """The sum of dilated 3x3 classifiers.
+    """A head that adds up dilated 3x3 classifiers of the last features.
 
     Source: DeepLabV2, section 3.2 (ASPP-L, ResNet-101: classifiers on the last features).
     """
 
-    def _logits(
-        self, features: Mapping[str, Float[Array, "b _ _ _"]], batch: dsbn.Batch
-    ) -> Float[Array, "b h w classes"]:
+    def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
         branches = [
-            self._classifier(3, rate, f"classifier{i + 1}")(features["high"])
+            self._classifier(3, rate, f"classifier{i + 1}")(features.high)
             for i, rate in enumerate(self.rates)
         ]
         return functools.reduce(jnp.add, branches)
@@ -232,7 +281,7 @@ def normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "b h w 3"]:
-    """(image - mean) / std for uint8 images; float images pass unchanged."""
+    """Returns (image - mean) / std for uint8 images, and float images unchanged."""
     images = jnp.asarray(images)
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
@@ -240,35 +289,34 @@ def normalize(
     return (images.astype(jnp.float32) - np.asarray(mean, np.float32)) * scale
 
 
-def usual_rates(head: str, output_stride: int) -> tuple[int, ...]:
-    """The dilation rates that a head has at an output stride, in pixels of the features.
+def default_rates(head: str, output_stride: int) -> tuple[int, ...]:
+    """Returns the published dilation rates of a head, in pixels of the features.
 
-    DeepLabV3+ and V2 state them at strides 16 and 8, and other strides have what spans as many
-    pixels of the image; segmentation_models_pytorch has the same rates at every stride.
+    DeepLabV3+ and V2 publish them for strides 16 and 8; at other strides the rates span the same
+    distance in the image. segmentation_models_pytorch has the same rates at every stride.
     """
     if head == "v3plus_smp":
         return (12, 24, 36)
-    stated, rates = {"v3plus": (16, (6, 12, 18)), "v2": (8, (6, 12, 18, 24))}[head]
-    return tuple(max(round(rate * stated / output_stride), 1) for rate in rates)
+    published_stride, rates = {"v3plus": (16, (6, 12, 18)), "v2": (8, (6, 12, 18, 24))}[head]
+    return tuple(max(round(rate * published_stride / output_stride), 1) for rate in rates)
 
 
 def build(model_config: Any, num_classes: int) -> DeepLab:
-    """The network of `config.model`, not yet initialised.
+    """Builds the network of `config.model`, without variables.
 
-    Initialise with `domain="both"` to make the parameters and statistics of both domains:
-    `params`, `batch_stats_weak`, `batch_stats_strong`.
+    `model.init(…, domain="both")` creates the variables of both domains: `params`,
+    `batch_stats_weak`, `batch_stats_strong`.
 
     Args:
-        model_config: `config.model` of configs/default.py; what it leaves open is resolved as
-            `resolve` does.
+        model_config: `config.model` of configs/default.py; `resolve` fills in its open values.
         num_classes: C, at least 2.
 
     Raises:
-        UserError: the weights to resolve it by cannot be read, or the backbone has no multi-grid
-            like the one asked for.
+        UserError: the weights that determine open values cannot be read, or the backbone does not
+            support the multi-grid.
     """
     config = resolve(model_config)
-    # float32 leaves the dtype to promotion, so that float64 parameters compute in float64.
+    # float32 is None, which promotes dtypes, so that float64 parameters compute in float64.
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
     norm = functools.partial(
         dsbn.DomainNorm, kind=config.norm, momentum=config.norm_momentum, dtype=dtype
@@ -277,7 +325,7 @@ def build(model_config: Any, num_classes: int) -> DeepLab:
     grid = {"multi_grid": tuple(config.multi_grid)} if config.multi_grid else {}
     mean, std = INPUT_NORMALIZATIONS[config.input_normalization]
     common = {
-        # Flax names a submodule by the attribute that holds it; optim.RULES go by "backbone".
+        # Flax names a submodule after its attribute; optim.RULES match the name "backbone".
         "backbone": BACKBONES[config.backbone](
             norm=functools.partial(norm, epsilon=config.norm_epsilon.backbone),
             output_stride=config.output_stride,
@@ -296,35 +344,37 @@ def build(model_config: Any, num_classes: int) -> DeepLab:
     }
     if config.head == "v2":
         return DeepLabV2(**common)
-    as_smp = {"decoder": (1, 1), "norm_between": False}
+    smp_head = {"decoder": (1, 1), "norm_between": False}
     return DeepLabV3Plus(
         **common,
         norm=functools.partial(norm, epsilon=config.norm_epsilon.head),
         features=config.head_features,
         low_features=config.low_level_features,
         dropout=config.dropout,
-        **(as_smp if config.head == "v3plus_smp" else {}),
+        **(smp_head if config.head == "v3plus_smp" else {}),
     )
 
 
 def check_multi_grid(model_config: Any) -> None:
-    """Raises a UserError where the backbone cannot have the multi-grid."""
+    """Raises a UserError if the backbone does not support the multi-grid."""
     grid, backbone = model_config.multi_grid, model_config.backbone
     if not grid:
         return
     if backbone not in GRID_SIZES:
         raise UserError(
             f"model.multi_grid is {grid}, but {backbone} takes none: leave it empty, or choose "
-            f"one of {', '.join(GRID_SIZES)}."
+            f"one of {', '.join(GRID_SIZES)}.",
+            code="multi-grid-unsupported",
         )
     if len(grid) != GRID_SIZES[backbone]:
         raise UserError(
-            f"model.multi_grid is {grid}: {backbone} takes {GRID_SIZES[backbone]} factors."
+            f"model.multi_grid is {grid}: {backbone} takes {GRID_SIZES[backbone]} factors.",
+            code="multi-grid-length",
         )
 
 
-# What the weights decide where the config leaves it open, and what holds without weights.
-_USUAL: dict[str, Any] = {
+# Values of open keys where the weights do not determine them.
+_DEFAULTS: dict[str, Any] = {
     "first_dilation": "previous",
     "align_corners": False,
     "norm_epsilon.backbone": 1e-3,
@@ -332,52 +382,46 @@ _USUAL: dict[str, Any] = {
 }
 
 
-def _open_keys(model_config: Any) -> list[str]:
-    """Keys of `config.model` that leave the value to the weights."""
-    return [
-        key
-        for key in ("input_normalization", *_USUAL)
-        if _value(model_config, key) in (None, "auto")
-    ]
-
-
 def _value(model_config: Any, key: str) -> Any:
-    for part in key.split("."):
-        model_config = model_config[part]
-    return model_config
+    """Returns the value of a dotted key."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), model_config)
 
 
 def resolve(model_config: Any) -> Any:
-    """A copy of `config.model` in which nothing is left open.
+    """Returns a copy of `config.model` with a value for every open key.
 
-    Open values are those of the weights in `pretrained` where they say, else the usual ones.
+    The open keys, which are None or "auto", take the values that the weights in `pretrained` were
+    trained with, and defaults where the weights do not determine them.
 
     Raises:
         UserError: the weights cannot be read.
     """
     resolved = model_config.copy_and_resolve_references()
-    missing = _open_keys(model_config)
-    said: Mapping[str, Any] = {}
-    if missing and model_config.pretrained:
-        said = pretrained.inspect(model_config.pretrained).settings()
-    usual = {**_USUAL, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
-    resolved.update_from_flattened_dict({key: said.get(key, usual[key]) for key in missing})
-    resolved.aspp_rates = _rates(resolved)
+    defaults = {**_DEFAULTS, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
+    open_keys = [key for key in defaults if _value(model_config, key) in (None, "auto")]
+    trained_with: Mapping[str, Any] = {}
+    if open_keys and model_config.pretrained:
+        trained_with = pretrained.inspect(model_config.pretrained).settings()
+    resolved.update_from_flattened_dict(
+        {key: trained_with.get(key, defaults[key]) for key in open_keys}
+    )
+    resolved.aspp_rates = _aspp_rates(resolved)
     return resolved
 
 
-def _rates(model_config: Any) -> tuple[int, ...]:
-    """The head's dilation rates; no weights say them."""
-    usual = usual_rates(model_config.head, model_config.output_stride)
-    return tuple(model_config.aspp_rates) or usual
+def _aspp_rates(model_config: Any) -> tuple[int, ...]:
+    """Returns the dilation rates of the head; weight files do not contain them."""
+    default = default_rates(model_config.head, model_config.output_stride)
+    return tuple(model_config.aspp_rates) or default
 
 
 def config_for(config: Any, backbone: str) -> Any:
-    """`config.model` for the teacher's backbone, or another one that students have.
+    """Returns `config.model` for the backbone of a stage.
 
     Args:
-        config: the whole config; `model` and `rounds.student_pretrained` are read.
-        backbone: of the stage's network.
+        config: the whole config.
+        backbone: the teacher's, `model.backbone`, or another one for students, whose weights are
+            then `rounds.student_pretrained`.
     """
     model_config = config.model.copy_and_resolve_references()
     if backbone != model_config.backbone:
@@ -386,49 +430,48 @@ def config_for(config: Any, backbone: str) -> Any:
     return model_config
 
 
-def departures(model_config: Any) -> list[str]:
-    """Sentences on what `config.model` sets otherwise than the weights in `pretrained` expect.
+def pretrained_mismatches(model_config: Any) -> list[str]:
+    """Returns a sentence for each key of `config.model` that the pretrained weights contradict.
 
     Raises:
         UserError: the weights cannot be read.
     """
     if not model_config.pretrained:
         return []
-    said = pretrained.inspect(model_config.pretrained).settings()
+    trained_with = pretrained.inspect(model_config.pretrained).settings()
     resolved = resolve(model_config)
     return [
         f"model.{key} is {_value(resolved, key)}, where the weights were trained with {value}: "
         "they will not predict as they did."
-        for key, value in said.items()
+        for key, value in trained_with.items()
         if _value(resolved, key) != value
     ]
 
 
 def input_mean(model_config: Any) -> np.ndarray:
-    """The mean colour that padding has, uint8 [3]: what normalises to about 0."""
+    """Returns the colour of padding, uint8 [3]: the mean, which normalisation maps to about 0."""
     mean, _ = INPUT_NORMALIZATIONS[resolve(model_config).input_normalization]
     return np.round(mean).astype(np.uint8)
 
 
-def untrained_rates(model_config: Any, crop: tuple[int, int]) -> tuple[int, ...]:
-    """The dilation rates of the head whose outer taps meet padding alone in every crop.
+def dead_aspp_rates(model_config: Any, crop: tuple[int, int]) -> tuple[int, ...]:
+    """Returns the head's dilation rates whose outer taps read only padding in every crop.
 
-    No gradient reaches those taps, and evaluation on larger images then uses them as they were
-    drawn. On CamVid at 240x180, crops of 128x160 with rates 6, 12 and 18 scored 27.6 % mIoU for
-    that reason.
+    No gradient reaches those taps, and evaluation on larger images uses their initial values. On
+    CamVid at 240x180, crops of 128x160 with rates 6, 12 and 18 scored 27.6 % mIoU for that reason.
 
     Args:
         model_config: `config.model`.
         crop: (height, width) in pixels.
     """
     smallest = min(-(-side // model_config.output_stride) for side in crop)
-    return tuple(rate for rate in _rates(model_config) if rate >= smallest)
+    return tuple(rate for rate in _aspp_rates(model_config) if rate >= smallest)
 
 
-def parts(model_config: Any, variables: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """Rows of (part, parameters, what is particular); the last is the network as deployed.
+def parameter_table(model_config: Any, variables: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Returns table rows (part, number of parameters, note); the last is the deployed network.
 
-    A part's parameters are those with one norm; what the strong norm adds is a row of its own.
+    The rows of the parts count parameters with one norm; the strong norm has a row of its own.
 
     Args:
         model_config: `config.model`.
@@ -449,8 +492,8 @@ def parts(model_config: Any, variables: Mapping[str, Any]) -> list[tuple[str, in
         "aspp": rates,
         "classifier1": rates,
     }
-    rows = [(part, count, notes.get(part, "")) for part, count in counts.items()]
+    part_rows = [(part, count, notes.get(part, "")) for part, count in counts.items()]
+    strong_rows = [("strong norm", strong, "in training alone")] if strong else []
     corners = "aligned corners" if config.align_corners else "half-pixel centres"
     conventions = f"input {config.input_normalization}, {corners}, {config.compute_dtype}"
-    second = [("strong norm", strong, "in training alone")] if strong else []
-    return [*rows, *second, ("deployed", sum(counts.values()), conventions)]
+    return [*part_rows, *strong_rows, ("deployed", sum(counts.values()), conventions)]

@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0: a backbone that is worth running on a CPU.
+"""EfficientNet-Lite0: a backbone that is fast enough to train on a CPU.
 
-Source: Tan and Le, ICML 2019 (EfficientNet-B0); the Lite variant, released by its authors with
+Source: Tan and Le, ICML 2019 (EfficientNet-B0). The Lite variant, which the authors released with
 TensorFlow's TPU models, has ReLU6 in place of swish and no squeeze-and-excitation. Dilation in
 place of stride as in DeepLab (Chen et al., 2017).
 """
@@ -12,7 +12,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.models.dsbn import DomainLayout
 from semiseg_jax.models.layers import (
     ConvNorm,
     FirstDilation,
@@ -23,7 +23,7 @@ from semiseg_jax.models.layers import (
 
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
-# (blocks, side of the depthwise kernel, stride of the first block, expansion, channels)
+# (number of blocks, side of the depthwise kernel, stride of the first block, expansion, channels)
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -36,16 +36,16 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expand` times the channels, depthwise k x k, 1x1 to `features`; linear at the end.
+    """1x1 to `expand` times the channels, depthwise k x k, linear 1x1 to `features`.
 
     Source: MobileNetV2 (Sandler et al., CVPR 2018), figure 3.
 
     Attributes:
         features: output channels.
-        norm: makes the norms.
+        norm: factory of the norms.
         kernel_size, stride, dilation: of the depthwise convolution, in pixels.
-        expand: factor on the input channels inside; 1 for no first 1x1.
-        dtype: of the computation; None for that of input and parameters together.
+        expand: factor on the input channels inside the block; 1 omits the first 1x1.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     features: int
@@ -57,14 +57,16 @@ class InvertedResidual(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b oh ow d"]:
-        """One block; its input is added where stride and channels leave the shape as it is."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], layout: DomainLayout
+    ) -> Float[Array, "b oh ow d"]:
+        """Applies the block; adds the input if the block preserves the shape."""
         conv = functools.partial(
             ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
         )
         y = x
         if self.expand != 1:
-            y = conv(self.expand * x.shape[-1], name="expand")(y, batch)
+            y = conv(self.expand * x.shape[-1], name="expand")(y, layout)
         y = conv(
             y.shape[-1],
             kernel_size=self.kernel_size,
@@ -72,24 +74,24 @@ class InvertedResidual(nn.Module):
             dilation=self.dilation,
             depthwise=True,
             name="depthwise",
-        )(y, batch)
-        y = conv(self.features, activation=None, name="project")(y, batch)
+        )(y, layout)
+        y = conv(self.features, activation=None, name="project")(y, layout)
         return x + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0, whose later stages trade stride for dilation.
+    """EfficientNet-Lite0; dilation replaces the stride of the stages beyond the output stride.
 
-    Padding is TensorFlow's SAME, as the published weights need it.
+    Padding is TensorFlow's SAME, which the published weights were trained with.
 
     Attributes:
-        norm: makes the norm of a layer.
-        output_stride: 8, 16 or 32: input pixels a side of one pixel of the last features.
+        norm: factory of the norms.
+        output_stride: 8, 16 or 32: the stride of the last features.
         first_dilation: see `layers.dilated_stages`.
-        head: also make the classifier's 1x1 convolution to 1280 channels, which segmentation
-            does without.
-        remat: keep no activations from inside a block for the backward pass.
-        dtype: of the computation; None for that of input and parameters together.
+        head: include the classifier's 1x1 convolution to 1280 channels, which segmentation does
+            not use.
+        remat: recompute the activations inside a block in the backward pass.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     norm: NormFactory
@@ -101,13 +103,13 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"], batch: Batch
+        self, x: Float[Array, "b h w 3"], layout: DomainLayout
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """{"low": 24 channels at stride 4, "high": 320 at the output stride}; maybe "head"."""
+        """Returns {"low": 24 channels at stride 4, "high": 320 channels}, and "head" if made."""
         conv = functools.partial(
             ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
         )
-        x = conv(STEM_WIDTH, kernel_size=3, stride=2, name="stem")(x, batch)
+        x = conv(STEM_WIDTH, kernel_size=3, stride=2, name="stem")(x, layout)
         block = rematerialized(InvertedResidual, self.remat)
         features = {}
         stride, index = 2, 0
@@ -125,13 +127,13 @@ class EfficientNetLite(nn.Module):
                     dilation=stage.dilation if i == 0 else stage.dilation_after,
                     dtype=self.dtype,
                     name=f"block_{index}",
-                )(x, batch)
+                )(x, layout)
                 index += 1
             if stride == 4:
                 features["low"] = x
         features["high"] = x
         if self.head:
-            features["head"] = conv(HEAD_WIDTH, name="head")(x, batch)
+            features["head"] = conv(HEAD_WIDTH, name="head")(x, layout)
         return features
 
 

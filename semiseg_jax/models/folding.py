@@ -1,8 +1,8 @@
-"""Batch norm folded into the convolutions before it: the deployed network has a bias instead.
+"""Folding of batch norm into the preceding convolutions, for deployment.
 
-At inference a norm is y * scale + shift by channel, with scale = gamma / sqrt(variance + epsilon)
-and shift = beta - mean * scale. A convolution whose kernel is multiplied by scale gives y * scale
-itself, in as many operations as before; shift is its bias.
+At inference a norm computes y * scale + shift for each channel, with
+scale = gamma / sqrt(variance + epsilon) and shift = beta - mean * scale. With its kernel multiplied
+by scale, the convolution computes y * scale at no extra cost; shift becomes a bias.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,14 @@ from semiseg_jax.models import deeplab, dsbn
 
 
 class Shift(nn.Module):
-    """What is left of a norm whose scale is in the kernel before it: a bias [channels] float32."""
+    """The remainder of a folded norm: a bias [channels] float32."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], batch: dsbn.Batch) -> Float[Array, "b h w c"]:
-        """x + bias, whatever the batch."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], layout: dsbn.DomainLayout
+    ) -> Float[Array, "b h w c"]:
+        """Returns x + bias for every layout."""
+        del layout
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         return x + bias
 
@@ -30,14 +33,15 @@ class Shift(nn.Module):
 def fold(
     model: deeplab.DeepLab, variables: Mapping[str, Any]
 ) -> tuple[deeplab.DeepLab, dict[str, Any]]:
-    """The network with its weak norm folded into the kernels, and its variables.
+    """Returns the network with the weak norm folded into the kernels, and its variables.
 
-    It computes what the model does with domain="weak" and train=False, and has parameters alone.
-    Every norm of every network is that of a `layers.ConvNorm`, after the convolution beside it.
+    It computes the same function as the model with domain="weak" and train=False, and has no
+    variables but parameters. Every norm of every network is part of a `layers.ConvNorm`, whose
+    convolution precedes it.
 
     Args:
-        model: as `deeplab.build` makes it.
-        variables: its weak norm alone is read, and may be all there is.
+        model: from `deeplab.build`.
+        variables: of the model; the strong norm is not read and may be missing.
     """
     params = traverse_util.flatten_dict(variables["params"])
     statistics = traverse_util.flatten_dict(variables[dsbn.stats_collection("weak")])
@@ -54,15 +58,11 @@ def fold(
                 params[(*norm[:-1], "conv", "kernel")],
             )
         )
-        # The last axis of a kernel is its output channels, of a depthwise one too.
+        # The last axis of a kernel is the output channels, also for a depthwise kernel.
         scale = gamma / np.sqrt(variance + factory().epsilon)
         folded[(*norm[:-1], "conv", "kernel")] = (kernel * scale).astype(np.float32)
         folded[(*norm, "bias")] = (beta - mean * scale).astype(np.float32)
-    return _without_norms(model), {"params": traverse_util.unflatten_dict(folded)}
-
-
-def _without_norms(model: deeplab.DeepLab) -> deeplab.DeepLab:
-    changed: dict[str, Any] = {"backbone": model.backbone.clone(norm=Shift)}
+    replaced: dict[str, Any] = {"backbone": model.backbone.clone(norm=Shift)}
     if isinstance(model, deeplab.DeepLabV3Plus):  # V2's head has no norm.
-        changed["norm"] = Shift
-    return model.clone(**changed)
+        replaced["norm"] = Shift
+    return model.clone(**replaced), {"params": traverse_util.unflatten_dict(folded)}

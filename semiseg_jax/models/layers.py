@@ -1,4 +1,4 @@
-"""Layers that the networks share: convolution with norm, separable convolution, resizing."""
+"""Layers shared by the networks: convolution with norm, separable convolution, resizing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -12,35 +12,36 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from semiseg_jax.models import convolutions
-from semiseg_jax.models.dsbn import MOMENTS, Batch, DomainNorm
+from semiseg_jax.models.dsbn import MOMENTS, DomainLayout, DomainNorm
 
-# A partially applied DomainNorm: what differs between networks is bound where they are built.
+# A partially applied DomainNorm: `deeplab.build` binds the kind, momentum and epsilon.
 NormFactory = Callable[..., DomainNorm]
 Activation = Callable[[jax.Array], jax.Array]
-# How the first block of a stage is dilated; see `dilated_stages`.
+# Dilation of the first block of a stage; see `dilated_stages`.
 FirstDilation = Literal["previous", "stage"]
 FIRST_DILATIONS = ("previous", "stage")
 
-# He et al. (ICCV 2015), equation 14. Of a depthwise kernel [k, k, 1, c] each output feeds from one
-# channel alone and each input into one: both fans are k * k, which flax knows as its "in".
+# He et al. (ICCV 2015), equation 14. In a depthwise kernel [k, k, 1, c] each output reads one input
+# channel, and each input feeds one output channel: both fans are k * k, which is flax's "fan_in".
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Conv(nn.Module):
-    """Convolution without bias unless asked; kernel [k, k, in / groups, features] float32.
+    """Convolution, by default without bias; kernel [k, k, in / groups, features] float32.
 
     Attributes:
         features: output channels.
         kernel_size: side of the square kernel, in pixels.
-        stride: step in pixels, the same both ways.
+        stride: in pixels, for rows and columns.
         dilation: distance between kernel taps, in pixels.
-        depthwise: one filter a channel; `features` must equal the input channels.
+        depthwise: one filter per channel; `features` must equal the input channels.
         padding: "torch" (dilation * (k - 1) / 2 on each side), "same" (TensorFlow's) or explicit;
             see `convolutions.conv2d`.
         use_bias: add a bias [features].
-        kernel_init: draws the kernel; None for He's, by what kind of kernel it is.
-        dtype: of the computation; None for that of input and kernel together.
+        kernel_init: initialiser of the kernel; None for He's, with the fan of a dense or depthwise
+            kernel.
+        dtype: of the computation; None to promote the dtypes of input and kernel.
     """
 
     features: int
@@ -76,13 +77,13 @@ class Conv(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, then the domains' norm, then the activation if there is one.
+    """Convolution, then a domain norm, then an optional activation.
 
     Attributes:
         features, kernel_size, stride, dilation, depthwise, padding: see `Conv`.
-        norm: makes the norm.
-        activation: after the norm; None for none.
-        dtype: of the computation; None for that of input and parameters together.
+        norm: factory of the norm.
+        activation: applied after the norm; None for none.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     features: int
@@ -97,7 +98,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], batch: Batch
+        self, x: Float[Array, "b h w c"], layout: DomainLayout
     ) -> Float[Array, "b oh ow features"]:
         """Convolves and normalises x."""
         x = Conv(
@@ -110,23 +111,23 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = self.norm(name="norm")(x, batch)
+        x = self.norm(name="norm")(x, layout)
         return x if self.activation is None else self.activation(x)
 
 
 class SeparableConvNorm(nn.Module):
-    """Depthwise then pointwise convolution, a norm and an activation after each.
+    """Depthwise then pointwise convolution, with a norm and an activation after each.
 
     Source: DeepLabV3+ (Chen et al., ECCV 2018), section 3.2, atrous separable convolution.
 
     Attributes:
         features: output channels.
-        norm: makes the norms.
+        norm: factory of the norms.
         kernel_size, stride, dilation: of the depthwise convolution, in pixels.
-        activation: after each norm; None for none.
-        norm_between: whether the depthwise convolution has norm and activation of its own;
-            without them the two convolutions are one linear map.
-        dtype: of the computation; None for that of input and parameters together.
+        activation: applied after each norm; None for none.
+        norm_between: apply a norm and an activation after the depthwise convolution too; without
+            them the two convolutions are one linear map.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     features: int
@@ -140,7 +141,7 @@ class SeparableConvNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], batch: Batch
+        self, x: Float[Array, "b h w c"], layout: DomainLayout
     ) -> Float[Array, "b oh ow features"]:
         """Convolves and normalises x."""
         depthwise = {
@@ -152,7 +153,7 @@ class SeparableConvNorm(nn.Module):
             "name": "depthwise",
         }
         if self.norm_between:
-            x = ConvNorm(x.shape[-1], self.norm, activation=self.activation, **depthwise)(x, batch)
+            x = ConvNorm(x.shape[-1], self.norm, activation=self.activation, **depthwise)(x, layout)
         else:
             x = Conv(x.shape[-1], **depthwise)(x)
         return ConvNorm(
@@ -161,47 +162,50 @@ class SeparableConvNorm(nn.Module):
             activation=self.activation,
             dtype=self.dtype,
             name="pointwise",
-        )(x, batch)
+        )(x, layout)
 
 
 class Dropout(nn.Module):
-    """Drops features in training, by a key of each image's own.
+    """Dropout with a separate random key for each image.
 
-    So that what is dropped follows from an image's place in its stream, and not from how many
-    devices the streams are joined for.
+    The features that an image loses depend on the position of the image in its stream, and not on
+    the number of devices over which the streams are joined.
+
+    Attributes:
+        rate: share of the features that training sets to 0.
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b h w c"]:
-        """x with a share `rate` of its features 0 and the others scaled up."""
-        if self.rate == 0 or not batch.train:
+    def __call__(self, x: Float[Array, "b h w c"], layout: DomainLayout) -> Float[Array, "b h w c"]:
+        """Sets a share `rate` of the features to 0 and scales the others up; only in training."""
+        if self.rate == 0 or not layout.train:
             return x
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            self.make_rng("dropout"), jnp.asarray(batch.places(x.shape[0]), jnp.uint32)
+            self.make_rng("dropout"), jnp.asarray(layout.rng_ids(x.shape[0]), jnp.uint32)
         )
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def rematerialized(block: type[nn.Module], wanted: bool) -> Callable[..., Callable[..., Any]]:
-    """The block (called with x and batch), its activations made again in the backward pass.
+def rematerialized(block: type[nn.Module], enabled: bool) -> Callable[..., Callable[..., Any]]:
+    """Returns the block class (called with x and layout) with rematerialisation, if enabled.
 
-    What a block computes inside is then not kept from the forward pass, but for the moments of its
-    norms; its input is.
+    The backward pass then recomputes the activations inside the block from the block's input. The
+    forward pass saves that input and the moments of the norms.
     """
-    keep = jax.checkpoint_policies.save_only_these_names(MOMENTS)
-    return nn.remat(block, static_argnums=(2,), policy=keep) if wanted else block
+    policy = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+    return nn.remat(block, static_argnums=(2,), policy=policy) if enabled else block
 
 
-class Stage(NamedTuple):
-    """Where a stage samples, in pixels of its input.
+class StageGeometry(NamedTuple):
+    """Stride and dilations of a stage, in pixels of the stage's input.
 
     Attributes:
-        stride: of its strided convolution.
-        dilation: of its strided convolution, and of those before it in the block.
-        dilation_after: of every convolution after that.
+        stride: of the strided convolution.
+        dilation: of the strided convolution and of the convolutions before it in the block.
+        dilation_after: of every later convolution of the stage.
     """
 
     stride: int
@@ -211,30 +215,31 @@ class Stage(NamedTuple):
 
 def dilated_stages(
     strides: Sequence[int],
-    reached: int,
+    input_stride: int,
     output_stride: int,
     first_dilation: FirstDilation = "previous",
-) -> list[Stage]:
-    """Stages whose stride is traded for dilation where they would pass the output stride.
+) -> list[StageGeometry]:
+    """Replaces stride by dilation in the stages that would exceed the output stride.
 
     Source: DeepLab (Chen et al., 2017), section 3.1.
 
     Args:
         strides: of the stages as published.
-        reached: stride of what enters the first of them.
-        output_stride: of what shall leave the last.
-        first_dilation: "previous" leaves the convolution whose stride was taken at the dilation
-            before it, so that the dilated network computes what the strided one does, on more
-            pixels (torchvision, timm, TensorFlow's DeepLab); "stage" dilates it as all that
-            follow (segmentation_models_pytorch).
+        input_stride: stride of the input of the first stage.
+        output_stride: wanted stride of the output of the last stage.
+        first_dilation: dilation of the convolution that loses its stride. "previous": that of the
+            convolution before it, so that the dilated network computes the same function as the
+            strided network, on more pixels (torchvision, timm, TensorFlow's DeepLab). "stage": that
+            of the convolutions after it (segmentation_models_pytorch).
     """
-    stages, dilation = [], 1
+    stages, dilation, reached = [], 1, input_stride
     for stride in strides:
-        first = dilation
+        previous = dilation
         if reached * stride > output_stride:
             dilation, stride = dilation * stride, 1
         reached *= stride
-        stages.append(Stage(stride, first if first_dilation == "previous" else dilation, dilation))
+        first = previous if first_dilation == "previous" else dilation
+        stages.append(StageGeometry(stride, first, dilation))
     return stages
 
 
@@ -243,8 +248,8 @@ def interpolation_matrix(
 ) -> Float[np.ndarray, "out in"]:
     """Weights of one-dimensional linear interpolation; each row sums to 1.
 
-    Half-pixel centres without antialiasing: output i lies at (i + .5) * in / out - .5, clamped
-    to the image. With `align_corners` the first and last centres of both sizes coincide.
+    Half-pixel centres without antialiasing: the centre of output i is at (i + .5) * in / out - .5,
+    clamped to the image. With `align_corners` the first and last centres of both sizes coincide.
     """
     if align_corners:
         centres = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
@@ -263,10 +268,10 @@ def interpolation_matrix(
 def _traced_interpolation_matrix(
     size_in: convolutions.Dim, size_out: convolutions.Dim, align_corners: bool
 ) -> Float[Array, "out in"]:
-    """The same where a size is symbolic: made by the program itself, once it knows the sizes.
+    """Computes the `interpolation_matrix` of symbolic sizes, inside the program.
 
-    Integers up to the one division, so that float32 does not displace centres far from the origin;
-    int32 holds them up to sizes whose product is 2^30.
+    The computation is in integers up to the one division, because float32 would displace centres
+    far from the origin. int32 suffices for sizes whose product is at most 2^30.
     """
     rows, columns = jnp.arange(size_out)[:, None], jnp.arange(size_in)
     if align_corners:
@@ -282,13 +287,13 @@ def _traced_interpolation_matrix(
 def resize(
     x: Float[Array, "b h w c"], size: Sequence[convolutions.Dim], align_corners: bool = False
 ) -> Float[Array, "b oh ow c"]:
-    """Bilinear resize of images, features or logits; the one place where that is done.
+    """Bilinear resize of images, features or logits; the project's only implementation.
 
-    Separable matrix products: every backend runs them well, forward and transposed. Full
-    precision is asked for because the TPU's default rounds float32 operands to bfloat16.
+    The resize is two matrix products, which every backend runs well, forward and transposed. The
+    precision is explicit because the TPU's default rounds float32 operands to bfloat16.
 
     Args:
-        x: images of a float dtype, which the result keeps.
+        x: images of a float dtype; the result has the same dtype.
         size: (height, width) of the result, in pixels.
         align_corners: see `interpolation_matrix`.
     """
@@ -296,8 +301,8 @@ def resize(
         if size_in == size_out:
             continue
         symbolic = is_symbolic_dim(size_in) or is_symbolic_dim(size_out)
-        make = _traced_interpolation_matrix if symbolic else interpolation_matrix
-        matrix = jnp.asarray(make(size_in, size_out, align_corners), x.dtype)
+        weights = _traced_interpolation_matrix if symbolic else interpolation_matrix
+        matrix = jnp.asarray(weights(size_in, size_out, align_corners), x.dtype)
         spec = "oh,bhwc->bowc" if axis == 0 else "ow,bhwc->bhoc"
         x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
     return x

@@ -1,6 +1,6 @@
-"""Weights from a file: the layout is recognised, its names are translated, all of it must fit.
+"""Loading of pretrained weights: detects the layout, translates the names, and checks the fit.
 
-Whatever has a norm for each domain takes both from the one in the file.
+A network with a norm for each domain gets both from the one norm in the file.
 """
 
 import dataclasses
@@ -13,176 +13,182 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from semiseg_jax.errors import UserError
 from semiseg_jax.models import weight_files
 from semiseg_jax.models.weight_files import NO_WEIGHT, File
-from semiseg_jax.models.weight_layouts import LAYOUTS, Conventions, Layout, name_here
+from semiseg_jax.models.weight_layouts import LAYOUTS, Conventions, WeightLayout, canonical_name
+from semiseg_jax.runtime.errors import UserError
 
-# Part of the network that belongs to one set of classes: "classifier", "classifier1", …
+# Prefix of the modules that depend on the set of classes: "classifier", "classifier1", …
 _CLASSIFIER = "classifier"
 
-# Of a file, by the name here: the name there, and the tensor.
-_Given = Mapping[str, tuple[str, np.ndarray]]
+# By name in a network with one norm: the name in the file, and the tensor.
+_Tensors = Mapping[str, tuple[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What became of a file's tensors and of a network's variables; prints as a table.
+class LoadReport:
+    """The tensors that were loaded, and those that were not; prints as a table.
 
     Attributes:
         conventions: of the file.
-        loaded: variables that come from the file, such as "params/backbone/stem/conv/kernel".
-        left: names in the file that were not used.
-        unmatched: variables that are not in the file, and stay as drawn.
+        loaded: variables with values from the file, such as "params/backbone/stem/conv/kernel".
+        unused: names in the file that the network does not use.
+        initial: variables that are not in the file and keep their initial values.
     """
 
     conventions: Conventions
     loaded: tuple[str, ...]
-    left: tuple[str, ...]
-    unmatched: tuple[str, ...]
+    unused: tuple[str, ...]
+    initial: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A line for each kind."""
-        parts, fresh = (
+        """Returns the layout, and a line for each kind of tensor."""
+        into, initial = (
             ", ".join(sorted({name.split("/")[1] for name in names}))
-            for names in (self.loaded, self.unmatched)
+            for names in (self.loaded, self.initial)
         )
         norm = self.conventions.input_normalization or "not known"
         rows = [
-            ("loaded", self.loaded, f"into {parts}"),
-            ("left in the file", self.left, _shortened(self.left)),
-            ("kept as drawn", self.unmatched, f"in {fresh}"),
+            ("loaded", self.loaded, f"into {into}"),
+            ("left in the file", self.unused, _shortened(self.unused)),
+            ("kept as drawn", self.initial, f"in {initial}"),
         ]
         return f"weights of layout {self.conventions.layout}, input normalisation {norm}\n" + (
             "\n".join(
-                f"  {what:16s} {len(names):4d} tensors {where if names else ''}".rstrip()
-                for what, names, where in rows
+                f"  {title:16s} {len(names):4d} tensors {note if names else ''}".rstrip()
+                for title, names, note in rows
             )
         )
 
 
 def inspect(path: epath.PathLike) -> Conventions:
-    """What the network of a file's weights expects, from the file's names and header.
+    """Returns the conventions of a file's network; reads the file's header.
 
     Raises:
         UserError: the file is missing, damaged, or of an unknown layout.
     """
-    file = weight_files.read(path)
-    return _layout_of(path, file).conventions(file)
+    file = weight_files.read_header(path)
+    return _detect_layout(path, file).conventions(file)
 
 
-def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any], Report]:
-    """The variables with what the file has, and a report.
+def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+    """Returns the variables with the values from a file, and a report.
 
-    A norm of the file goes to both domains. Of a file with a classifier of another number of
-    classes, the classifier is left; everything else must fit.
+    Both domains get the norm in the file. A classifier for another number of classes is not loaded;
+    everything else must fit.
 
     Args:
         path: see `config.model.pretrained`.
-        variables: of the network, as `deeplab.build(…).init(…, domain="both")` makes them; the
-            loaded ones keep their dtypes and shardings.
-
-    Returns:
-        (variables, report); the variables passed in stay as they are.
+        variables: of the network, from `deeplab.build(…).init(…, domain="both")`. They are not
+            modified; loaded variables have the same dtypes and shardings.
 
     Raises:
-        UserError: the file is missing or damaged, or its names and shapes are not those of the
-            network.
+        UserError: the file is missing or damaged, or its names and shapes do not fit the network.
     """
     file = weight_files.read(path)
-    given = _fitting(path, file, variables)
+    tensors, conventions = _translate(path, file, variables)
     flat = traverse_util.flatten_dict(variables)
-    wanted = {name_here(place) for place in flat}
-    loaded = {place: given[name_here(place)][1] for place in flat if name_here(place) in given}
-    used = {name for target, (name, _) in given.items() if target in wanted}
-    report = Report(
-        _layout_of(path, file).conventions(file),
-        loaded=tuple("/".join(place) for place in loaded),
-        left=tuple(
+    loaded = {key: tensors[canonical_name(key)] for key in flat if canonical_name(key) in tensors}
+    used = {name for name, _ in loaded.values()}
+    report = LoadReport(
+        conventions,
+        loaded=tuple("/".join(key) for key in loaded),
+        unused=tuple(
             name for name in file.tensors if name not in used and not NO_WEIGHT.search(name)
         ),
-        unmatched=tuple("/".join(place) for place in flat if place not in loaded),
+        initial=tuple("/".join(key) for key in flat if key not in loaded),
     )
-    merged = {p: _like(loaded[p], leaf) if p in loaded else leaf for p, leaf in flat.items()}
+    merged = {
+        key: _match_leaf(loaded[key][1], leaf) if key in loaded else leaf
+        for key, leaf in flat.items()
+    }
     return traverse_util.unflatten_dict(merged), report
 
 
 def check(path: epath.PathLike, shapes: dict[str, Any]) -> None:
-    """Refuses weights that `load` would refuse, without loading them.
+    """Raises the errors of `load` for weights that do not fit; reads the file's header.
 
     Args:
-        path: as there.
+        path: see `load`.
         shapes: shapes and dtypes of the network's variables.
 
     Raises:
-        UserError: as there.
+        UserError: see `load`.
     """
-    _fitting(path, weight_files.read(path), shapes)
+    _translate(path, weight_files.read_header(path), shapes)
 
 
-def _fitting(path: epath.PathLike, file: File, variables: dict[str, Any]) -> _Given:
-    """What the file has for the network, by its name here."""
-    layout = _layout_of(path, file)
-    here = {name: layout.translate(name, tensor) for name, tensor in file.tensors.items()}
-    given = {target[0]: (name, target[1]) for name, target in here.items() if target}
-    flat = traverse_util.flatten_dict(variables)
-    wanted = {name_here(place): leaf for place, leaf in flat.items()}
-    if _other_classes(given, wanted):
-        given = {name: value for name, value in given.items() if not name.startswith(_CLASSIFIER)}
-    _check_fits(path, layout, layout.conventions(file), given, wanted)
-    return given
+def _translate(
+    path: epath.PathLike, file: File, variables: dict[str, Any]
+) -> tuple[_Tensors, Conventions]:
+    """Returns the file's tensors by name in the network, and its conventions; checks the fit."""
+    layout = _detect_layout(path, file)
+    conventions = layout.conventions(file)
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for name, tensor in file.tensors.items():
+        if translated := layout.translate(name, tensor):
+            tensors[translated[0]] = name, translated[1]
+    leaves = {
+        canonical_name(key): leaf for key, leaf in traverse_util.flatten_dict(variables).items()
+    }
+    if _has_other_classes(tensors, leaves):
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(_CLASSIFIER)}
+    _check_fit(path, layout, conventions, tensors, leaves)
+    return tensors, conventions
 
 
-def _layout_of(path: epath.PathLike, file: File) -> Layout:
+def _detect_layout(path: epath.PathLike, file: File) -> WeightLayout:
     for layout in LAYOUTS.values():
-        if layout.recognises(file):
+        if layout.matches(file):
             return layout
     raise UserError(
         f"{path} holds weights of a layout that is not known (its names: "
-        f"{_shortened(tuple(file.tensors))}): known are {', '.join(LAYOUTS)}."
+        f"{_shortened(tuple(file.tensors))}): known are {', '.join(LAYOUTS)}.",
+        code="weights-layout-unknown",
     )
 
 
-def _other_classes(given: _Given, wanted: Mapping[str, Any]) -> bool:
-    """Whether file and network both have a classifier, of different numbers of classes."""
+def _has_other_classes(tensors: _Tensors, leaves: Mapping[str, Any]) -> bool:
+    """Whether file and network both have a classifier, for different numbers of classes."""
     return any(
-        target in wanted and tensor.shape != wanted[target].shape
-        for target, (_, tensor) in given.items()
-        if target.startswith(_CLASSIFIER) and target.endswith("/bias")
+        name in leaves and tensor.shape != leaves[name].shape
+        for name, (_, tensor) in tensors.items()
+        if name.startswith(_CLASSIFIER) and name.endswith("/bias")
     )
 
 
-def _check_fits(
+def _check_fit(
     path: epath.PathLike,
-    layout: Layout,
+    layout: WeightLayout,
     conventions: Conventions,
-    given: _Given,
-    wanted: Mapping[str, Any],
+    tensors: _Tensors,
+    leaves: Mapping[str, Any],
 ) -> None:
-    """Raises a UserError that names what is missing, too much or of another shape."""
-    no_classifier = not any(name.startswith(_CLASSIFIER) for name in given)
+    """Raises a UserError that names missing tensors, extra tensors and differing shapes."""
+    no_classifier = not any(name.startswith(_CLASSIFIER) for name in tensors)
     missing = tuple(
         f"{name} {list(leaf.shape)}"
-        for name, leaf in wanted.items()
+        for name, leaf in leaves.items()
         if name.startswith(conventions.scope)
-        and name not in given
+        and name not in tensors
         and not (no_classifier and name.startswith(_CLASSIFIER))
     )
     extra = tuple(
-        f"{name} {list(tensor.shape)}"
-        for target, (name, tensor) in given.items()
-        if target not in wanted and not target.startswith(layout.optional)
+        f"{file_name} {list(tensor.shape)}"
+        for name, (file_name, tensor) in tensors.items()
+        if name not in leaves and not name.startswith(layout.optional)
     )
     differing = tuple(
-        f"{name} gives {tensor.dtype}{list(tensor.shape)} for {target} {list(wanted[target].shape)}"
-        for target, (name, tensor) in given.items()
-        if target in wanted
+        f"{file_name} gives {tensor.dtype}{list(tensor.shape)} for {name} "
+        f"{list(leaves[name].shape)}"
+        for name, (file_name, tensor) in tensors.items()
+        if name in leaves
         # Integers would be quantised weights, whose scale is not in the tensor.
-        and (tensor.shape != wanted[target].shape or not _is_floating(tensor))
+        and (tensor.shape != leaves[name].shape or not jnp.issubdtype(tensor.dtype, jnp.floating))
     )
     problems = [
-        f"{what} {_shortened(names, 4)}"
-        for what, names in (
+        f"{problem} {_shortened(names, 4)}"
+        for problem, names in (
             ("the file lacks", missing),
             ("the network has no place for", extra),
             ("shapes or types differ:", differing),
@@ -190,31 +196,29 @@ def _check_fits(
         if names
     ]
     if problems:
-        of = [
+        network = " ".join(
             f"model.{key}={value}"
             for key, value in (("backbone", conventions.backbone), ("head", conventions.head))
             if value
-        ]
+        )
         raise UserError(
-            f"{path} (layout {conventions.layout}{', of ' if of else ''}{' '.join(of)}) does not "
+            f"{path} (layout {conventions.layout}{', of ' if network else ''}{network}) does not "
             f"fit the network: {'; '.join(problems)}: give weights of the same network, or change "
-            "`model`."
+            "`model`.",
+            code="weights-do-not-fit",
         )
 
 
-def _is_floating(tensor: np.ndarray) -> bool:
-    return jnp.issubdtype(tensor.dtype, jnp.floating)
-
-
-def _like(tensor: np.ndarray, leaf: Any) -> Any:
-    """The tensor with dtype and place of a leaf."""
+def _match_leaf(tensor: np.ndarray, leaf: Any) -> Any:
+    """Returns the tensor with the dtype and sharding of a leaf."""
     tensor = np.ascontiguousarray(tensor, leaf.dtype)
     if not isinstance(leaf, jax.Array):
         return tensor
-    return jax.make_array_from_callback(tensor.shape, leaf.sharding, lambda part: tensor[part])
+    return jax.make_array_from_callback(tensor.shape, leaf.sharding, lambda index: tensor[index])
 
 
 def _shortened(names: Iterable[str], count: int = 6) -> str:
+    """Joins the first names, and adds the number of the others."""
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

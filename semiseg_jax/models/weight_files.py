@@ -1,15 +1,15 @@
-"""Files of weights: what is in them by name, and nothing in them is run."""
+"""Readers of weight files: tensors by name. No reader executes code from a file."""
 
 import dataclasses
+import functools
 import importlib
 import io
 import json
 import pickle
 import re
-import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,34 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from semiseg_jax.errors import UserError, unread
+from semiseg_jax.runtime.errors import UserError, read_error
 
-# Names of counters and of optimisers' variables, which are no weights.
+# Names of counters and of optimiser variables, which are not weights.
 NO_WEIGHT = re.compile(
     r"num_batches_tracked$|(^|/)(global_step|Momentum|ExponentialMovingAverage)$"
 )
 
+# Dtypes of safetensors; NumPy has no bfloat16 and no float8.
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "U64": np.uint64,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file's tensors by name, and the description in its header, if it has one."""
+    """The tensors of a file by name, and the description in its header, {} if it has none."""
 
     tensors: Mapping[str, np.ndarray]
     description: Mapping[str, Any]
@@ -44,48 +61,107 @@ _DAMAGED = (
 
 
 def read(path: epath.PathLike) -> File:
-    """The tensors of a file.
+    """Reads a file.
 
     Args:
         path: a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint.
 
     Raises:
-        UserError: it is missing, damaged, or of none of these kinds, or needs torch.
+        UserError: the file is missing or damaged, has none of these formats, or needs torch.
     """
+    return _call_reader(path, _READERS)
+
+
+def read_header(path: epath.PathLike) -> File:
+    """Reads the names, shapes and dtypes of a file's tensors, and its description.
+
+    The tensors of the result are zeros that take no memory. Of a .npz or .safetensors file or a
+    TensorFlow checkpoint, only the header is read: a truncated file raises an error, but a tensor
+    with damaged content does not. A PyTorch file is read as a whole, once while it is unchanged.
+
+    Args:
+        path: see `read`.
+
+    Raises:
+        UserError: see `read`.
+    """
+    return _call_reader(path, _HEADER_READERS)
+
+
+def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Path], File]]) -> File:
+    """Calls the reader for the format of the path, and turns its errors into UserErrors."""
     path = epath.Path(path)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    readers |= dict.fromkeys((".pth", ".pt"), _read_torch)
     prefix = path.with_suffix("") if path.suffix == ".index" else path
     if epath.Path(f"{prefix}.index").exists():
-        path, reader = prefix, _read_tensorflow
+        path, file_format = prefix, "tensorflow"
     elif path.suffix in readers:
-        reader = readers[path.suffix]
+        file_format = path.suffix
     else:
         raise UserError(
             f"{path} is neither .npz, .safetensors or .pth nor the prefix of a TensorFlow "
-            "checkpoint: save the weights as one of them."
+            "checkpoint: save the weights as one of them.",
+            code="weights-format-unknown",
         )
     try:
-        return reader(path)
+        return readers[file_format](path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing: correct the path to the weights, or leave model.pretrained empty."
+            f"{path} is missing: correct the path to the weights, or leave model.pretrained empty.",
+            code="weights-missing",
         ) from error
     except PermissionError as error:
-        raise unread(path, error, "make it readable") from error
+        raise read_error(path, error, "make it readable") from error
     except _DAMAGED as error:
         raise UserError(
             f"{path} cannot be read ({error}): it is truncated, corrupt or no such file; get it "
-            "again."
+            "again.",
+            code="weights-damaged",
         ) from error
 
 
-def _read_npz(path: epath.Path) -> File:
-    # Without pickles: they run what they hold.
-    archive = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+def _placeholder(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """Returns a read-only array of zeros that all share one element of memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _open_npz(file: Any) -> np.lib.npyio.NpzFile:
+    # Without pickles: loading a pickle executes code from the file.
+    archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("one array instead of an archive of arrays")
+    return archive
+
+
+def _read_npz(path: epath.Path) -> File:
+    archive = _open_npz(io.BytesIO(path.read_bytes()))
     return File({name: archive[name] for name in archive.files}, {})
+
+
+def _read_npz_header(path: epath.Path) -> File:
+    with path.open("rb") as file:
+        _open_npz(file)
+        with zipfile.ZipFile(file) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            return File({k: _npy_placeholder(archive, v) for k, v in members.items()}, {})
+
+
+def _npy_placeholder(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Returns a placeholder for the array in one member of a .npz archive."""
+    with archive.open(name) as member:
+        if np.lib.format.read_magic(member) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    return _placeholder(shape, dtype)
+
+
+def _numpy_lacks(path: epath.Path, dtype: str) -> UserError:
+    return UserError(
+        f"{path} holds tensors of type {dtype}, which NumPy does not have: save them as float32.",
+        code="weights-dtype-unsupported",
+    )
 
 
 def _read_safetensors(path: epath.Path) -> File:
@@ -93,18 +169,56 @@ def _read_safetensors(path: epath.Path) -> File:
     try:
         tensors = safetensors.numpy.load(content)
     except KeyError as error:
-        raise UserError(
-            f"{path} holds tensors of type {error.args[0]}, which NumPy does not have: save them "
-            "as float32."
-        ) from error
-    # The header, sound if the tensors could be read: its length in 8 bytes, then JSON.
-    (length,) = struct.unpack("<Q", content[:8])
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    return File(tensors, json.loads(metadata.get("description", "{}")))
+        raise _numpy_lacks(path, error.args[0]) from error
+    header, _ = _parse_safetensors_header(io.BytesIO(content))
+    return File(tensors, _safetensors_description(header))
+
+
+def _read_safetensors_header(path: epath.Path) -> File:
+    with path.open("rb") as file:
+        header, data_size = _parse_safetensors_header(file)
+    tensors = {}
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (_, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the header has no dtype, shape and offsets of {name}") from error
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise _numpy_lacks(path, dtype)
+        tensors[name] = _placeholder(tuple(shape), _SAFETENSORS_DTYPES[dtype])
+        end = max(end, last)
+    if end != data_size:
+        raise ValueError(f"{data_size} bytes of tensors instead of {end}")
+    return File(tensors, _safetensors_description(header))
+
+
+def _parse_safetensors_header(file: Any) -> tuple[dict[str, Any], int]:
+    """Returns the header, and the size of the data after it in bytes.
+
+    The format is the length of the header in 8 bytes, the header in JSON, and the data.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    file.seek(0, io.SEEK_END)
+    total = file.tell()  # TensorFlow's files, for remote paths, return nothing from `seek`.
+    if total < 8 + length:
+        raise ValueError("the header is incomplete")
+    file.seek(8)
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    return header, total - 8 - length
+
+
+def _safetensors_description(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the description that `checkpoints.save_weights` puts into the metadata."""
+    return json.loads(header.get("__metadata__", {}).get("description", "{}"))
 
 
 def _read_torch(path: epath.Path) -> File:
-    """A state dict, by PyTorch's own reader, which with weights_only runs nothing of the file."""
+    """Reads a state dict by PyTorch's reader, which with weights_only executes no code."""
     content = io.BytesIO(path.read_bytes())
     try:
         torch = importlib.import_module("torch")
@@ -114,39 +228,92 @@ def _read_torch(path: epath.Path) -> File:
             '"import sys, torch, safetensors.torch as s; '
             "w = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
             's.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])" '
-            f"{path.name} {path.stem}.safetensors, and give that file."
+            f"{path.name} {path.stem}.safetensors, and give that file.",
+            code="torch-missing",
         ) from error
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, which reading would run, or is damaged: save the "
-            "model's state_dict() alone, best as .safetensors."
+            "model's state_dict() alone, best as .safetensors.",
+            code="torch-weights-unsafe",
         ) from error
     except (RuntimeError, LookupError) as error:
-        # PyTorch's of an archive that is cut off, and its unpickler's of what is no pickle.
+        # PyTorch raises RuntimeError for a truncated archive; its unpickler raises LookupErrors for
+        # a file that is not a pickle.
         raise ValueError(str(error).partition(". ")[0]) from error
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(hasattr(v, "numpy") for v in state.values()):
         raise ValueError("it holds no state dict")
-    return File({name: _from_torch(value, torch) for name, value in state.items()}, {})
+    return File({name: _torch_to_numpy(value, torch) for name, value in state.items()}, {})
 
 
-def _from_torch(value: Any, torch: Any) -> np.ndarray:
-    """A tensor or parameter as NumPy's array; bfloat16, which NumPy does not have, as float32."""
+def _torch_to_numpy(value: Any, torch: Any) -> np.ndarray:
+    """Converts a tensor or parameter; bfloat16, which NumPy lacks, becomes float32."""
     return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 
+def _read_torch_header(path: epath.Path) -> File:
+    status = path.stat()
+    return _cached_torch_header(path, status.length, status.mtime)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_torch_header(path: epath.Path, length: int, mtime: int) -> File:
+    """Reads the whole file, because PyTorch's format has no separate header.
+
+    `length` and `mtime` are part of the cache's key: a changed file is read again.
+    """
+    del length, mtime
+    tensors = _read_torch(path).tensors
+    return File({name: _placeholder(t.shape, t.dtype) for name, t in tensors.items()}, {})
+
+
 def _read_tensorflow(path: epath.Path) -> File:
-    # Imported here: files of the other kinds do not need it.
+    return _read_checkpoint(path, lambda reader, name: reader.get_tensor(name))
+
+
+def _read_tensorflow_header(path: epath.Path) -> File:
+    def placeholder(reader: Any, name: str) -> np.ndarray:
+        shape = tuple(reader.get_variable_to_shape_map()[name])
+        return _placeholder(shape, reader.get_variable_to_dtype_map()[name].as_numpy_dtype)
+
+    return _read_checkpoint(path, placeholder)
+
+
+def _read_checkpoint(path: epath.Path, tensor: Callable[[Any, str], np.ndarray]) -> File:
+    """Reads a TensorFlow checkpoint.
+
+    Args:
+        path: prefix of the checkpoint.
+        tensor: returns a tensor, given the checkpoint's reader and the name.
+    """
+    # Imported here, because files of the other formats do not need TensorFlow.
     from tensorflow.errors import OpError
     from tensorflow.train import load_checkpoint
 
     try:
         reader = load_checkpoint(str(path))
         names = reader.get_variable_to_shape_map()
-        tensors = {name: reader.get_tensor(name) for name in names if not NO_WEIGHT.search(name)}
+        tensors = {name: tensor(reader, name) for name in names if not NO_WEIGHT.search(name)}
     except OpError as error:
         raise ValueError(error.message) from error
     return File(tensors, {})
+
+
+_READERS = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    "tensorflow": _read_tensorflow,
+}
+_HEADER_READERS = {
+    ".npz": _read_npz_header,
+    ".safetensors": _read_safetensors_header,
+    ".pth": _read_torch_header,
+    ".pt": _read_torch_header,
+    "tensorflow": _read_tensorflow_header,
+}

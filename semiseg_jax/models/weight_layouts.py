@@ -1,9 +1,9 @@
-"""The layouts that weights come in: recognised by names and shapes, translated name by name.
+"""The layouts of weight files: detected by tensor names and shapes, translated name by name.
 
-A layout is one entry of `LAYOUTS`: how a file of it is recognised, what its network was built and
-trained with, and what its tensors are called here. Names here are those of a network with one
-norm, such as "backbone/stem/conv/kernel" and "backbone/stem/norm/mean". A name that a layout does
-not know stays as it is, so that it is refused by its own name.
+An entry of `LAYOUTS` detects the files of a layout, gives the conventions of their networks, and
+translates their tensors to our names. Our names are those of a network with one norm, such as
+"backbone/stem/conv/kernel" and "backbone/stem/norm/mean". A name that a layout does not know is not
+translated, so that the error about it quotes the original name.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from semiseg_jax.models.weight_files import File
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-    """What a file's network was built and trained with; None: not known, or of no consequence.
+    """The conventions of a file's network; None: not known, or without effect.
 
     Attributes:
         layout: name of the layout.
-        input_normalization: name of it, as in `deeplab.INPUT_NORMALIZATIONS`.
-        align_corners: how it resizes.
-        first_dilation: as in `layers.dilated_stages`.
-        epsilon_backbone, epsilon_head: what its norms add to the variance.
-        backbone, head: of the network, as `config.model` calls them.
-        scope: names of the network that a file must have, all that start with this.
+        input_normalization: key of `deeplab.INPUT_NORMALIZATIONS`.
+        align_corners: see `layers.interpolation_matrix`.
+        first_dilation: see `layers.dilated_stages`.
+        epsilon_backbone, epsilon_head: epsilon of the norms.
+        backbone, head: of the network, as in `config.model`.
+        scope: the file must contain every variable whose name starts with this prefix.
     """
 
     layout: str
@@ -43,47 +43,53 @@ class Conventions:
     scope: str = "backbone/"
 
     def settings(self) -> dict[str, Any]:
-        """By key of `config.model`, what a network needs to predict as the file's does."""
-        said = {
+        """Returns the known conventions by key of `config.model`."""
+        values = {
             "input_normalization": self.input_normalization,
             "align_corners": self.align_corners,
             "first_dilation": self.first_dilation,
             "norm_epsilon.backbone": self.epsilon_backbone,
             "norm_epsilon.head": self.epsilon_head,
         }
-        return {key: value for key, value in said.items() if value is not None}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One naming of weights; see the module's docstring."""
+class WeightLayout:
+    """A layout of weight files; see the module's docstring.
 
-    recognises: Callable[[File], bool]
+    Attributes:
+        matches: whether a file has the layout.
+        conventions: of the network that a file was saved from.
+        translate: (name, tensor) in the file -> (name, tensor) in our network, or None for a tensor
+            that our networks do not have.
+        optional: prefixes of names that a file may contain and the network may lack.
+    """
+
+    matches: Callable[[File], bool]
     conventions: Callable[[File], Conventions]
-    # (name, tensor) -> (name here, tensor here), or None for what has no use here.
     translate: Callable[[str, np.ndarray], tuple[str, np.ndarray] | None]
-    # Names here that a file may have though the network does not.
     optional: tuple[str, ...] = ()
 
 
-def domain_of(place: tuple[str, ...]) -> str | None:
-    """The domain that a variable belongs to; None for one of the whole network."""
+def domain_of(path: tuple[str, ...]) -> str | None:
+    """Returns the domain of a variable; None for a variable that both domains share."""
     for domain in DOMAINS:
-        if place[0] == stats_collection(domain) or domain in place:
+        if path[0] == stats_collection(domain) or domain in path:
             return domain
     return None
 
 
-def name_here(place: tuple[str, ...]) -> str:
-    """Name in a network with one norm: without the collection and the domain."""
-    return "/".join(part for part in place[1:] if part not in DOMAINS)
+def canonical_name(path: tuple[str, ...]) -> str:
+    """Returns a variable's name in a network with one norm: without collection and domain."""
+    return "/".join(key for key in path[1:] if key not in DOMAINS)
 
 
 _TORCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
 
 def _from_torch(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
-    """Leaf name and tensor: kernels OIHW become HWIO, [c, 1, k, k] becomes [k, k, 1, c]."""
+    """Translates a leaf: kernels OIHW become HWIO, [c, 1, k, k] becomes [k, k, 1, c]."""
     if tensor.ndim == 4:
         return ("kernel", tensor.transpose(2, 3, 1, 0)) if name == "weight" else None
     return (_TORCH_NORM[name], tensor) if name in _TORCH_NORM else None
@@ -99,7 +105,7 @@ _RESNET_DEEP_STEM = {
     "bn1": "stem3/norm",
 }
 _RESNET_KINDS = {"conv": "conv", "bn": "norm", "0": "conv", "1": "norm"}
-# By bottlenecks or not, and blocks in the third stage.
+# By (has bottlenecks, number of blocks in the third stage).
 _RESNET_NAMES = {(False, 2): "resnet18", (True, 6): "resnet50", (True, 23): "resnet101"}
 
 
@@ -112,7 +118,7 @@ def _is_resnet_deep_stem(file: File) -> bool:
 
 
 def _resnet_name(file: File, prefix: str = "") -> str | None:
-    """Name of the backbone that has the file's blocks and stem, if there is one."""
+    """Returns the name of the backbone with the file's blocks and stem; None if there is none."""
     blocks = {
         match[1]
         for name in file.tensors
@@ -145,13 +151,13 @@ def _translate_resnet(
     block = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))", layer)
     if block:
         stage, number, kind, index, down = block.groups()
-        part = f"conv{index}" if index else "shortcut"
-        place = f"stage{stage}_block{int(number) + 1}/{part}/{_RESNET_KINDS[kind or down]}"
+        module = f"conv{index}" if index else "shortcut"
+        path = f"stage{stage}_block{int(number) + 1}/{module}/{_RESNET_KINDS[kind or down]}"
     else:
-        place = stem.get(layer, "")
-    if converted is None or (not place and layer == "fc"):
+        path = stem.get(layer, "")
+    if converted is None or (not path and layer == "fc"):
         return None
-    return f"backbone/{place or layer}/{converted[0]}", converted[1]
+    return f"backbone/{path or layer}/{converted[0]}", converted[1]
 
 
 _TIMM_XCEPTION_LAYERS = {"conv_dw": "depthwise/conv", "bn_dw": "depthwise/norm"} | {
@@ -174,17 +180,17 @@ def _translate_timm_xception(name: str, tensor: np.ndarray) -> tuple[str, np.nda
     converted = _from_torch(leaf, tensor)
     if converted is None or layer == "head.fc":
         return None
-    place = layer
+    path = layer
     if match := re.fullmatch(r"stem\.([01])\.(conv|bn)", layer):
-        place = f"stem{int(match[1]) + 1}/{_RESNET_KINDS[match[2]]}"
+        path = f"stem{int(match[1]) + 1}/{_RESNET_KINDS[match[2]]}"
     elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", layer):
         block = dict(enumerate(_XCEPTION_BLOCKS)).get(int(match[1]), f"block{match[1]}")
-        place = f"{block}/{match[2]}"
+        path = f"{block}/{match[2]}"
         if inner := re.fullmatch(r"stack\.conv(\d)\.(\w+)", match[2]):
-            place = f"{block}/separable{inner[1]}/{_TIMM_XCEPTION_LAYERS.get(inner[2], inner[2])}"
+            path = f"{block}/separable{inner[1]}/{_TIMM_XCEPTION_LAYERS.get(inner[2], inner[2])}"
         elif inner := re.fullmatch(r"shortcut\.(conv|bn)", match[2]):
-            place = f"{block}/shortcut/{_RESNET_KINDS[inner[1]]}"
-    return f"backbone/{place}/{converted[0]}", converted[1]
+            path = f"{block}/shortcut/{_RESNET_KINDS[inner[1]]}"
+    return f"backbone/{path}/{converted[0]}", converted[1]
 
 
 _SLIM_LEAVES = {
@@ -201,12 +207,12 @@ _SLIM_HEAD = {
     "concat_projection": "aspp/project",
     "decoder/feature_projection0": "low",
 } | {
-    f"{theirs}_{part}": f"{ours}/{part}"
-    for theirs, ours in (
+    f"{slim}_{kind}": f"{ours}/{kind}"
+    for slim, ours in (
         *((f"aspp{i}", f"aspp/atrous{i}") for i in (1, 2, 3)),
         *((f"decoder/decoder_conv{i}", f"decoder{i + 1}") for i in (0, 1)),
     )
-    for part in ("depthwise", "pointwise")
+    for kind in ("depthwise", "pointwise")
 }
 
 
@@ -215,18 +221,18 @@ def _is_slim_xception(file: File) -> bool:
 
 
 def _slim_conventions(file: File) -> Conventions:
-    network = "concat_projection/weights" in file.tensors
+    has_head = "concat_projection/weights" in file.tensors
     return Conventions(
         "tf_slim_xception65",
         input_normalization="half",
-        # DeepLab's code resizes with aligned corners; its backbone alone does not resize.
-        align_corners=True if network else None,
+        # DeepLab's code resizes with aligned corners; the backbone alone does not resize.
+        align_corners=True if has_head else None,
         first_dilation="previous",
         epsilon_backbone=1e-3,
-        epsilon_head=1e-5 if network else None,
+        epsilon_head=1e-5 if has_head else None,
         backbone="xception65",
-        head="v3plus" if network else None,
-        scope="" if network else "backbone/",
+        head="v3plus" if has_head else None,
+        scope="" if has_head else "backbone/",
     )
 
 
@@ -240,18 +246,18 @@ def _translate_slim_xception(name: str, tensor: np.ndarray) -> tuple[str, np.nda
     if split[2] == "depthwise_weights":
         tensor = tensor.transpose(0, 1, 3, 2)
     if layer == "concat_projection" and leaf == "conv/kernel":
-        # The pooled features are the first of its inputs; here they are the last.
+        # The pooled features come first in the input of that layer, and last in ours.
         tensor = np.roll(tensor, -(tensor.shape[2] // 5), axis=2)
     if not layer.startswith("xception_65/"):
         return f"{_SLIM_HEAD.get(layer, layer)}/{leaf}", tensor
-    place = layer.removeprefix("xception_65/")
-    if match := re.fullmatch(r"entry_flow/conv1_([12])", place):
-        place = f"stem{match[1]}"
-    elif match := re.fullmatch(r"(\w+)_flow/block(\d+)/unit_(\d+)/xception_module/(\w+)", place):
-        flow, block, unit, part = match.groups()
-        part = re.sub(r"separable_conv(\d)_", r"separable\1/", part)
-        place = f"{flow}_block{unit if flow == 'middle' else block}/{part}"
-    return f"backbone/{place}/{leaf}", tensor
+    path = layer.removeprefix("xception_65/")
+    if match := re.fullmatch(r"entry_flow/conv1_([12])", path):
+        path = f"stem{match[1]}"
+    elif match := re.fullmatch(r"(\w+)_flow/block(\d+)/unit_(\d+)/xception_module/(\w+)", path):
+        flow, block, unit, module = match.groups()
+        module = re.sub(r"separable_conv(\d)_", r"separable\1/", module)
+        path = f"{flow}_block{unit if flow == 'middle' else block}/{module}"
+    return f"backbone/{path}/{leaf}", tensor
 
 
 _SMP_LAYERS = {
@@ -271,15 +277,15 @@ _SMP_LAYERS = {
     "decoder.block2.1": "decoder2/pointwise/norm",
     "segmentation_head.0": "classifier",
 } | {
-    f"decoder.aspp.0.convs.{i}.{theirs}": f"aspp/atrous{i}/{ours}"
+    f"decoder.aspp.0.convs.{i}.{smp}": f"aspp/atrous{i}/{ours}"
     for i in (1, 2, 3)
-    for theirs, ours in (("0.0", "depthwise"), ("0.1", "pointwise/conv"), ("1", "pointwise/norm"))
+    for smp, ours in (("0.0", "depthwise"), ("0.1", "pointwise/conv"), ("1", "pointwise/norm"))
 }
 
 
 def _is_smp(file: File) -> bool:
-    wanted = {"encoder.layer4.0.conv1.weight", "decoder.aspp.0.convs.0.0.weight"}
-    return wanted <= file.tensors.keys()
+    names = {"encoder.layer4.0.conv1.weight", "decoder.aspp.0.convs.0.0.weight"}
+    return names <= file.tensors.keys()
 
 
 def _smp_conventions(file: File) -> Conventions:
@@ -323,7 +329,7 @@ _EFFICIENTNET_BLOCK_LAYERS = {
 
 
 def _is_efficientnet_lite(file: File) -> bool:
-    # Without squeeze-and-excitation: the full EfficientNets have the same names and that.
+    # The full EfficientNets have the same names, and squeeze-and-excitation (`_se_`) as well.
     names = file.tensors.keys()
     return {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight"} <= names and not any(
         "._se_" in name for name in names
@@ -335,13 +341,13 @@ def _translate_efficientnet_lite(name: str, tensor: np.ndarray) -> tuple[str, np
     converted = _from_torch(leaf, tensor)
     block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)", layer)
     if block:
-        place = _EFFICIENTNET_BLOCK_LAYERS.get(block[2])
-        place = place and f"block_{block[1]}/{place}"
+        path = _EFFICIENTNET_BLOCK_LAYERS.get(block[2])
+        path = path and f"block_{block[1]}/{path}"
     else:
-        place = _EFFICIENTNET_LAYERS.get(layer)
-    if converted is None or place is None:
+        path = _EFFICIENTNET_LAYERS.get(layer)
+    if converted is None or path is None:
         return None
-    return f"backbone/{place}/{converted[0]}", converted[1]
+    return f"backbone/{path}/{converted[0]}", converted[1]
 
 
 def _is_own(file: File) -> bool:
@@ -366,12 +372,12 @@ def _own_conventions(file: File) -> Conventions:
 
 def _translate_own(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
     path = tuple(name.split("/"))
-    return None if domain_of(path) == "strong" else (name_here(path), tensor)
+    return None if domain_of(path) == "strong" else (canonical_name(path), tensor)
 
 
-LAYOUTS: dict[str, Layout] = {
-    "semiseg_jax": Layout(_is_own, _own_conventions, _translate_own),
-    "efficientnet_lite": Layout(
+LAYOUTS: dict[str, WeightLayout] = {
+    "semiseg_jax": WeightLayout(_is_own, _own_conventions, _translate_own),
+    "efficientnet_lite": WeightLayout(
         _is_efficientnet_lite,
         lambda _: Conventions(
             "efficientnet_lite",
@@ -383,15 +389,15 @@ LAYOUTS: dict[str, Layout] = {
         _translate_efficientnet_lite,
         optional=("backbone/head/",),
     ),
-    "resnet": Layout(
+    "resnet": WeightLayout(
         _is_resnet, functools.partial(_resnet_conventions, "resnet"), _translate_resnet
     ),
-    "resnet_deep_stem": Layout(
+    "resnet_deep_stem": WeightLayout(
         _is_resnet_deep_stem,
         functools.partial(_resnet_conventions, "resnet_deep_stem"),
         functools.partial(_translate_resnet, stem=_RESNET_DEEP_STEM),
     ),
-    "timm_xception65": Layout(
+    "timm_xception65": WeightLayout(
         _is_timm_xception,
         lambda _: Conventions(
             "timm_xception65",
@@ -402,6 +408,8 @@ LAYOUTS: dict[str, Layout] = {
         ),
         _translate_timm_xception,
     ),
-    "tf_slim_xception65": Layout(_is_slim_xception, _slim_conventions, _translate_slim_xception),
-    "smp": Layout(_is_smp, _smp_conventions, _translate_smp),
+    "tf_slim_xception65": WeightLayout(
+        _is_slim_xception, _slim_conventions, _translate_slim_xception
+    ),
+    "smp": WeightLayout(_is_smp, _smp_conventions, _translate_smp),
 }

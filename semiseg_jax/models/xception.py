@@ -1,8 +1,8 @@
-"""Xception-65 as DeepLab has it: strided separable convolutions in place of pooling.
+"""DeepLab's variant of Xception-65: strided separable convolutions in place of pooling.
 
 Source: Xception (Chollet, CVPR 2017), modified in DeepLabV3+ (Chen et al., ECCV 2018), section 3.3
-and figure 4: more layers, all pooling replaced, batch norm (and in the last block ReLU) after each
-3x3 depthwise convolution too.
+and figure 4: more layers, strided convolutions instead of pooling, and batch norm (in the last
+block also ReLU) after each 3x3 depthwise convolution.
 """
 
 import functools
@@ -12,7 +12,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.models.dsbn import DomainLayout
 from semiseg_jax.models.layers import (
     ConvNorm,
     FirstDilation,
@@ -22,7 +22,7 @@ from semiseg_jax.models.layers import (
     rematerialized,
 )
 
-# Blocks with a stride: their name, the channels of their three convolutions.
+# Blocks with a stride: (name, channels of the three convolutions).
 ENTRY = (
     ("entry_block1", (128, 128, 128)),
     ("entry_block2", (256, 256, 256)),
@@ -34,16 +34,16 @@ LAST_FEATURES = (1536, 1536, 2048)
 
 
 class XceptionBlock(nn.Module):
-    """Three separable 3x3 convolutions, each after a ReLU, and a shortcut around them.
+    """Three separable 3x3 convolutions, each preceded by a ReLU, and a shortcut around them.
 
     Attributes:
-        features: output channels of the three.
-        norm: makes the norms.
+        features: output channels of the three convolutions.
+        norm: factory of the norms.
         stride: of the third convolution.
-        dilation: of the three.
-        residual: add the shortcut; without it ReLUs come after each depthwise and each pointwise
-            convolution instead of before them (the last block).
-        dtype: of the computation; None for that of input and parameters together.
+        dilation: of the three convolutions.
+        residual: add the shortcut; without it (the last block) a ReLU follows each depthwise and
+            each pointwise convolution, and no ReLU precedes a separable convolution.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     features: tuple[int, int, int]
@@ -55,12 +55,12 @@ class XceptionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], batch: Batch
+        self, x: Float[Array, "b h w c"], layout: DomainLayout
     ) -> tuple[Float[Array, "b oh ow d"], Float[Array, "b h w e"]]:
-        """(the block's output, what enters its third convolution before the ReLU)."""
-        y = inner = x
+        """Returns (output, input of the third convolution before its ReLU)."""
+        y = third_input = x
         for i, (features, dilation) in enumerate(zip(self.features, self.dilation, strict=True)):
-            inner = y
+            third_input = y
             y = SeparableConvNorm(
                 features,
                 self.norm,
@@ -69,9 +69,9 @@ class XceptionBlock(nn.Module):
                 activation=None if self.residual else nn.relu,
                 dtype=self.dtype,
                 name=f"separable{i + 1}",
-            )(nn.relu(y) if self.residual else y, batch)
+            )(nn.relu(y) if self.residual else y, layout)
         if not self.residual:
-            return y, inner
+            return y, third_input
         if self.stride != 1 or x.shape[-1] != self.features[-1]:
             x = ConvNorm(
                 self.features[-1],
@@ -80,21 +80,21 @@ class XceptionBlock(nn.Module):
                 activation=None,
                 dtype=self.dtype,
                 name="shortcut",
-            )(x, batch)
-        return x + y, inner
+            )(x, layout)
+        return x + y, third_input
 
 
 class Xception(nn.Module):
-    """Xception-65, whose later blocks trade stride for dilation.
+    """Xception-65; dilation replaces the stride of the blocks beyond the output stride.
 
     Attributes:
-        norm: makes the norm of a layer.
-        output_stride: 8, 16 or 32: input pixels a side of one pixel of the last features.
-        first_dilation: see `layers.dilated_stages`; a block with a stride is a stage, with the
-            blocks that follow it.
+        norm: factory of the norms.
+        output_stride: 8, 16 or 32: the stride of the last features.
+        first_dilation: see `layers.dilated_stages`; a stage is a block with a stride and the blocks
+            after it.
         multi_grid: factors on the dilation of the last block's convolutions; () for none.
-        remat: keep no activations from inside a block for the backward pass.
-        dtype: of the computation; None for that of input and parameters together.
+        remat: recompute the activations inside a block in the backward pass.
+        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     norm: NormFactory
@@ -106,12 +106,12 @@ class Xception(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"], batch: Batch
+        self, x: Float[Array, "b h w 3"], layout: DomainLayout
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """{"low": 256 channels at stride 4, not yet activated; "high": 2048 at output stride}."""
+        """Returns {"low": 256 channels at stride 4, before the ReLU; "high": 2048 channels}."""
         conv = functools.partial(ConvNorm, norm=self.norm, kernel_size=3, dtype=self.dtype)
-        x = conv(32, stride=2, name="stem1")(x, batch)
-        x = conv(64, name="stem2")(x, batch)
+        x = conv(32, stride=2, name="stem1")(x, layout)
+        x = conv(64, name="stem2")(x, layout)
 
         block = functools.partial(
             rematerialized(XceptionBlock, self.remat), norm=self.norm, dtype=self.dtype
@@ -120,25 +120,29 @@ class Xception(nn.Module):
         features = {}
         for (name, channels), stage in zip(ENTRY, entries, strict=True):
             dilation = (stage.dilation,) * 3
-            x, inner = block(channels, stride=stage.stride, dilation=dilation, name=name)(x, batch)
+            x, third_input = block(channels, stride=stage.stride, dilation=dilation, name=name)(
+                x, layout
+            )
             if name == "entry_block2":
-                # Where TensorFlow's DeepLab takes it, as far as stride 4 goes.
-                features["low"] = inner
+                # The last features at stride 4, as in TensorFlow's DeepLab.
+                features["low"] = third_input
         dilation = (entries[-1].dilation_after,) * 3
         for i in range(MIDDLE_BLOCKS):
             name = f"middle_block{i + 1}"
-            x, _ = block(MIDDLE_FEATURES, dilation=dilation, name=name)(x, batch)
+            x, _ = block(MIDDLE_FEATURES, dilation=dilation, name=name)(x, layout)
         name, channels = EXIT
         dilation = (exit_.dilation,) * 3
-        x, _ = block(channels, stride=exit_.stride, dilation=dilation, name=name)(x, batch)
+        x, _ = block(channels, stride=exit_.stride, dilation=dilation, name=name)(x, layout)
         first, second, third = self.multi_grid or (1, 1, 1)
         after = exit_.dilation_after
         dilation = (after * first, after * second, after * third)
-        x, _ = block(LAST_FEATURES, dilation=dilation, residual=False, name="exit_block2")(x, batch)
+        x, _ = block(LAST_FEATURES, dilation=dilation, residual=False, name="exit_block2")(
+            x, layout
+        )
         return features | {"high": x}
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {"xception65": Xception}
 
-# Convolutions of the last block, which a multi-grid has a factor for each of.
+# The number of factors of a multi-grid: one for each convolution of the last block.
 GRID_SIZES = {"xception65": 3}

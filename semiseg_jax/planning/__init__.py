@@ -1,1 +1,1 @@
-"""What a run will need, from its compiled programs: memory, arithmetic, traffic, time."""
+"""Predicts the memory, arithmetic, traffic and time of a run from its compiled programs."""

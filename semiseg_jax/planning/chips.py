@@ -1,4 +1,4 @@
-"""TPU chips as published, and the devices of a topology that need not be there."""
+"""Published rates of TPU chips, and device topologies to compile for without the hardware."""
 
 import dataclasses
 import importlib.util
@@ -10,23 +10,23 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from semiseg_jax.errors import UserError, first_line
+from semiseg_jax.runtime.errors import UserError, first_line
 
 CPU = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip's published rates and size.
+    """Published rates and memory size of one TPU chip.
 
     Attributes:
-        flops: peak of bfloat16 products with float32 sums, operations a second.
-        memory_rate: of the main memory (HBM), bytes a second.
-        link_rate: of all links to other chips together, bytes a second one way.
-        memory: bytes of main memory.
-        accelerator: what its slices are called, with the number behind it to count by.
-        cores: TensorCores of a chip, by which some slices are counted.
-        options: further ones to describe its topologies by.
+        flops: peak rate of bfloat16 products with float32 accumulation, in operations per second.
+        memory_rate: bandwidth of the main memory (HBM), in bytes per second.
+        link_rate: bandwidth of all links to other chips together, one way, in bytes per second.
+        memory: size of the main memory, in bytes.
+        accelerator: prefix of the accelerator type of its slices, such as "v5litepod-".
+        cores: TensorCores per chip; the number in an accelerator type counts TensorCores.
+        options: further options of `topologies.get_topology_desc`.
     """
 
     flops: float
@@ -38,11 +38,11 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()
 
 
-# From the system architecture pages of Cloud TPU's documentation, one for each version ("TPU v4",
-# "TPU v5e", "TPU v5p", "TPU v6e"): peak compute per chip (bf16), HBM bandwidth and capacity, and
-# inter-chip interconnect bandwidth: 2,400, 1,600, 4,800 and 3,584 Gbps.
+# Source: the system architecture pages of the Cloud TPU documentation ("TPU v4", "TPU v5e",
+# "TPU v5p", "TPU v6e"): peak compute per chip (bf16), HBM bandwidth and capacity, and inter-chip
+# interconnect bandwidth (2,400, 1,600, 4,800 and 3,584 Gbps).
 CHIPS: dict[str, Chip] = {
-    # As pods run it, the two cores of a chip are one device.
+    # Megacore: the two cores of a chip act as one device, as on pods.
     "v4": Chip(275e12, 1228e9, 300e9, 32 * 2**30, "v4-", 2, (("chip_config_name", "megacore"),)),
     "v5e": Chip(197e12, 819e9, 200e9, 16 * 2**30, "v5litepod-"),
     "v5p": Chip(459e12, 2765e9, 600e9, 95 * 2**30, "v5p-", 2),
@@ -55,10 +55,10 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-        name: as it was asked for, such as v5e:4x4.
-        devices: one for each chip.
-        hosts: machines that they hang on.
-        chip: their rates; None for the CPU.
+        name: value of --topology, such as v5e:4x4.
+        devices: one device per chip.
+        hosts: number of host machines.
+        chip: rates of the chips; None for the CPU.
     """
 
     name: str
@@ -68,10 +68,13 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The devices of a topology: VERSION:AxB or VERSION:AxBxC, or the CPU of this machine.
+    """Returns the devices of a topology.
+
+    Args:
+        name: VERSION:AxB or VERSION:AxBxC, such as v5e:4x4, or "cpu" for the CPU of this machine.
 
     Raises:
-        UserError: it does not exist, or the TPU's compiler is not installed.
+        UserError: the topology does not exist, or the TPU compiler is not installed.
     """
     if name == CPU:
         return Topology(name, tuple(jax.devices(CPU)), 1, None)
@@ -79,35 +82,38 @@ def topology(name: str) -> Topology:
     if version not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
             f"--topology={name} is not known: write {CPU}, or one of {', '.join(CHIPS)} with the "
-            "number of chips along each axis, such as v5e:4x4 or v4:2x2x4."
+            "number of chips along each axis, such as v5e:4x4 or v4:2x2x4.",
+            code="topology-unknown",
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} needs the TPU's compiler, which is not installed: pip install "
-            "libtpu==0.0.42.1, or look at --topology=cpu."
+            "libtpu==0.0.42.1, or look at --topology=cpu.",
+            code="tpu-compiler-missing",
         )
     chip = CHIPS[version]
     sides = [int(side) for side in shape.split("x")]
-    _describe(chip, math.prod(sides))
+    _set_libtpu_environment(chip, math.prod(sides))
     options: dict[str, Any] = dict(chip.options)
     if math.prod(sides) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        found: list[Any] = topologies.get_topology_desc(name, "tpu", **options).devices
+        devices: list[Any] = topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = first_line(error).rstrip(".")
         raise UserError(
             f"--topology={name} does not exist ({reason}): v5e and v6e have two axes, v4 and v5p "
-            "three, all even but for a single chip."
+            "three, all even but for a single chip.",
+            code="topology-nonexistent",
         ) from error
-    hosts = len({device.process_index for device in found})
-    return Topology(name, tuple(found), hosts, chip)
+    hosts = len({device.process_index for device in devices})
+    return Topology(name, tuple(devices), hosts, chip)
 
 
-def _describe(chip: Chip, chips: int) -> None:
-    """What libtpu would otherwise ask the machine it runs on for, and complain of not finding."""
+def _set_libtpu_environment(chip: Chip, num_chips: int) -> None:
+    """Sets the variables that libtpu would otherwise query from a TPU host, with warnings."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # No chip is opened, so that there is nothing that processes could take from each other.
+    # No chip is opened, so several processes may load libtpu at the same time.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    os.environ["TPU_ACCELERATOR_TYPE"] = f"{chip.accelerator}{chips * chip.cores}"
+    os.environ["TPU_ACCELERATOR_TYPE"] = f"{chip.accelerator}{num_chips * chip.cores}"

@@ -1,7 +1,7 @@
-"""What the text of a compiled program says: its collectives, the types it convolves, its traffic.
+"""Parses the text of a compiled program: collectives, convolution dtypes and memory traffic.
 
-The text is the optimised HLO that `jax.stages.Compiled.as_text` gives. Only what XLA prints on the
-instruction's own line is read: result types with their layouts, the operation, its operands.
+The text is the optimized HLO from `jax.stages.Compiled.as_text`. Only the line of each instruction
+is parsed: result types with their layouts, the opcode and the operands.
 """
 
 import dataclasses
@@ -18,13 +18,15 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Operations that touch no memory: names for parts of others, and the ends of those begun before.
+# Opcodes that touch no memory because they only name or group other values.
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id")
 )
+# Opcodes whose traffic is counted at the instructions of the computations that they call.
+_CALLERS = frozenset(("while", "conditional", "call", "async-start"))
 # Custom calls that only reserve memory.
 _RESERVING = ("AllocateBuffer",)
-# Spaces of memory on the chip: the vector memory, and the 128 MiB that a v4 shares (CMEM).
+# Memory spaces on the chip: the vector memory, and the 128 MiB that a v4 shares (CMEM).
 _ON_CHIP = ("S(1)", "S(3)")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TYPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
@@ -34,14 +36,14 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Type:
-    """A buffer's type.
+    """The type of a buffer.
 
     Attributes:
-        dtype: as HLO names it, such as bf16.
-        shape: of the array.
-        order: axes from the one whose neighbours lie side by side to the outermost.
-        tile: sides of the layout's first tile, of the innermost axes; () for none.
-        on_chip: it lies in the memory on the chip, and not in the chip's main memory.
+        dtype: HLO name of the element type, such as bf16.
+        shape: shape of the array.
+        order: axes from the innermost (contiguous) to the outermost.
+        tile: sides of the layout's first tile, over the innermost axes; () without tiling.
+        on_chip: whether the buffer is in on-chip memory instead of the main memory.
     """
 
     dtype: str
@@ -52,7 +54,7 @@ class Type:
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory, tiles filled up."""
+        """Size in memory in bytes, with padded tiles."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             bits = int(re.sub(r"\D.*", "", self.dtype.lstrip("bfsuc")) or 8)
@@ -62,9 +64,12 @@ class Type:
         return math.prod(sides) * bits // 8
 
 
+TypesByName = dict[str, tuple[Type, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program."""
+    """One instruction of a program."""
 
     name: str
     opcode: str
@@ -74,51 +79,57 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """Where in the source it comes from, as JAX names it; "" for what the compiler added."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """JAX's name stack of the source operation; "" for instructions that XLA inserted."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     @property
     def layer(self) -> str:
-        """The part of the scope that names a layer, and whether it is of the backward pass."""
+        """The layer in the scope, followed by ", backward" in the backward pass."""
         names = [n for n in self.scope.split("/")[1:-1] if "(" not in n]
         backward = "transpose(" in self.scope
         return "/".join(names or ["outside of layers"]) + (", backward" if backward else "")
 
+    @property
+    def reserves_memory(self) -> bool:
+        """Whether this is a custom call that only allocates a buffer."""
+        return any(f'"{target}"' in self.attributes for target in _RESERVING)
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one instruction moves: bytes of its operands and results, all its runs together.
+    """Bytes of the operands and results of one instruction, summed over all its executions.
 
     Attributes:
-        total: wherever they lie.
-        main: of those in the chip's main memory.
+        instruction: the instruction.
+        total: bytes in any memory.
+        main_memory: bytes in the chip's main memory.
     """
 
     instruction: Instruction
     total: int
-    main: int
+    main_memory: int
 
 
 class Module:
-    """A compiled program, by computation."""
+    """A compiled program, parsed into computations."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[Instruction]] = {}
         self._entry = ""
         current: list[Instruction] = []
         for line in text.splitlines():
-            if found := _COMPUTATION.match(line):
-                current = self._computations[found[2]] = []
-                if found[1]:
-                    self._entry = found[2]
-            elif found := _LINE.match(line):
-                current.append(_instruction(found[1], found[2]))
+            if match := _COMPUTATION.match(line):
+                current = self._computations[match[2]] = []
+                if match[1]:
+                    self._entry = match[2]
+            elif match := _LINE.match(line):
+                current.append(_parse_instruction(match[1], match[2]))
 
     def collectives(self) -> dict[str, tuple[int, int]]:
-        """Of each kind that occurs: (how many run, bytes of their operands), on one device."""
+        """Returns (number of executions, bytes of operands) on one device by kind of collective."""
         totals: dict[str, tuple[int, int]] = {}
-        for instruction, times, types in self._run(fused=True):
+        for instruction, times, types in self._executed(fused=True):
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 count, size = totals.get(kind, (0, 0))
@@ -126,64 +137,62 @@ class Module:
                 totals[kind] = (count + times, size + times * operands)
         return totals
 
-    def convolved(self) -> dict[tuple[str, ...], int]:
-        """How many convolutions the program holds by the types of their operands.
+    def convolution_dtypes(self) -> dict[tuple[str, ...], int]:
+        """Returns the number of convolutions by the dtypes of their operands.
 
-        Matrix products are among them: the TPU's compiler writes those as convolutions.
+        Matrix products are included: the TPU compiler writes them as convolutions.
         """
         totals: dict[tuple[str, ...], int] = {}
-        for instruction, _, types in self._run(fused=True):
+        for instruction, _, types in self._executed(fused=True):
             if instruction.opcode in ("convolution", "dot"):
                 key = tuple(types[n][0].dtype for n in instruction.operands)
                 totals[key] = totals.get(key, 0) + 1
         return totals
 
-    def custom_calls(self) -> int:
-        """Bytes of operands and results of custom calls, which the compiler counts as none."""
+    def custom_call_bytes(self) -> int:
+        """Returns bytes of operands and results of custom calls; XLA's cost analysis omits them."""
         return sum(
-            times * _moved(instruction, types)[0]
-            for instruction, times, types in self._run()
-            if instruction.opcode == "custom-call"
-            and not any(f'"{target}"' in instruction.attributes for target in _RESERVING)
+            times * _operand_bytes(instruction, types)[0]
+            for instruction, times, types in self._executed()
+            if instruction.opcode == "custom-call" and not instruction.reserves_memory
         )
 
     def traffic(self) -> list[Traffic]:
-        """What each instruction moves, most first."""
-        found = []
-        for instruction, times, types in self._run():
-            if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        """Returns the traffic of each instruction, the largest first."""
+        result = []
+        for instruction, times, types in self._executed():
+            if instruction.opcode in _FREE | _CALLERS or instruction.opcode.endswith("-done"):
                 continue
-            if instruction.opcode in ("while", "conditional", "call", "async-start"):
-                continue  # What they run is counted itself.
-            if any(f'"{target}"' in instruction.attributes for target in _RESERVING):
+            if instruction.reserves_memory:
                 continue
-            total, main = _moved(instruction, types)
-            found.append(Traffic(instruction, times * total, times * main))
-        return sorted(found, key=lambda t: -t.total)
+            total, main_memory = _operand_bytes(instruction, types)
+            result.append(Traffic(instruction, times * total, times * main_memory))
+        return sorted(result, key=lambda t: -t.total)
 
-    def by_layer(self) -> dict[str, tuple[int, int]]:
-        """(total, main) of `Traffic` summed by layer, most first; copies go by where they begin."""
+    def traffic_by_layer(self) -> dict[str, tuple[int, int]]:
+        """Returns (total, main memory) bytes by layer, the largest first.
+
+        An asynchronous copy belongs to the layer of its start instruction.
+        """
         sums: dict[str, tuple[int, int]] = {}
-        for moved in self.traffic():
-            total, main = sums.get(moved.instruction.layer, (0, 0))
-            sums[moved.instruction.layer] = (total + moved.total, main + moved.main)
+        for item in self.traffic():
+            total, main_memory = sums.get(item.instruction.layer, (0, 0))
+            sums[item.instruction.layer] = (total + item.total, main_memory + item.main_memory)
         return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
-    def _run(
-        self, fused: bool = False
-    ) -> Iterator[tuple[Instruction, int, dict[str, tuple[Type, ...]]]]:
-        """(instruction, how often it runs, types by name where it stands), from the entry on.
+    def _executed(self, fused: bool = False) -> Iterator[tuple[Instruction, int, TypesByName]]:
+        """Yields (instruction, number of executions, types by name in its computation).
 
         Args:
-            fused: also what is inside of fusions.
+            fused: whether to include the instructions inside fusions.
         """
-        yield from self._run_of(self._entry, 1, fused)
+        yield from self._executed_in(self._entry, 1, fused)
 
-    def _run_of(
-        self, name: str, times: int, fused: bool
-    ) -> Iterator[tuple[Instruction, int, dict[str, tuple[Type, ...]]]]:
-        types = self._types(name)
-        for instruction in self._computations[name]:
+    def _executed_in(
+        self, computation: str, times: int, fused: bool
+    ) -> Iterator[tuple[Instruction, int, TypesByName]]:
+        types = self._types(computation)
+        for instruction in self._computations[computation]:
             yield instruction, times, types
             opcode, attributes = instruction.opcode, instruction.attributes
             if opcode == "while":
@@ -196,70 +205,71 @@ class Module:
             else:
                 continue
             for called in inner:
-                yield from self._run_of(called, times * repeats, fused)
+                yield from self._executed_in(called, times * repeats, fused)
 
     @functools.cache  # noqa: B019 - lives as long as the module
-    def _types(self, name: str) -> dict[str, tuple[Type, ...]]:
-        return {i.name: i.results for i in self._computations[name]}
+    def _types(self, computation: str) -> TypesByName:
+        return {i.name: i.results for i in self._computations[computation]}
 
 
-def _moved(instruction: Instruction, types: dict[str, tuple[Type, ...]]) -> tuple[int, int]:
-    """Bytes of operands and results: (wherever they lie, in main memory)."""
+def _operand_bytes(instruction: Instruction, types: TypesByName) -> tuple[int, int]:
+    """Returns the bytes of operands and results: (in any memory, in main memory)."""
     if instruction.opcode in ("slice", "slice-start"):
-        # Of what is sliced the slice is read; what begins one names its source first.
-        source, part = types[instruction.operands[0]][0], instruction.results[-1]
+        # A slice reads only as much as it returns. The results of a slice-start are its source, the
+        # slice and a context.
+        source, sliced = types[instruction.operands[0]][0], instruction.results[-1]
         if instruction.opcode == "slice-start":
-            part = instruction.results[1]
-        return 2 * part.bytes, part.bytes * ((not source.on_chip) + (not part.on_chip))
+            sliced = instruction.results[1]
+        return 2 * sliced.bytes, sliced.bytes * ((not source.on_chip) + (not sliced.on_chip))
     buffers = [t for name in instruction.operands for t in types[name]]
-    # What begins a copy names its source among its results.
+    # The results of a copy-start include its source.
     buffers += instruction.results[: 1 if instruction.opcode == "copy-start" else None]
     return sum(t.bytes for t in buffers), sum(t.bytes for t in buffers if not t.on_chip)
 
 
-def _instruction(name: str, rest: str) -> Instruction:
-    """The instruction behind `name = `."""
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    results, rest = _types_in(rest[:end]), rest[end:].lstrip()
+def _parse_instruction(name: str, definition: str) -> Instruction:
+    """Parses the text after `name = `."""
+    end = _closing(definition, 0) + 1 if definition.startswith("(") else definition.index(" ")
+    results, rest = _parse_types(definition[:end]), definition[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     end = _closing(rest, len(opcode))
     operands = rest[len(opcode) : end]
-    # Constants hold numbers where others have operands.
+    # The parentheses of a constant contain its value instead of operands.
     names = tuple(re.findall(r"%([\w.\-]+)", operands)) if opcode != "constant" else ()
     return Instruction(name, opcode, results, names, rest[end + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place
+            return index
     raise ValueError(f"A parenthesis is not closed: {text[:200]}")
 
 
-def _types_in(text: str) -> tuple[Type, ...]:
-    return tuple(_type(found) for found in _TYPE.finditer(re.sub(r"/\*.*?\*/", "", text)))
+def _parse_types(text: str) -> tuple[Type, ...]:
+    return tuple(_parse_type(match) for match in _TYPE.finditer(re.sub(r"/\*.*?\*/", "", text)))
 
 
-def _type(found: re.Match[str]) -> Type:
-    dtype, shape, order, layout = found.groups()
+def _parse_type(match: re.Match[str]) -> Type:
+    dtype, shape, order, layout = match.groups()
     tile = re.match(r"T\(([\d,]+)\)", layout or "")
     return Type(
         dtype,
-        _integers(shape),
-        _integers(order or ""),
-        _integers(tile[1]) if tile else (),
+        _parse_integers(shape),
+        _parse_integers(order or ""),
+        _parse_integers(tile[1]) if tile else (),
         any(space in (layout or "") for space in _ON_CHIP),
     )
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _parse_integers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
 def _called(attributes: str, keys: str) -> list[str]:
-    """Names of the computations that an attribute holds."""
-    found = re.search(rf"(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", attributes)
-    return re.findall(r"[\w.\-]+", found[1].replace("%", "")) if found else []
+    """Returns the names of the computations in an attribute; `keys` is a regular expression."""
+    match = re.search(rf"(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", attributes)
+    return re.findall(r"[\w.\-]+", match[1].replace("%", "")) if match else []

@@ -1,24 +1,27 @@
-"""Plans a config for topologies: compiles, tries what may make it fit, adds up the run."""
+"""Plans a config for topologies: compiles, suggests changes that fit, and adds up the run."""
 
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import state as state_lib
-from semiseg_jax.data import pipeline, sources, streams
-from semiseg_jax.data.labels import write_bytes
+from semiseg_jax import stages, train_state
+from semiseg_jax.data import batch_layout, input_pipeline
+from semiseg_jax.data import load as load_lib
 from semiseg_jax.models import deeplab
-from semiseg_jax.planning import chips, forecast, programs, remedies, report, workload
+from semiseg_jax.planning import chips, forecast, programs, report, workload
+from semiseg_jax.planning import suggestions as suggestions_lib
 from semiseg_jax.planning.chips import Topology
-from semiseg_jax.planning.programs import Program
+from semiseg_jax.planning.programs import CompileLevel, Program
 from semiseg_jax.planning.report import Plan
 from semiseg_jax.planning.workload import Workload
+from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.logger import logger
 
 
 def run(
@@ -26,152 +29,170 @@ def run(
     names: Sequence[str],
     json_file: str | None = None,
     measure: float = 0.0,
-    layers: int = 0,
+    num_layers: int = 0,
     step_only: bool = False,
     machine_code: bool = False,
 ) -> None:
-    """Prints the plan of each topology, and writes them as JSON where that is wanted.
+    """Prints the plan of each topology and optionally writes all plans as JSON.
 
     Args:
         config: the whole config.
-        names: of the topologies.
-        json_file: where to write, or None.
-        measure: seconds to measure the input pipeline for; 0 for not at all.
-        layers: how many layers of the student's step to list, by what they move.
-        step_only, machine_code: see `make`.
+        names: names of the topologies.
+        json_file: JSON file to write, or None.
+        measure: seconds to measure the input pipeline for; 0 skips the measurement.
+        num_layers: number of layers of the student's step to list, by their traffic.
+        step_only, machine_code: see `make_plan`.
 
     Raises:
-        UserError: a topology does not exist or does not suit the batches, or there is nothing to
-            know the data by.
+        UserError: a topology does not exist, its devices do not divide the batches, or the sizes of
+            the data are unknown.
     """
-    # All of them first, so that a mistyped one does not wait for the others to compile.
+    # Check every name first: a mistyped one fails before the others are compiled.
     topologies = [chips.topology(name) for name in names]
     for topology in topologies:
         mesh_lib.check_batches(config, len(topology.devices))
-    load = workload.of(config)
-    supplied, why_not = _supplied(config, load, measure)
+    load = workload.from_config(config)
+    input_rate, input_note = _measure_input_rate(config, load, measure)
     plans = []
     for topology in topologies:
-        plans.append(make(config, load, topology, print, step_only, machine_code))
-        report.show(plans[-1], supplied, why_not, layers)
+        plans.append(make_plan(config, load, topology, step_only, machine_code))
+        report.print_plan(plans[-1], input_rate, input_note, num_layers)
     if json_file:
-        found = [report.as_json(plan, supplied) for plan in plans]
-        write_bytes(epath.Path(json_file), (json.dumps(found, indent=1) + "\n").encode())
+        content = [report.to_json(plan, input_rate) for plan in plans]
+        write_bytes(epath.Path(json_file), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def make(
+def make_plan(
     config: Any,
     load: Workload,
     topology: Topology,
-    say: Callable[[str], None],
     step_only: bool = False,
     machine_code: bool = False,
 ) -> Plan:
-    """The plan of one topology.
+    """Makes the plan of one topology; logs a line before each compilation.
 
     Args:
         config: the whole config.
-        load: from `workload.of`.
+        load: from `workload.from_config`.
         topology: from `chips.topology`.
-        say: takes a line before each program that is compiled.
-        step_only: compile the student's step alone, and count the arithmetic of the others.
-        machine_code: compile to the end, which takes far longer for a TPU (see `drafts`).
+        step_only: compile only the student's step, and count the arithmetic of other programs.
+        machine_code: compile to machine code, which takes far longer for a TPU (see
+            `optimized_hlo`).
     """
-    limit = topology.chip.memory if topology.chip else _memory_here()
-    found: list[Program] = []
-    tried: dict[str, list[remedies.Remedy]] = {}
-    how: programs.How = "compiled" if machine_code else "optimised"
-    wanted = _wanted(config, load, topology, how)
-    for kind, make_all in wanted[:1] if step_only else wanted:
-        say(f"compiling for {topology.name}: {kind}")
-        for program in make_all(config):
-            found.append(program)
-            if not remedies.fits(program.cost, limit):
+    limit = topology.chip.memory if topology.chip else _physical_memory()
+    compiled: list[Program] = []
+    suggestions: dict[str, list[suggestions_lib.Suggestion]] = {}
+    level: CompileLevel = "compiled" if machine_code else "optimised"
+    compilers = _program_compilers(config, load, topology, level)
+    for kind, compile_all in compilers[:1] if step_only else compilers:
+        logger.info(f"compiling for {topology.name}: {kind}")
+        for program in compile_all(config):
+            compiled.append(program)
+            if not suggestions_lib.fits(program.cost, limit):
 
-                def again(changed: Any, scale: float = program.scale, all_=make_all) -> Program:
+                def recompile(
+                    changed: Any, scale: float = program.scale, compile_all=compile_all
+                ) -> Program:
                     changed.pseudo.scales = changed.eval.scales = (scale,)
-                    return next(iter(all_(changed)))
+                    return next(iter(compile_all(changed)))
 
-                say(f"compiling for {topology.name}: what would make {program.name} fit")
-                tried[program.name] = remedies.tried(config, program.kind, again, topology, limit)
+                logger.info(f"compiling for {topology.name}: what would make {program.name} fit")
+                suggestions[program.name] = suggestions_lib.try_changes(
+                    config, program.kind, recompile, topology, limit
+                )
     if topology.chip and step_only:
-        for kind, make_all in _wanted(config, load, topology, "counted")[1:]:
-            say(f"counting for {topology.name}: {kind}")
-            found += make_all(config)
-    parts: list[forecast.Part] = []
-    if topology.chip and not tried:
-        parts = forecast.schedule(config, load, found, topology)
-    return Plan(topology, load, _parameters(config, load), limit, tuple(found), tried, tuple(parts))
+        for kind, count_all in _program_compilers(config, load, topology, "counted")[1:]:
+            logger.info(f"counting for {topology.name}: {kind}")
+            compiled += count_all(config)
+    schedule: list[forecast.WorkItem] = []
+    if topology.chip and not suggestions:
+        schedule = forecast.schedule(config, load, compiled, topology)
+    return Plan(
+        topology,
+        load,
+        _num_parameters(config, load),
+        limit,
+        tuple(compiled),
+        suggestions,
+        tuple(schedule),
+    )
 
 
-Maker = Callable[[Any], Any]
+CompileAll = Callable[[Any], Iterable[Program]]
 
 
-def _wanted(
-    config: Any, load: Workload, topology: Topology, how: programs.How
-) -> list[tuple[str, Maker]]:
-    """(kind, a function that compiles its programs with a config) of all that a run needs.
+def _program_compilers(
+    config: Any, load: Workload, topology: Topology, level: CompileLevel
+) -> list[tuple[str, CompileAll]]:
+    """Returns (kind, function that compiles its programs for a config) for all that a run needs.
 
-    The student's step comes first.
+    The student's step is the first.
     """
 
-    def step(kind: str) -> tuple[str, Maker]:
-        return f"{kind} step", lambda c: [programs.step(c, kind, load.classes, topology, how)]
+    def step(kind: str) -> tuple[str, CompileAll]:
+        return f"{kind} step", lambda c: [
+            programs.step_program(c, kind, load.classes, topology, level)
+        ]
 
-    def inference(kind: str, backbone: str) -> tuple[str, Maker]:
-        return kind, lambda c: programs.inference(c, kind, backbone, load, topology, how)
+    def inference(kind: str, backbone: str) -> tuple[str, CompileAll]:
+        return kind, lambda c: programs.inference_programs(c, kind, backbone, load, topology, level)
 
-    first, later = (programs.backbone_of(config, kind) for kind in forecast.KINDS)
-    wanted = [step("student")]
-    if first != later:
-        wanted.append(step("teacher"))
-    rounds = config.rounds.count
-    if rounds and forecast.takes_pseudo_labels(config) and load.unlabeled:
+    teacher_backbone = stages.stage_backbone(config, "teacher")
+    student_backbone = stages.stage_backbone(config, "student")
+    compilers = [step("student")]
+    if teacher_backbone != student_backbone:
+        compilers.append(step("teacher"))
+    num_rounds = config.rounds.count
+    if stages.takes_pseudo_labels(config) and load.unlabeled:
         # The last student labels nothing.
-        labellers = dict.fromkeys([first, *([later] if rounds > 1 else [])])
-        wanted += [inference("labelling", backbone) for backbone in labellers]
+        labelers = [teacher_backbone, *([student_backbone] if num_rounds > 1 else [])]
+        compilers += [inference("labelling", name) for name in dict.fromkeys(labelers)]
     if load.evaluated or load.selected:
-        scored = dict.fromkeys([first, *([later] if rounds else [])])
-        wanted += [inference("evaluation", backbone) for backbone in scored]
-    return wanted
+        evaluated = [teacher_backbone, *([student_backbone] if num_rounds else [])]
+        compilers += [inference("evaluation", name) for name in dict.fromkeys(evaluated)]
+    return compilers
 
 
-def _parameters(config: Any, load: Workload) -> int:
-    """Of the student's network, with both norms."""
-    backbone = programs.backbone_of(config, "student")
+def _num_parameters(config: Any, load: Workload) -> int:
+    """Returns the number of parameters of the student's network, including both norms."""
+    backbone = stages.stage_backbone(config, "student")
     model = deeplab.build(deeplab.config_for(config, backbone), load.classes)
-    shapes = state_lib.variable_shapes(model)["params"]
+    shapes = train_state.variable_shapes(model)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _memory_here() -> int:
+def _physical_memory() -> int:
+    """Returns the memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _supplied(config: Any, load: Workload, seconds: float) -> tuple[float | None, str]:
-    """Images a second that the pipeline gives here, or None and why.
+def _measure_input_rate(config: Any, load: Workload, seconds: float) -> tuple[float | None, str]:
+    """Measures the images per second of this machine's input pipeline.
 
-    Half of them are weakly, half strongly augmented. All are labelled images: pseudo-labels are
-    not there yet, and cost as much to read.
+    Half of the images are weakly, half strongly augmented. All are labelled images: pseudo-labels
+    do not exist yet, and cost as much to read.
+
+    Returns:
+        (rate, ""), or (None, the reason why nothing was measured).
     """
     if not seconds:
         return None, "--measure-input=10 measures what this machine's input supplies"
-    if load.assumed:
+    if load.assumptions:
         return None, "what the input supplies here cannot be measured without the data"
-    dataset = sources.load(config)
-    taken = streams.Streams(
+    dataset = load_lib.load_dataset(config)
+    batch_spec = batch_layout.BatchSpec(
         ("labeled",), ("labeled",), config.train.batch_labeled, config.train.batch_unlabeled
     )
-    batches = pipeline.train_batches(
+    batches = input_pipeline.train_batches(
         config,
         dataset,
         (),
-        taken,
-        streams.stage_seed(config.seed, 1, "student"),
+        batch_spec,
+        stages.stage_seed(config.seed, 1, "student"),
         range(1_000_000),
         deeplab.input_mean(config.model),
     )
-    # What was made ahead while the first ones were waited for is not counted.
+    # Skip the batches that were prefetched while waiting for the first ones.
     for _ in range(2 * config.data.prefetch):
         next(batches)
     began, count = time.perf_counter(), 0

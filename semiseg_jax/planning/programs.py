@@ -1,7 +1,7 @@
-"""The programs of a run, compiled for devices that need not be there, and what each of them needs.
+"""Compiles the programs of a run for devices that need not exist, and measures what they need.
 
-Nothing is computed: programs are traced from shapes. What is counted is what the compiler made of
-them for the devices, whatever this machine's are.
+Nothing is executed: programs are traced from shapes. The numbers are properties of the program that
+the compiler produced for the target devices, independent of this machine's devices.
 """
 
 import dataclasses
@@ -14,29 +14,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from semiseg_jax import compiled_model, optim, stages, train, train_state, train_step
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import optim, steps, train
-from semiseg_jax import state as state_lib
-from semiseg_jax.data import streams
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab
-from semiseg_jax.planning import drafts, flops, hlo
+from semiseg_jax.planning import flops, hlo, optimized_hlo
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.workload import Size, Workload
 
+# How far a program is compiled: not at all, up to its optimized HLO, or to machine code.
+CompileLevel = Literal["counted", "optimised", "compiled"]
 _NUMBER = r"([\d.]+)([KMGT]?)"
-How = Literal["counted", "optimised", "compiled"]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of main memory that a program needs on one chip.
+    """Main memory that a program needs on one chip, in bytes.
 
     Attributes:
-        total: at the same time.
-        arguments: of it what goes in and stays: the state and the batch.
-        temporaries: of it what lives while the program runs.
+        total: peak of the whole program.
+        arguments: share of the inputs: the state and the batch.
+        temporaries: share of the values that live only during the program.
     """
 
     total: int
@@ -46,21 +45,21 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program needs on one chip.
+    """Resources that a program needs on one chip.
 
     Attributes:
-        memory: of it.
-        flops: operations of convolutions and matrix products, counted from the program.
-        compiler_flops: all operations, by the compiler's own count; None without machine code.
-        traffic: bytes that operations read and write, by the compiler's count, and those of
-            custom calls; None likewise.
-        main_traffic: what goes to and from the main memory, by the layouts in the program;
-            None on the CPU, whose layouts do not say.
-        custom_calls: what custom calls read and write.
-        collectives: by kind: (how many, bytes of their operands).
-        convolved: how many convolutions and matrix products by the types of their operands.
-        by_layer: by layer: (bytes of operands and results, of them in main memory), most first.
-        seconds: that compiling took.
+        memory: main memory.
+        flops: operations of convolutions and matrix products, counted from the traced program.
+        compiler_flops: all operations by the compiler's count; None without machine code.
+        traffic: bytes that operations read and write by the compiler's count, plus those of custom
+            calls; None without machine code.
+        main_traffic: bytes to and from the main memory, from the layouts in the program; None on
+            the CPU, whose layouts do not name a memory space.
+        custom_calls: bytes that custom calls read and write.
+        collectives: (number of executions, bytes of operands) by kind.
+        convolved: number of convolutions and matrix products by the dtypes of their operands.
+        by_layer: (bytes of operands and results, of these in main memory) by layer, largest first.
+        seconds: duration of the compilation.
     """
 
     memory: Memory
@@ -75,19 +74,19 @@ class Cost:
     seconds: float
 
     @property
-    def moved(self) -> int:
-        """Bytes of operands and results of all operations, wherever they lie."""
+    def total_traffic(self) -> int:
+        """Bytes of operands and results of all operations, in any memory."""
         return sum(total for total, _ in self.by_layer.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """A program that the compiler could not place.
+    """A program that does not fit into the memory of the device.
 
     Attributes:
-        needed: bytes of one chip's main memory, those of temporaries at least; 0 where the
-            compiler did not say.
-        limit: bytes that there are, likewise.
+        needed: bytes of main memory on one chip, at least those of temporaries; 0 if the compiler's
+            message has no number.
+        limit: available bytes; 0 if the compiler's message has no number.
     """
 
     needed: int
@@ -96,10 +95,10 @@ class TooLarge:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A program that was not compiled.
+    """A program that was traced but not compiled.
 
     Attributes:
-        flops: as of `Cost`.
+        flops: as in `Cost`.
     """
 
     flops: float
@@ -107,15 +106,15 @@ class Counted:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One of a run's programs.
+    """One program of a run.
 
     Attributes:
         kind: "student step", "teacher step", "labelling" or "evaluation".
-        backbone: of its network.
-        scale: of the images; 1 for steps.
-        images: that a run of it takes, over all devices.
-        size: (height, width) of those in pixels.
-        cost: or that it does not fit, or what was counted where nothing was compiled.
+        backbone: backbone of its network.
+        scale: scale of the images; 1 for steps.
+        images: number of images per call, over all devices.
+        size: (height, width) of the images, in pixels.
+        cost: its cost, as far as the program fits and was compiled.
     """
 
     kind: str
@@ -127,121 +126,120 @@ class Program:
 
     @property
     def name(self) -> str:
-        """For people: "labelling at 0.75"."""
+        """Display name, such as "labelling at 0.75"."""
         return self.kind if self.kind.endswith("step") else f"{self.kind} at {self.scale:g}"
 
 
-def step(
-    config: Any, kind: str, classes: int, topology: Topology, how: How = "compiled"
+def step_program(
+    config: Any, kind: str, num_classes: int, topology: Topology, level: CompileLevel = "compiled"
 ) -> Program:
-    """The training step of a kind of stage.
+    """Compiles the training step of a kind of stage.
 
     Args:
         config: the whole config.
         kind: "teacher" or "student".
-        classes: how many.
-        topology: to compile for.
-        how: see `cost_of`.
+        num_classes: number of classes.
+        topology: devices to compile for.
+        level: see `program_cost`.
     """
-    taken = streams.of_stage(config, kind)
-    images = taken.size("weak") + taken.size("strong")
-    trace = functools.partial(_trace_step, _plain(config), kind, classes)
-    cost = cost_of(trace, topology, how)
-    backbone, size = backbone_of(config, kind), tuple(config.data.crop)
-    return Program(f"{kind} step", backbone, 1.0, images, size, cost)
+    batch_spec = stages.batch_spec(config, kind)
+    num_images = batch_spec.size("weak") + batch_spec.size("strong")
+    trace = functools.partial(_trace_step, _picklable(config), kind, num_classes)
+    cost = program_cost(trace, topology, level)
+    backbone, size = stages.stage_backbone(config, kind), tuple(config.data.crop)
+    return Program(f"{kind} step", backbone, 1.0, num_images, size, cost)
 
 
-def _plain(config: Any) -> Any:
-    """A config that can be pickled: its references hold functions."""
+def _picklable(config: Any) -> Any:
+    """Returns a copy of the config without references, which contain functions."""
     return config.copy_and_resolve_references()
 
 
-def _trace_step(config: Any, kind: str, classes: int, topology: Topology) -> jax.stages.Traced:
+def _trace_step(config: Any, kind: str, num_classes: int, topology: Topology) -> jax.stages.Traced:
     mesh = mesh_lib.make_mesh(topology.devices)
-    model = deeplab.build(deeplab.config_for(config, backbone_of(config, kind)), classes)
+    model = deeplab.build(
+        deeplab.config_for(config, stages.stage_backbone(config, kind)), num_classes
+    )
     tx, schedule = optim.make_optimizer(config.optim, kind, config.train.steps)
-    taken = streams.of_stage(config, kind)
-    made: Any = steps.make_train_step(model, tx, config.loss, taken, mesh)
-    program = train.Program(made, tx, schedule, taken, state_lib.variable_shapes(model))
-    return train.traced(program, tuple(config.data.crop), mesh)
+    spec = stages.batch_spec(config, kind)
+    step: Any = train_step.make_train_step(model, tx, config.loss, spec, mesh)
+    shapes = train_state.variable_shapes(model)
+    program = compiled_model.StageProgram(step, tx, schedule, spec, shapes)
+    return train.trace_step(program, tuple(config.data.crop), mesh)
 
 
-def inference(
+def inference_programs(
     config: Any,
     kind: str,
     backbone: str,
     load: Workload,
     topology: Topology,
-    how: How = "compiled",
+    level: CompileLevel = "compiled",
 ) -> Iterator[Program]:
-    """The programs of labelling or evaluation, one a scale, on the largest images of the set.
+    """Compiles labelling or evaluation, one program per scale, for the largest images of the set.
 
     Args:
         config: the whole config.
         kind: "labelling" or "evaluation".
-        backbone: of the network.
-        load: for the sizes.
-        topology: to compile for.
-        how: see `cost_of`.
+        backbone: backbone of the network.
+        load: sizes of the images.
+        topology: devices to compile for.
+        level: see `program_cost`.
     """
-    protocol = config.pseudo if kind == "labelling" else config.eval
-    # What weights are chosen by is evaluated with the programs of what is reported.
-    evaluated = load.evaluation_sizes | load.selection_sizes
-    size = largest(load.label_sizes if kind == "labelling" else evaluated)
-    plain = _plain(config)
-    for scale in protocol.scales:
-        trace = functools.partial(_trace_scale, plain, kind, backbone, load.classes, size, scale)
-        cost = cost_of(trace, topology, how)
-        images = mesh_lib.batch_over(protocol.batch, len(topology.devices))
-        yield Program(kind, backbone, scale, images, size, cost)
+    settings = config.pseudo if kind == "labelling" else config.eval
+    # Selection of weights uses the same programs as the reported evaluation.
+    evaluation_sizes = load.evaluation_sizes | load.selection_sizes
+    size = largest_size(load.label_sizes if kind == "labelling" else evaluation_sizes)
+    plain_config = _picklable(config)
+    for scale in settings.scales:
+        trace = functools.partial(
+            _trace_scale, plain_config, kind, backbone, load.classes, size, scale
+        )
+        cost = program_cost(trace, topology, level)
+        num_images = mesh_lib.round_up_batch(settings.batch, len(topology.devices))
+        yield Program(kind, backbone, scale, num_images, size, cost)
 
 
 def _trace_scale(
     config: Any,
     kind: str,
     backbone: str,
-    classes: int,
+    num_classes: int,
     size: Size,
     scale: float,
     topology: Topology,
 ) -> jax.stages.Traced:
-    protocol = config.pseudo if kind == "labelling" else config.eval
+    settings = config.pseudo if kind == "labelling" else config.eval
     mesh = mesh_lib.make_mesh(topology.devices)
-    whole, split = mesh_lib.replicated(mesh), mesh_lib.split_by_image(mesh)
-    model = deeplab.build(deeplab.config_for(config, backbone), classes)
+    replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    model = deeplab.build(deeplab.config_for(config, backbone), num_classes)
     predictor = Predictor(
         model,
         mesh,
-        protocol.scales,
-        protocol.flip,
+        settings.scales,
+        settings.flip,
         config.pseudo.average if kind == "labelling" else "softmax",
-        protocol.window,
-        protocol.window_stride,
+        settings.window,
+        settings.window_stride,
     )
     variables = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        state_lib.for_inference(state_lib.variable_shapes(model)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        train_state.inference_variables(train_state.variable_shapes(model)),
     )
-    batch = mesh_lib.batch_over(protocol.batch, mesh.size)
-    images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8, sharding=split)
-    total = jax.ShapeDtypeStruct((batch, *size, classes), jnp.float32, sharding=split)
+    batch = mesh_lib.round_up_batch(settings.batch, mesh.size)
+    images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8, sharding=by_image)
+    total = jax.ShapeDtypeStruct((batch, *size, num_classes), jnp.float32, sharding=by_image)
     return predictor.add_scale.trace(total, variables, images, scale)
 
 
-def backbone_of(config: Any, kind: str) -> str:
-    """The backbone of a kind of stage."""
-    student = config.rounds.student_model if kind == "student" else ""
-    return student or config.model.backbone
-
-
-def largest(sizes: dict[Size, int]) -> Size:
-    """The size with the most pixels."""
+def largest_size(sizes: dict[Size, int]) -> Size:
+    """Returns the size with the most pixels."""
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Read:
-    """What was read of a program; the compiler's counts where it made machine code of it."""
+class _CompilerOutput:
+    """Text and memory of a program, and the compiler's counts if it produced machine code."""
 
     text: str
     memory: Memory
@@ -249,71 +247,77 @@ class _Read:
     bytes_accessed: float | None = None
 
 
-def cost_of(trace: drafts.Trace, topology: Topology, how: How) -> Cost | TooLarge | Counted:
-    """What a program needs.
+def program_cost(
+    trace: optimized_hlo.Trace, topology: Topology, level: CompileLevel
+) -> Cost | TooLarge | Counted:
+    """Returns the cost of a program.
 
     Args:
-        trace: traces it.
-        topology: to compile for.
-        how: "counted" compiles nothing; "optimised" reads what a TPU's compiler has before machine
-            code (`drafts`), so that memory is without code, and nothing is known of the compiler's
-            counts; "compiled" goes to the end, as it always does for the CPU.
+        trace: traces the program for a topology.
+        topology: devices to compile for.
+        level: "counted" compiles nothing. "optimised" stops the TPU compiler before machine code
+            (see `optimized_hlo`): the memory excludes code, and the compiler's counts are unknown.
+            "compiled" compiles to machine code. The CPU treats "optimised" as "compiled".
     """
     began = time.perf_counter()
     traced = trace(topology)
-    # Every image's work is on one device.
-    counted = flops.count(traced.jaxpr) / len(topology.devices)
-    if how == "counted":
-        return Counted(counted)
-    draft = topology.chip and how == "optimised"
-    read = _drafted(trace, traced.fun_name, topology) if draft else _compiled(traced)
-    if isinstance(read, TooLarge):
-        return read
-    module = hlo.Module(read.text)
-    custom_calls = module.custom_calls()
+    # Each image is processed by one device.
+    flops_per_device = flops.count(traced.jaxpr) / len(topology.devices)
+    if level == "counted":
+        return Counted(flops_per_device)
+    if topology.chip and level == "optimised":
+        output = _compile_to_hlo(trace, traced.fun_name, topology)
+    else:
+        output = _compile(traced)
+    if isinstance(output, TooLarge):
+        return output
+    module = hlo.Module(output.text)
+    custom_calls = module.custom_call_bytes()
+    dtypes = module.convolution_dtypes()
+    traffic = None if output.bytes_accessed is None else output.bytes_accessed + custom_calls
     return Cost(
-        memory=read.memory,
-        flops=counted,
-        compiler_flops=read.flops,
-        traffic=None if read.bytes_accessed is None else read.bytes_accessed + custom_calls,
-        main_traffic=sum(t.main for t in module.traffic()) if topology.chip else None,
+        memory=output.memory,
+        flops=flops_per_device,
+        compiler_flops=output.flops,
+        traffic=traffic,
+        main_traffic=sum(t.main_memory for t in module.traffic()) if topology.chip else None,
         custom_calls=custom_calls,
         collectives=module.collectives(),
-        convolved={" × ".join(types): count for types, count in module.convolved().items()},
-        by_layer=module.by_layer(),
+        convolved={" × ".join(operands): count for operands, count in dtypes.items()},
+        by_layer=module.traffic_by_layer(),
         seconds=time.perf_counter() - began,
     )
 
 
-def _compiled(traced: jax.stages.Traced) -> _Read | TooLarge:
-    compiled: Any = mesh_lib.compiled(traced)
+def _compile(traced: jax.stages.Traced) -> _CompilerOutput | TooLarge:
+    compiled: Any = mesh_lib.try_compile(traced)
     if isinstance(compiled, str):
-        return too_large(compiled)
-    counts, memory = compiled.cost_analysis(), _memory(compiled.memory_analysis())
-    return _Read(compiled.as_text(), memory, counts["flops"], counts["bytes accessed"])
-
-
-def _drafted(trace: drafts.Trace, name: str, topology: Topology) -> _Read | TooLarge:
-    draft = drafts.draft(trace, topology, name)
-    if isinstance(draft, str):
-        return too_large(draft)
-    return _Read(draft.program, Memory(*draft.memory()))
-
-
-def _memory(analysis: Any) -> Memory:
-    kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return parse_out_of_memory(compiled)
+    counts, analysis = compiled.cost_analysis(), compiled.memory_analysis()
+    # Results that are not aliased to an argument need memory of their own.
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    total = arguments + temporaries + kept + analysis.generated_code_size_in_bytes
-    return Memory(total, arguments, temporaries)
+    total = arguments + temporaries + results + analysis.generated_code_size_in_bytes
+    memory = Memory(total, arguments, temporaries)
+    return _CompilerOutput(compiled.as_text(), memory, counts["flops"], counts["bytes accessed"])
 
 
-def too_large(message: str) -> TooLarge:
-    """What the TPU's compiler says of a program that does not fit, in one of its two sentences."""
-    found = re.search(
+def _compile_to_hlo(
+    trace: optimized_hlo.Trace, name: str, topology: Topology
+) -> _CompilerOutput | TooLarge:
+    optimized = optimized_hlo.optimized_hlo(trace, topology, name)
+    if isinstance(optimized, str):
+        return parse_out_of_memory(optimized)
+    return _CompilerOutput(optimized.text, Memory(*optimized.memory()))
+
+
+def parse_out_of_memory(message: str) -> TooLarge:
+    """Parses the TPU compiler's message about a program that does not fit; it has two forms."""
+    match = re.search(
         rf"Used {_NUMBER} of {_NUMBER}|temporaries \({_NUMBER}\) exceeds [^(]*\({_NUMBER}\)",
         message,
     )
-    if not found:
+    if not match:
         return TooLarge(0, 0)
-    used, unit, limit, unit_of_limit = (text for text in found.groups() if text is not None)
-    return TooLarge(round(float(used) * _UNITS[unit]), round(float(limit) * _UNITS[unit_of_limit]))
+    used, unit, limit, limit_unit = (text for text in match.groups() if text is not None)
+    return TooLarge(round(float(used) * _UNITS[unit]), round(float(limit) * _UNITS[limit_unit]))

@@ -1,4 +1,4 @@
-"""How many images of which size a config's run will see, from its data or from what is known."""
+"""Numbers and sizes of a run's images, read from the data or from what was published about them."""
 
 import collections
 import dataclasses
@@ -7,25 +7,25 @@ from typing import Any
 
 from etils import epath
 
-from semiseg_jax.data import camvid, cityscapes, labels, pascal_voc, sources, splits, streets
-from semiseg_jax.data.downscale import shrunk
-from semiseg_jax.data.examples import Example
-from semiseg_jax.data.pipeline import padding_for
-from semiseg_jax.data.places import data_root
-from semiseg_jax.errors import UserError
-
-Size = tuple[int, int]  # height, width in pixels
+from semiseg_jax.data import image_io, load, split_lists
+from semiseg_jax.data.dataset import Example
+from semiseg_jax.data.sources import camvid, cityscapes, pascal_voc, streets
+from semiseg_jax.data.sources.downscale import shrunk
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.logger import capture_lines
+from semiseg_jax.runtime.paths import data_root
+from semiseg_jax.shape_buckets import Size, pad_multiple, pad_size
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """A public data set as published.
+class PublishedDataset:
+    """Published numbers of a public data set.
 
     Attributes:
-        classes: how many.
-        size: of its images; of the largest where they differ.
-        train: training images.
-        evaluation: images by name of the set.
+        classes: number of classes.
+        size: size of its images; of the largest image if they differ.
+        train: number of training images.
+        evaluation: number of images by name of the evaluation set.
     """
 
     classes: int
@@ -34,25 +34,27 @@ class Known:
     evaluation: dict[str, int]
 
 
-KNOWN = {
-    "cityscapes": Known(len(cityscapes.CLASSES), (1024, 2048), 2975, {"val": 500}),
-    "pascal_voc": Known(len(pascal_voc.CLASSES), (500, 500), 10_582, {"val": 1449, "train": 1464}),
-    "camvid": Known(len(camvid.CLASSES), (360, 480), 367, {"val": 101, "test": 233}),
+PUBLISHED = {
+    "cityscapes": PublishedDataset(len(cityscapes.CLASSES), (1024, 2048), 2975, {"val": 500}),
+    "pascal_voc": PublishedDataset(
+        len(pascal_voc.CLASSES), (500, 500), 10_582, {"val": 1449, "train": 1464}
+    ),
+    "camvid": PublishedDataset(len(camvid.CLASSES), (360, 480), 367, {"val": 101, "test": 233}),
 }
-TRAIN_EXTRA = 19_997  # of Cityscapes, without the damaged image
-VOC_TRAIN = 1464  # of VOC's own train list
+TRAIN_EXTRA = 19_997  # images of Cityscapes train_extra, without the damaged one
+VOC_TRAIN = 1464  # images of VOC's own train list
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a run is about.
+    """The images that a run processes.
 
     Attributes:
-        classes: how many.
-        labeled, unlabeled, evaluated: images of each set.
-        label_sizes, evaluation_sizes: how many images are seen at each padded size.
-        selection_sizes: likewise of the labelled images held out to choose weights by.
-        assumed: sentences on what was not read from the data.
+        classes: number of classes.
+        labeled, unlabeled, evaluated: number of images of each set.
+        label_sizes, evaluation_sizes: number of images at each padded size.
+        selection_sizes: the same for the labelled images held out to select weights.
+        assumptions: sentences about numbers that were not read from the data.
     """
 
     classes: int
@@ -62,118 +64,121 @@ class Workload:
     label_sizes: dict[Size, int]
     evaluation_sizes: dict[Size, int]
     selection_sizes: dict[Size, int] = dataclasses.field(default_factory=dict)
-    assumed: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
     @property
     def selected(self) -> int:
-        """Images that weights are chosen by, beside those that are reported."""
+        """Number of images held out to select weights."""
         return sum(self.selection_sizes.values())
 
 
-def of(config: Any) -> Workload:
-    """The workload of a config: of its data where they are, else of the data set as published.
+def from_config(config: Any) -> Workload:
+    """Returns the workload of a config, from its data if present, else from published numbers.
 
     Raises:
-        UserError: the data are not there and not known, or what is there is not as it should be.
+        UserError: the data are missing and not a published data set, or they are malformed.
     """
-    known = _published(config)
-    if known is None:
+    published = _published(config)
+    if published is None:
         return _read(config)
     if config.data.name == "streets":
-        return _assumed(config, known)  # They are drawn as the config says.
+        return _assume(config, published)  # The config determines how many images are drawn.
     try:
         data_root(config.data, "")
     except UserError:
-        return _assumed(config, known)
+        return _assume(config, published)
     return _read(config)
 
 
-def _published(config: Any) -> Known | None:
+def _published(config: Any) -> PublishedDataset | None:
     data = config.data
     if data.name != "streets":
-        return KNOWN.get(data.name)
+        return PUBLISHED.get(data.name)
     counts = {"val": data.streets_val, "train": data.streets_train}
-    return Known(len(streets.CLASSES), tuple(data.streets_size), data.streets_train, counts)
+    size = tuple(data.streets_size)
+    return PublishedDataset(len(streets.CLASSES), size, data.streets_train, counts)
 
 
 def _read(config: Any) -> Workload:
-    dataset, _ = sources.plan(config)
+    """Returns the workload of data that are present."""
+    with capture_lines():  # The plan shows what follows from the data.
+        dataset, _ = load.plan_dataset(config)
     factor = config.data.downscale
     return Workload(
         len(dataset.classes),
         len(dataset.labeled),
         len(dataset.unlabeled),
         len(dataset.evaluation),
-        _sizes(dataset.unlabeled, config.eval.pad_to, factor),
-        _sizes(dataset.evaluation, config.eval.pad_to, factor),
-        _sizes(dataset.selection, config.eval.pad_to, factor),
+        _padded_sizes(dataset.unlabeled, config.eval.pad_to, factor),
+        _padded_sizes(dataset.evaluation, config.eval.pad_to, factor),
+        _padded_sizes(dataset.selection, config.eval.pad_to, factor),
     )
 
 
-def _sizes(examples: tuple[Example, ...], pad_to: int, factor: int) -> dict[Size, int]:
-    """How many images have each size, as labelling and evaluation pad them."""
-    pad_to = padding_for(examples, pad_to)
+def _padded_sizes(examples: tuple[Example, ...], pad_to: int, factor: int) -> dict[Size, int]:
+    """Returns the number of images at each size that labelling and evaluation pad them to."""
     with futures.ThreadPoolExecutor() as pool:
-        found = pool.map(lambda e: labels.image_size(e.image), examples)
-        return dict(collections.Counter(_padded(shrunk(size, factor), pad_to) for size in found))
+        sizes = list(pool.map(lambda e: image_io.image_size(e.image), examples))
+    multiple = pad_multiple(sizes, pad_to)
+    return dict(collections.Counter(pad_size(shrunk(size, factor), multiple) for size in sizes))
 
 
-def _padded(size: Size, pad_to: int) -> Size:
-    height, width = (-(-side // pad_to) * pad_to for side in size)
-    return height, width
-
-
-def _assumed(config: Any, known: Known) -> Workload:
+def _assume(config: Any, published: PublishedDataset) -> Workload:
+    """Returns the workload of data that are not present."""
     data = config.data
-    train = known.train
+    train = published.train
     if data.name == "pascal_voc" and not data.voc_augmented:
         train = VOC_TRAIN
-    labeled = _listed(data.labeled_list)
+    labeled = _count_listed(data.labeled_list)
     if labeled is None:
-        labeled = splits.number(train, data.labels, "data.labels") if data.labels else train
-    unlabeled = _listed(data.unlabeled_list)
+        labeled = split_lists.number(train, data.labels, "data.labels") if data.labels else train
+    unlabeled = _count_listed(data.unlabeled_list)
     if unlabeled is None:
         unlabeled = train - labeled + (TRAIN_EXTRA if data.train_extra else 0)
-    selected = 0
+    held_out = 0
     if config.eval.select == "holdout":
-        selected = splits.number(labeled, data.holdout, "data.holdout")
-        labeled -= selected
+        held_out = split_lists.number(labeled, data.holdout, "data.holdout")
+        labeled -= held_out
     if data.unlabeled_ratio:
         unlabeled = min(unlabeled, round(data.unlabeled_ratio * labeled))
-    evaluated = _listed(data.evaluation_list)
+    evaluated = _count_listed(data.evaluation_list)
     if evaluated is None:
-        evaluated = known.evaluation.get(config.eval.split, 0)
-    many = data.name == "pascal_voc"  # whose images have hundreds of sizes
-    size = _padded(shrunk(known.size, data.downscale), config.eval.pad_to if many else 1)
+        evaluated = published.evaluation.get(config.eval.split, 0)
+    # Only images of many sizes are padded; VOC has hundreds of sizes.
+    has_many_sizes = data.name == "pascal_voc"
+    pad_to = config.eval.pad_to if has_many_sizes else 1
+    size = pad_size(shrunk(published.size, data.downscale), pad_to)
     return Workload(
-        known.classes,
+        published.classes,
         labeled,
         unlabeled,
         evaluated,
         {size: unlabeled},
         {size: evaluated},
-        {size: selected} if selected else {},
-        _sentences(config, many, size),
+        {size: held_out} if held_out else {},
+        _assumptions(config, has_many_sizes, size),
     )
 
 
-def _sentences(config: Any, many: bool, size: Size) -> tuple[str, ...]:
+def _assumptions(config: Any, has_many_sizes: bool, size: Size) -> tuple[str, ...]:
     data = config.data
     if data.name == "streets":
         return ()
     height, width = size
-    every = "every image taken as" if many else "images of"
-    said = [f"The data are not here: counts of {data.name} as published, {every} {width}x{height}."]
+    images = "every image taken as" if has_many_sizes else "images of"
+    sentences = [
+        f"The data are not here: counts of {data.name} as published, {images} {width}x{height}."
+    ]
     if data.unlabeled_dir:
-        said.append(f"The images of data.unlabeled_dir={data.unlabeled_dir} are not counted.")
-    return tuple(said)
+        sentences.append(f"The images of data.unlabeled_dir={data.unlabeled_dir} are not counted.")
+    return tuple(sentences)
 
 
-def _listed(name: str) -> int | None:
-    """How many images a list names; None for no list.
+def _count_listed(name: str) -> int | None:
+    """Returns the number of images in a list; None without a list.
 
     Raises:
-        UserError: it lies with the data, which are not there.
+        UserError: the list is missing; it may be part of the missing data.
     """
     if not name:
         return None
@@ -182,6 +187,7 @@ def _listed(name: str) -> int | None:
     if not epath.Path(name).exists():
         raise UserError(
             f"The list {name} is missing, and the data it may lie with are too: give their place "
-            "with --config.data.root=…, or counts with data.labels."
+            "with --config.data.root=…, or counts with data.labels.",
+            code="listed-data-missing",
         )
-    return len(splits.read_list(epath.Path(name)))
+    return len(split_lists.read_list(epath.Path(name)))

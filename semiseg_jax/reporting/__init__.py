@@ -1,1 +1,1 @@
-"""The sections of a run's report: what each shows, from what lies in the workdir."""
+"""The sections of a run's report, each built from the files in the workdir."""

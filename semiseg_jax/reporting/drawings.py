@@ -1,138 +1,140 @@
-"""The sections of drawings: curves, confusion matrix, weak against strong norm."""
+"""Sections of plots: training curves, confusion matrix, weak against strong norm."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from semiseg_jax import figures, history, record
-from semiseg_jax.data import labels
-from semiseg_jax.errors import UserError
-from semiseg_jax.evaluate import SELECTIONS, comparable
+from semiseg_jax.eval_protocol import SELECTIONS
+from semiseg_jax.reporting import artifacts
+from semiseg_jax.reporting import plots as plots_lib
 from semiseg_jax.reporting.markup import Section, data_uri
-from semiseg_jax.reporting.run import Run, Stage, read
+from semiseg_jax.reporting.run import Run, StageReport, read
+from semiseg_jax.results import ResultRow
+from semiseg_jax.runtime import fileio, metric_writer
+from semiseg_jax.runtime.errors import UserError
 
-_MOST_CONFUSED = 8
+_MAX_CONFUSIONS = 8
 
-# Scalars that are drawn: name, title, factor, and whether students alone have them.
+# Scalars to plot: name, title, factor, and whether only students have the scalar.
 _CURVES = (
     ("loss_labeled", "loss of labelled images", 1, False),
     ("loss_pseudo", "loss of pseudo-labelled images", 1, True),
-    ("loss", "loss, both together", 1, False),
+    ("loss", "total loss", 1, False),
     ("learning_rate", "learning rate of the backbone", 1, False),
-    ("mean_w", "w, mean over pseudo-labelled pixels", 1, True),
-    ("agreement", "student agrees with pseudo-label, % of pixels", 100, True),
-    ("accuracy_labeled", "accuracy in labelled batches, % of pixels", 100, False),
-    ("gradient_norm", "norm of the gradient", 1, False),
-    ("input_wait", "waiting for input, % of the time", 100, False),
+    ("mean_w", "mean of the weight w over pseudo-labelled pixels", 1, True),
+    ("agreement", "agreement of student and pseudo-label, % of pixels", 100, True),
+    ("accuracy_labeled", "training accuracy on labelled images, % of pixels", 100, False),
+    ("gradient_norm", "gradient norm", 1, False),
+    ("input_wait", "time spent waiting for input, %", 100, False),
     ("images_per_second", "images per second", 1, False),
 )
 
 
 def curves(run: Run) -> Section:
-    """mIoU and the scalars of training, a picture each."""
+    """Builds the section with a plot of the mIoU and of each training scalar."""
     pictures = []
-    scored = [*run.curve, *run.rows]
     if run.rows:
-        latest = run.rows[-1]["protocol"]
-        scored = [row for row in scored if comparable(row["protocol"], latest)]
-        pictures.append(_picture_of_scores(run, scored))
-    for key, title, factor, of_students in _CURVES:
+        latest = run.rows[-1].protocol
+        rows = [row for row in (*run.curve, *run.rows) if row.protocol.is_comparable(latest)]
+        pictures.append(_miou_plot(run, rows))
+    for name, title, factor, student_only in _CURVES:
         lines = [
-            _curve(
-                stage,
-                [(line["step"], factor * line[key]) for line in stage.history if key in line],
-            )
+            _stage_curve(stage, [(step, factor * value) for step, value in stage.scalar(name)])
             for stage in run.stages
-            if stage.kind == "student" or not of_students
+            if stage.kind == "student" or not student_only
         ]
         if any(line.points for line in lines):
-            drawn = figures.curves(title, lines)
-            pictures.append({"title": title, "src": data_uri(drawn, "svg+xml")})
-    missing = [s.name for s in run.stages if s.done and not s.history]
-    sentence = f"{history.FILE} is missing for {', '.join(missing)}." if missing else ""
+            plot = plots_lib.plot_curves(title, lines)
+            pictures.append({"title": title, "src": data_uri(plot, "svg+xml")})
+    stages = [s.name for s in run.stages if s.done and not s.history]
+    missing = f"{metric_writer.METRICS_FILE} is missing for {', '.join(stages)}." if stages else ""
     if not pictures:
-        sentence = "No stage has written a line of metrics yet."
-    return {"pictures": pictures, "missing": sentence}
+        missing = "No metrics yet: no stage has written any."
+    return {"pictures": pictures, "missing": missing}
 
 
-def _curve(stage: Stage, points: Sequence[tuple[float, float]]) -> figures.Curve:
+def _stage_curve(stage: StageReport, points: Sequence[tuple[float, float]]) -> plots_lib.Curve:
+    """Returns the curve of a stage; the steps of the points are those within the stage."""
     shifted = [(stage.begins + step, value) for step, value in points]
-    colour = figures.colour_of(stage.number)
-    return figures.Curve(stage.name, colour, stage.kind == "control", shifted)
+    colour = plots_lib.stage_colour(stage.number)
+    return plots_lib.Curve(stage.name, colour, stage.kind == "control", shifted)
 
 
-def _picture_of_scores(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """mIoU over the run; each stage begins where that which it starts from ended.
+def _miou_plot(run: Run, rows: Sequence[ResultRow]) -> dict[str, str]:
+    """Plots the mIoU over the run; the curve of a stage starts at the score of its initial weights.
 
-    Where weights are chosen (`eval.select`), the last point of a stage is the score of the chosen
-    ones, whatever step they are of.
+    With `eval.select` the last point of a stage is the score of the selected weights, whichever
+    step they are from.
     """
     title = "mIoU on the evaluation set, %"
-    if rows[0]["protocol"]["selection"] != SELECTIONS["last"]:
-        title += "; the last point of a stage is of the weights that were chosen"
-    ends = {(r["stage"], r["round"]): 100 * r["miou"] for r in run.rows if r in rows}
+    if rows[0].protocol.selection != SELECTIONS["last"]:
+        title = "mIoU, % (last point of a stage: selected weights)"
+    final_scores = {row.stage_key: row.miou_percent for row in run.rows if row in rows}
     lines = []
     for stage in run.stages:
-        mine = [r for r in rows if (r["stage"], r["round"]) == (stage.kind, stage.round)]
-        points = sorted((r["step"], 100 * r["miou"]) for r in mine)
-        before = ("student", stage.round - 1) if stage.kind == "student" else ("teacher", 0)
-        before = before if before in ends else ("teacher", 0)
-        if points and stage.kind != "teacher" and before in ends:
-            points.insert(0, (0, ends[before]))
-        lines.append(_curve(stage, points))
-    return {"title": title, "src": data_uri(figures.curves(title, lines, dots=True), "svg+xml")}
+        points = sorted((r.step, r.miou_percent) for r in rows if r.stage_key == stage.key)
+        initial = ("student", stage.round - 1) if stage.kind == "student" else ("teacher", 0)
+        if initial not in final_scores:
+            initial = ("teacher", 0)
+        if points and stage.kind != "teacher" and initial in final_scores:
+            points.insert(0, (0, final_scores[initial]))
+        lines.append(_stage_curve(stage, points))
+    plot = plots_lib.plot_curves(title, lines, dots=True)
+    return {"title": title, "src": data_uri(plot, "svg+xml")}
 
 
 def confusion(run: Run) -> Section:
-    """The last stage's confusion matrix, and what it confuses most."""
+    """Builds the section with the last stage's confusion matrix and its largest confusions."""
     if not run.scored:
-        return {"missing": "No stage has kept a confusion matrix yet.", "stage": ""}
+        return {"missing": "No confusion matrix yet: no stage has stored one.", "stage": ""}
     stage = run.scored[-1]
     matrix = np.array(stage.evaluation["confusion"], np.int64)
     names = [name for name, _ in run.classes(len(matrix))]
-    share = np.nan_to_num(figures.shares_of_rows(matrix))
+    share = np.nan_to_num(plots_lib.row_shares(matrix))
     np.fill_diagonal(share, 0)
-    most = np.argsort(-share, axis=None, kind="stable")[:_MOST_CONFUSED]
-    places = [np.unravel_index(place, share.shape) for place in most]
+    largest = np.argsort(-share, axis=None, kind="stable")[:_MAX_CONFUSIONS]
+    cells = [np.unravel_index(index, share.shape) for index in largest]
     confused = [
         (names[row], names[column], f"{100 * share[row, column]:.0f}")
-        for row, column in places
+        for row, column in cells
         if share[row, column] >= 0.005
     ]
-    src = data_uri(figures.confusion(matrix, names), "svg+xml")
+    src = data_uri(plots_lib.plot_confusion(matrix, names), "svg+xml")
     return {"missing": "", "stage": stage.name, "src": src, "confused": confused}
 
 
-_NO_NORMS = "No student with a weak and a strong norm has ended yet."
+_NO_NORMS = "No student with a weak and a strong norm has finished yet."
 
 
 def norms(run: Run) -> Section:
-    """The weak against the strong norm of the last student's layers."""
-    stage, drawn = _drawn_norms(run)
+    """Builds the section with the weak against the strong norm of the last student."""
+    stage, plots = _norm_plots(run)
     if stage is None:
         return {"missing": _NO_NORMS, "stage": "", "pictures": []}
-    shown = [{"title": layer, "src": data_uri(png, "png")} for layer, png in drawn.items()]
-    return {"missing": "", "stage": stage.name, "pictures": shown}
+    pictures = [{"title": layer, "src": data_uri(png, "png")} for layer, png in plots.items()]
+    return {"missing": "", "stage": stage.name, "pictures": pictures}
 
 
 def norms_picture(workdir: epath.PathLike) -> bytes:
-    """A PNG of the weak against the strong norm of the last student's layers, side by side.
+    """Returns a PNG with the weak against the strong norm of the last student, side by side.
 
     Raises:
-        UserError: no student with two norms has ended.
+        UserError: no student with two norms has finished.
     """
-    stage, drawn = _drawn_norms(read(workdir))
+    stage, plots = _norm_plots(read(workdir))
     if stage is None:
-        raise UserError(f"{workdir}: {_NO_NORMS}")
-    return figures.side_by_side(list(drawn.values()))
+        raise UserError(
+            f"{workdir}: {_NO_NORMS}",
+            code="norms-missing",
+        )
+    return plots_lib.side_by_side(list(plots.values()))
 
 
-def _drawn_norms(run: Run) -> tuple[Stage | None, dict[str, bytes]]:
-    """The last student with two norms, and a PNG of each of its kept layers, by name."""
+def _norm_plots(run: Run) -> tuple[StageReport | None, dict[str, bytes]]:
+    """Returns the last student with two norms, and a PNG of each of its stored layers by name."""
     for stage in reversed(run.stages):
-        kept = labels.read_json(stage.folder / record.NORMS) if stage.done else None
-        if stage.kind == "student" and kept and all(len(v["mean"]) == 2 for v in kept.values()):
-            return stage, {layer: figures.norms(layer, v) for layer, v in kept.items()}
+        layers = fileio.read_json(stage.folder / artifacts.NORMS) if stage.done else None
+        if stage.kind == "student" and layers and all(len(v["mean"]) == 2 for v in layers.values()):
+            return stage, {name: plots_lib.plot_norms(name, v) for name, v in layers.items()}
     return None, {}

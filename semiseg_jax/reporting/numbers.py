@@ -1,4 +1,4 @@
-"""The sections of tables: what ran, results and IoU by class, health of the pseudo-labels."""
+"""Sections of tables: config and environment, results, IoU by class, health of pseudo-labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,30 +6,33 @@ from typing import Any
 
 from flax import traverse_util
 
-from configs import default
-from semiseg_jax import record
-from semiseg_jax.data import labels
-from semiseg_jax.data.streams import stage_name
-from semiseg_jax.evaluate import comparable
-from semiseg_jax.health import HEALTH
+from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.pseudo_label_stats import STATS_FILE
 from semiseg_jax.pseudo_labels import PSEUDO_LABELS
+from semiseg_jax.reporting import artifacts
 from semiseg_jax.reporting.markup import Section, percent
-from semiseg_jax.reporting.run import Run, Stage
+from semiseg_jax.reporting.run import Run, find_row, group_comparable
+from semiseg_jax.results import ResultRow
+from semiseg_jax.runtime import fileio
 
 
-def what_ran(run: Run) -> Section:
-    """The keys that differ from the defaults, the whole config, data, devices and versions."""
+def what_ran(run: Run, defaults: Mapping[str, Any]) -> Section:
+    """Builds the section on config, data, devices and versions.
+
+    Args:
+        run: the run.
+        defaults: the default config; keys that differ from it are listed.
+    """
     flat = traverse_util.flatten_dict(run.config, sep=".")
-    defaults = json.loads(default.get_config().to_json_best_effort())
-    usual = traverse_util.flatten_dict(defaults, sep=".")
+    default_values = traverse_util.flatten_dict(dict(defaults), sep=".")
     changed = [
-        (key, _plain(value), _plain(usual.get(key)))
+        (key, _format_value(value), _format_value(default_values.get(key)))
         for key, value in flat.items()
-        if value != usual.get(key)
+        if value != default_values.get(key)
     ]
     missing = ""
     if run.about is None:
-        missing = f"{record.RUN} is missing: start the run again to have data and devices here."
+        missing = f"{artifacts.RUN} is missing: start the run again to list data and devices here."
     model = run.config["model"]
     images = run.about["images"] if run.about else {}
     return {
@@ -42,122 +45,111 @@ def what_ran(run: Run) -> Section:
     }
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def results(run: Run) -> Section:
-    """A table for every protocol, because results of different ones are not to be compared."""
-    groups: list[list[dict[str, Any]]] = []
-    for row in run.rows:
-        same = (g for g in groups if comparable(g[0]["protocol"], row["protocol"]))
-        group = next(same, None)
-        if group is None:
-            groups.append([row])
-        else:
-            group.append(row)
-    missing = "" if run.rows else "No stage has ended yet: there is no result."
-    # The present protocol is the one that was added last.
-    return {"tables": [_table(run, group) for group in reversed(groups)], "missing": missing}
+    """Builds a table per protocol; results of different protocols are not comparable."""
+    missing = "" if run.rows else "No results yet: no stage has finished."
+    # The current protocol is that of the newest row.
+    groups = reversed(group_comparable(run.rows))
+    return {"tables": [_results_table(run, group) for group in groups], "missing": missing}
 
 
-def _table(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    teacher = next((r for r in rows if r["stage"] == "teacher"), None)
-    controls = {r["round"]: r for r in rows if r["stage"] == "control"}
-    stages = {(s.kind, s.round): s for s in run.stages}
+def _results_table(run: Run, rows: Sequence[ResultRow]) -> dict[str, Any]:
+    teacher = find_row(rows, "teacher")
+    last_student = find_row(rows[::-1], "student")
+    by_stage = {row.stage_key: row for row in rows}
+    stages = {stage.key: stage for stage in run.stages}
     lines = []
     for row in rows:
-        stage = stages.get((row["stage"], row["round"]))
-        control = controls.get(row["round"]) if row["stage"] == "student" else None
+        kind, round_ = row.stage_key
+        stage = stages.get((kind, round_))
+        control = by_stage.get(("control", round_)) if kind == "student" else None
         lines.append(
             {
-                "name": stage_name(row["stage"], row["round"]),
-                "steps": row["step"],
-                "miou": f"{100 * row['miou']:.2f}",
-                "over_teacher": _gain(row, teacher) if row is not teacher else "",
-                "over_control": _gain(row, control),
-                "pixel_accuracy": f"{100 * row['pixel_accuracy']:.2f}",
-                "class_accuracy": f"{100 * row['mean_class_accuracy']:.2f}",
-                "minutes": _minutes(stage),
+                "name": row.stage_name,
+                "steps": row.step,
+                "miou": f"{row.miou_percent:.2f}",
+                "over_teacher": _format_gain(row, teacher) if row is not teacher else "",
+                "over_control": _format_gain(row, control),
+                "pixel_accuracy": f"{100 * row.pixel_accuracy:.2f}",
+                "class_accuracy": f"{100 * row.mean_class_accuracy:.2f}",
+                "minutes": f"{stage.seconds / 60:.1f}" if stage and stage.seconds else "",
             }
         )
-    last = next((r for r in reversed(rows) if r["stage"] == "student"), None)
     return {
-        "protocol": _protocol(rows[0]["protocol"]),
+        "protocol": _format_protocol(rows[0].protocol),
         "lines": lines,
-        "classes": _by_class(run, rows, teacher, last),
-        "last": last and stage_name(last["stage"], last["round"]),
+        "classes": _iou_by_class(run, rows, teacher, last_student),
+        "last": last_student and last_student.stage_name,
     }
 
 
-def _gain(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
-    return "" if other is None else f"{100 * (row['miou'] - other['miou']):+z.2f}"
+def _format_gain(row: ResultRow, baseline: ResultRow | None) -> str:
+    return "" if baseline is None else f"{100 * (row.miou - baseline.miou):+z.2f}"
 
 
-def _minutes(stage: Stage | None) -> str:
-    seconds = sum(line["seconds"] for line in stage.history) if stage else 0
-    return f"{seconds / 60:.1f}" if seconds else ""
-
-
-def _protocol(protocol: Mapping[str, Any]) -> str:
-    """How the results of a table were obtained, for people."""
-    scales = ", ".join(f"{scale:g}" for scale in protocol["scales"])
-    window = protocol["window"]
-    seen = (
+def _format_protocol(protocol: EvalProtocol) -> str:
+    scales = ", ".join(f"{scale:g}" for scale in protocol.scales)
+    window = protocol.window
+    inputs = (
         "whole images"
-        if window == "whole"
+        if isinstance(window, str)
         else f"windows of {' × '.join(map(str, window['size']))} pixels"
     )
     return (
-        f"{protocol['data']}, {protocol['split']} set; {seen}, scale {scales}, "
-        f"{'mirrored too' if protocol['flip'] else 'not mirrored'}; {protocol['selection']} "
-        f"checkpoint; seed {protocol['seed']}"
+        f"{protocol.data}, {protocol.split} set; {inputs}, "
+        f"{'scales' if len(protocol.scales) > 1 else 'scale'} {scales}, "
+        f"{'with' if protocol.flip else 'without'} mirrored images; "
+        f"{protocol.selection} checkpoint; seed {protocol.seed}"
     )
 
 
-def _by_class(
-    run: Run, rows: Sequence[dict[str, Any]], teacher: Any, last: Any
+def _iou_by_class(
+    run: Run, rows: Sequence[ResultRow], teacher: ResultRow | None, student: ResultRow | None
 ) -> list[dict[str, Any]]:
-    """IoU of each class in each stage, in percent, and what the last student gained."""
-    found = []
-    for number, (name, colour) in enumerate(run.classes(len(rows[0]["iou"]))):
-        values = [row["iou"][number] for row in rows]
+    """Returns the IoU of each class in each stage, in percent, and the student's gain."""
+    lines = []
+    for number, (name, colour) in enumerate(run.classes(len(rows[0].iou))):
+        values = [row.iou[number] for row in rows]
         gain = ""
-        if (
-            teacher
-            and last
-            and None not in (new := last["iou"][number], old := teacher["iou"][number])
-        ):
-            gain = f"{100 * (new - old):+z.1f}"
-        texts = ["–" if v is None else f"{100 * v:.1f}" for v in values]
-        found.append({"name": name, "colour": colour, "values": texts, "gain": gain})
-    return found
+        if teacher and student:
+            before, after = teacher.iou[number], student.iou[number]
+            if before is not None and after is not None:
+                gain = f"{100 * (after - before):+z.1f}"
+        texts = [percent(value) for value in values]
+        lines.append({"name": name, "colour": colour, "values": texts, "gain": gain})
+    return lines
 
 
 def health(run: Run) -> Section:
-    """What `health` found, a column a round."""
-    found = [(s, labels.read_json(s.folder / PSEUDO_LABELS / HEALTH)) for s in run.stages]
-    rounds = [(stage, content) for stage, content in found if content is not None]
+    """Builds the section on the health of the pseudo-labels, with a column per round."""
+    contents = [(s, fileio.read_json(s.folder / PSEUDO_LABELS / STATS_FILE)) for s in run.stages]
+    rounds = [(stage, content) for stage, content in contents if content is not None]
     if not rounds:
-        return {"missing": "No pseudo-labels have been looked at yet.", "rounds": []}
-    of_labels = rounds[0][1]["labeled_share"]
+        return {"missing": "No pseudo-labels have been checked yet.", "rounds": []}
+    labeled_share = rounds[0][1]["labeled_share"]
     return {
         "missing": "",
         "rounds": [f"by {stage.name}" for stage, _ in rounds],
         "lines": [
             ("mean confidence", [f"{c['mean_confidence']:.3f}" for _, c in rounds]),
-            ("pixels changed, %", [percent(c.get("changed")) for _, c in rounds]),
-            ("classes' shares moved, %", [percent(c.get("drift")) for _, c in rounds]),
-            ("pixels left out, %", [percent(c["ignored"]) for _, c in rounds]),
+            ("changed pixels, %", [percent(c.get("changed")) for _, c in rounds]),
+            ("change of class shares, %", [percent(c.get("drift")) for _, c in rounds]),
+            ("ignored pixels, %", [percent(c["ignored"]) for _, c in rounds]),
         ],
         "shares": [
             {
                 "name": name,
                 "colour": colour,
-                "labelled": percent(of_labels[name]),
+                "labelled": percent(labeled_share[name]),
                 "values": [percent(c["class_share"][name]) for _, c in rounds],
             }
-            for name, (_, colour) in zip(of_labels, run.classes(len(of_labels)), strict=True)
+            for name, (_, colour) in zip(
+                labeled_share, run.classes(len(labeled_share)), strict=True
+            )
         ],
         "warnings": [(stage.name, c["warnings"]) for stage, c in rounds if c["warnings"]],
     }

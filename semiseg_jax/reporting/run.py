@@ -1,4 +1,4 @@
-"""A run as its workdir shows it: config, result rows, and how far each stage has come."""
+"""Reads the workdir of a run: config, result rows, and the state of each stage."""
 
 import dataclasses
 import functools
@@ -6,133 +6,184 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from semiseg_jax import history, record, results
-from semiseg_jax.data import labels
-from semiseg_jax.data.streams import stage_name
-from semiseg_jax.errors import UserError
-from semiseg_jax.evaluate import comparable
+from semiseg_jax import results, stages
+from semiseg_jax.data import image_io
+from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.reporting import artifacts
 from semiseg_jax.reporting.markup import colour_code
-from semiseg_jax.train import DONE
+from semiseg_jax.results import ResultRow
+from semiseg_jax.runtime import fileio, metric_writer
+from semiseg_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of a run, as far as it has come.
+class StageReport:
+    """A stage of a run and its state.
 
     Attributes:
-        number: among all that the config asks for.
-        kind, round: as in `train.Stage`.
-        begins: steps of the run before it.
-        folder: its own.
-        done: it has ended.
-        evaluation: what `record.keep_evaluation` wrote; None where it is missing.
+        number: index among all stages of the config.
+        stage: the stage.
+        begins: number of training steps in the run before this stage.
+        done: whether the stage has ended.
+        evaluation: content of evaluation.json (see `artifacts.write_evaluation`); None if it is
+            missing or damaged.
     """
 
     number: int
-    kind: str
-    round: int
+    stage: stages.Stage
     begins: int
-    folder: epath.Path
     done: bool
     evaluation: Any
 
     @property
+    def kind(self) -> str:
+        """As in `stages.Stage`."""
+        return self.stage.kind
+
+    @property
+    def round(self) -> int:
+        """As in `stages.Stage`."""
+        return self.stage.round
+
+    @property
+    def folder(self) -> epath.Path:
+        """Folder of the stage."""
+        return self.stage.folder
+
+    @property
     def name(self) -> str:
-        """For people."""
-        return stage_name(self.kind, self.round)
+        """Display name, such as "student 2"."""
+        return self.stage.name
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Kind and round, which identify the stage in results.json."""
+        return self.kind, self.round
+
+    @property
+    def protocol(self) -> EvalProtocol:
+        """The protocol of `evaluation`."""
+        return EvalProtocol.from_json(self.evaluation["protocol"])
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
-        """Its scalars."""
-        return history.read(self.folder)
+        """Lines of metrics.jsonl."""
+        return metric_writer.read_metrics(self.folder)
+
+    @property
+    def seconds(self) -> float:
+        """Duration of training, in seconds."""
+        return sum(line["seconds"] for line in self.history)
+
+    def scalar(self, name: str) -> list[tuple[int, float]]:
+        """Returns the (step, value) pairs of a training scalar."""
+        return [(line["step"], line[name]) for line in self.history if name in line]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What lies in a workdir.
+    """Content of a workdir.
 
     Attributes:
-        workdir: of the run.
-        config: config.json.
-        about: run.json; None where it is missing.
-        rows, curve: of results.json.
-        stages: that the config asks for, done or not.
+        workdir: folder of the run.
+        config: content of config.json.
+        about: content of run.json; None if missing.
+        rows, curve: content of results.json: rows at the end of stages and within them.
+        stages: all stages of the config, finished or not.
     """
 
     workdir: epath.Path
     config: dict[str, Any]
     about: Any
-    rows: list[dict[str, Any]]
-    curve: list[dict[str, Any]]
-    stages: list[Stage]
+    rows: list[ResultRow]
+    curve: list[ResultRow]
+    stages: list[StageReport]
 
     @property
-    def scored(self) -> list[Stage]:
-        """Teacher and students that have ended and say how each image fared, by one protocol."""
-        found = [s for s in self.stages if s.done and s.evaluation and s.kind != "control"]
+    def scored(self) -> list[StageReport]:
+        """Finished teacher and students with scores by image, of the last one's protocol."""
+        scored = [s for s in self.stages if s.done and s.evaluation and s.kind != "control"]
         return [
             s
-            for s in found
-            if s.evaluation["gallery"] == found[-1].evaluation["gallery"]
-            and comparable(s.evaluation["protocol"], found[-1].evaluation["protocol"])
+            for s in scored
+            if s.evaluation["gallery"] == scored[-1].evaluation["gallery"]
+            and s.protocol.is_comparable(scored[-1].protocol)
         ]
 
     @property
     def legend(self) -> list[tuple[str, str]]:
-        """Name and colour of each class; empty where run.json is missing."""
+        """Name and colour of each class; empty if run.json is missing."""
         about = self.about or {"classes": [], "palette": []}
         pairs = zip(about["classes"], about["palette"], strict=True)
         return [(name, colour_code(colour)) for name, colour in pairs]
 
     def classes(self, count: int) -> list[tuple[str, str]]:
-        """Name and colour of each of `count` classes; numbers where run.json is missing."""
+        """Returns name and colour of `count` classes; numbers as names if run.json is missing."""
         if self.about is None:
-            colours = labels.generated_palette(count)
+            colours = image_io.generated_palette(count)
             return [(f"class {i}", colour_code(colour)) for i, colour in enumerate(colours)]
         return self.legend
 
     @property
     def palette(self) -> Sequence[Sequence[int]]:
-        """Colour of each class, as red, green and blue in 0..255."""
-        return self.about["palette"] if self.about else labels.generated_palette(labels.IGNORE)
+        """Colour of each class: red, green and blue in 0..255."""
+        return self.about["palette"] if self.about else image_io.generated_palette(image_io.IGNORE)
+
+
+def find_row(rows: Sequence[ResultRow], kind: str) -> ResultRow | None:
+    """Returns the first row of a kind of stage; None if there is none."""
+    return next((row for row in rows if row.stage == kind), None)
+
+
+def group_comparable(rows: Sequence[ResultRow]) -> list[list[ResultRow]]:
+    """Groups rows whose protocols are comparable, in the order of the first row of each group."""
+    groups: list[list[ResultRow]] = []
+    for row in rows:
+        matches = (g for g in groups if g[0].protocol.is_comparable(row.protocol))
+        group = next(matches, None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
 
 
 def read(workdir: epath.PathLike) -> Run:
     """Reads a workdir.
 
     Raises:
-        UserError: it is not that of a run.
+        UserError: the folder has no config.json.
     """
     workdir = epath.Path(workdir)
-    config = labels.read_json(workdir / "config.json", "model", "rounds", "train")
+    config = fileio.read_json(workdir / "config.json", "model", "rounds", "train")
     if config is None:
         raise UserError(
-            f"{workdir} has no config.json: give the --workdir of a run that has begun."
+            f"{workdir} has no config.json: give the --workdir of a run that has begun.",
+            code="report-config-missing",
         )
-    scores = _results(workdir)
-    about = labels.read_json(workdir / record.RUN, "classes", "palette", "images")
-    stages = list(_stages(workdir, config))
-    return Run(workdir, config, about, scores["rows"], scores["curve"], stages)
+    scores = _read_results(workdir)
+    about = fileio.read_json(workdir / artifacts.RUN, "classes", "palette", "images")
+    stage_reports = list(_read_stages(workdir, config))
+    return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports)
 
 
-def _results(workdir: epath.Path) -> dict[str, list[dict[str, Any]]]:
-    """Of results.json; none where it is missing or damaged, as the page says then."""
+def _read_results(workdir: epath.Path) -> dict[str, list[ResultRow]]:
+    """Returns the content of results.json; no rows if it is missing or damaged."""
     try:
-        return results.content(labels.read_json(workdir / "results.json"))
+        return results.parse(fileio.read_json(workdir / "results.json"))
     except ValueError:
         return {"rows": [], "curve": []}
 
 
-def _stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[Stage]:
-    rounds, train = config["rounds"], config["train"]
-    wanted = [("teacher", 0, 0)]
-    for round_ in range(1, rounds["count"] + 1):
-        wanted.append(("student", round_, train["teacher_steps"] + (round_ - 1) * train["steps"]))
-    if rounds["control"] and rounds["count"]:
-        wanted.append(("control", rounds["count"], train["teacher_steps"]))
-    for number, (kind, round_, begins) in enumerate(wanted):
-        folder = workdir / f"round_{round_}" / kind
-        evaluation = labels.read_json(folder / record.EVALUATION, "gallery", "protocol")
-        done = (folder / DONE).exists()
-        yield Stage(number, kind, round_, begins, folder, done, evaluation)
+def _read_stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[StageReport]:
+    schedule = stages.schedule(ConfigDict(config), workdir)
+    for number, stage in enumerate(schedule):
+        evaluation = fileio.read_json(stage.folder / artifacts.EVALUATION, "gallery", "protocol")
+        try:
+            EvalProtocol.from_json(evaluation["protocol"] if evaluation else {})
+        except (TypeError, ValueError):
+            evaluation = None
+        begins = stages.first_step_of_run(ConfigDict(config).train, stage.kind, stage.round)
+        yield StageReport(number, stage, begins, stage.is_done, evaluation)

@@ -1,4 +1,4 @@
-"""The public data sets in miniature: the archives' own layouts, names and byte formats."""
+"""Miniatures of the public data sets with the layouts, names and formats of their archives."""
 
 import io
 import zipfile
@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-# As the data sets' own scripts document them, written down here a second time.
+# From the documentation of the data set, independent of the package's table.
 CITYSCAPES_TRAIN_IDS = {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
     26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
@@ -17,35 +17,35 @@ CITIES = {"train": "aachen", "val": "frankfurt", "test": "berlin", "train_extra"
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
-    """Smooth colours that tell one image from another."""
+    """Returns smooth colours that differ between seeds."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (3, 4, 3)).astype(np.uint8))
     return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def png(array: np.ndarray, palette: list[int] | None = None, **options) -> bytes:
-    made = Image.fromarray(array)
+    picture = Image.fromarray(array)
     if palette:
-        made.putpalette(palette)
+        picture.putpalette(palette)
     buffer = io.BytesIO()
-    made.save(buffer, "PNG", **options)
+    picture.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
 def label_ids(seed: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """A mask of Cityscapes' labelIds: all 34 of them, in blocks of 4x4 pixels."""
+    """Returns a mask with all 34 labelIds of Cityscapes, in blocks of 4x4 pixels."""
     blocks = np.arange(height // 4 * (width // 4)) % 34
     shuffled = np.random.default_rng(seed).permutation(blocks).reshape(height // 4, width // 4)
     return shuffled.repeat(4, 0).repeat(4, 1).astype(np.uint8)
 
 
 def train_ids(mask: np.ndarray) -> np.ndarray:
-    """A mask of Cityscapes' labelTrainIds."""
+    """Converts a mask of labelIds to labelTrainIds."""
     return np.vectorize(lambda v: CITYSCAPES_TRAIN_IDS.get(v, 255))(mask).astype(np.uint8)
 
 
 def cityscapes_files(counts: dict[str, int], kind: str = "labelIds"):
-    """(path, bytes) of every file of the archives; of masks gtFine and, to be ignored, gtCoarse."""
+    """Yields (path, bytes) of every file of the archives, with gtCoarse, which is never read."""
     seed = 0
     for split, count in counts.items():
         for number in range(count):
@@ -58,7 +58,7 @@ def cityscapes_files(counts: dict[str, int], kind: str = "labelIds"):
             if split != "train_extra":
                 fine = mask if kind == "labelIds" else train_ids(mask)
                 yield f"gtFine/{folder}_gtFine_{kind}.png", png(fine)
-                # Beside each stand files of other kinds.
+                # Files that the package ignores.
                 yield f"gtFine/{folder}_gtFine_color.png", png(image(seed, 32, 64))
                 yield f"gtFine/{folder}_gtFine_polygons.json", b"{}"
             seed += 1
@@ -72,7 +72,7 @@ def write_cityscapes(root: Path, counts: dict[str, int], kind: str = "labelIds")
 
 
 def write_cityscapes_archives(folder: Path, counts: dict[str, int]) -> None:
-    """The zip files that TFDS asks for."""
+    """Writes the zip files that TFDS requires."""
     folder.mkdir(parents=True)
     names = (
         "leftImg8bit_trainvaltest.zip",
@@ -93,16 +93,16 @@ def write_cityscapes_archives(folder: Path, counts: dict[str, int]) -> None:
 
 
 def voc_mask(seed: int, height: int, width: int) -> np.ndarray:
-    """A mask of VOC: background, two objects, their outline of 255."""
+    """Returns a VOC mask: background, and two objects outlined with 255."""
     mask = np.zeros((height, width), np.uint8)
-    for part, column in ((0, 2), (1, width // 2)):
+    for number, column in ((0, 2), (1, width // 2)):
         mask[4:20, column : column + 12] = 255
-        mask[5:19, column + 1 : column + 11] = 1 + (2 * seed + part) % 20
+        mask[5:19, column + 1 : column + 11] = 1 + (2 * seed + number) % 20
     return mask
 
 
 def voc_palette(entries: int) -> list[int]:
-    """VOC's colour map, of 16 or 256 entries."""
+    """Returns the first entries of VOC's colour map."""
     colours = []
     for index in range(entries):
         colour = [0, 0, 0]
@@ -118,17 +118,17 @@ VOC_LISTS = {
     "val": ["2007_000033", "2007_000042"],
 }
 LISTED = [*VOC_LISTS["train"], *VOC_LISTS["val"]]
-# Of the images that SBD has masks of, 2007_000042 is in VOC's val list and 2007_000032 in train.
+# The images with masks in SBD; 2007_000042 is in VOC's val list and 2007_000032 in its train list.
 SBD = ["2007_000032", "2007_000042", "2008_000002", "2008_000007", "2008_000008"]
 
 
 def voc_size(number: int) -> tuple[int, int]:
-    """(height, width): portrait and landscape."""
+    """Returns (height, width), portrait or landscape."""
     return (40, 32) if number % 3 == 0 else (32, 40)
 
 
 def write_voc(root: Path, sbd: str = "mat") -> Path:
-    """VOCdevkit with 3 training and 2 val images; and 5 masks of SBD as "mat" or "png"."""
+    """Writes a VOCdevkit with 3 training and 2 val images, and 5 masks of SBD, "mat" or "png"."""
     voc = root / "VOCdevkit" / "VOC2012"
     lists = voc / "ImageSets" / "Segmentation"
     cls = root / "benchmark_RELEASE" / "dataset" / "cls"
@@ -138,8 +138,7 @@ def write_voc(root: Path, sbd: str = "mat") -> Path:
     (cls if sbd == "mat" else voc / "SegmentationClassAug").mkdir(parents=True)
     for name, ids in (*VOC_LISTS.items(), ("trainval", LISTED)):
         (lists / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
-    everything = sorted({*LISTED, *SBD})
-    for number, id_ in enumerate(everything):
+    for number, id_ in enumerate(sorted({*LISTED, *SBD})):
         size = voc_size(number)
         Image.fromarray(image(number, *size)).save(voc / "JPEGImages" / f"{id_}.jpg")
         if id_ not in SBD or id_ in LISTED:
@@ -151,7 +150,7 @@ def write_voc(root: Path, sbd: str = "mat") -> Path:
 
 
 def sbd_mask(number: int, height: int, width: int) -> np.ndarray:
-    """SBD's masks have no outline; these hold at most 16 classes, so that 4 bits do."""
+    """Returns a mask without outlines, as in SBD, with classes below 16, which fit into 4 bits."""
     mask = np.zeros((height, width), np.uint8)
     mask[6:18, 3:13] = 1 + number % 15
     return mask

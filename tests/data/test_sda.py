@@ -1,4 +1,4 @@
-"""Strong augmentation against PIL, OpenCV, SciPy, colorsys and values worked out by hand."""
+"""Strong augmentation against PIL, OpenCV, SciPy, colorsys and values computed by hand."""
 
 import colorsys
 import dataclasses
@@ -18,7 +18,7 @@ from semiseg_jax.data.sda import OPS, strong_augment
 SIZES = [(1, 1), (1, 7), (7, 1), (33, 20), (50, 41)]
 RANDOM = ["noise_gau", "noise_pos", "dropout", "coarse_dropout", "salt_pepper"]
 
-# What the method's table says of each entry that is drawn: uniform and released, both included.
+# The (uniform, released) ranges in the table of docs/method.md, both ends included.
 RANGES = {
     ("contrast_gamma", "g"): ((0.5, 1.5), (1.013, 1.013)),
     ("contrast_linear", "a"): ((0.5, 2), (1.269, 1.269)),
@@ -37,11 +37,11 @@ RANGES = {
     ("solarize", "t"): ((64, 192), (64, 192)),
     ("jpeg_compression", "quality"): ((7, 60), (7, 17)),
 }
-EACH_CHANNEL = ["contrast_gamma", "contrast_linear", "brightness_channel", "multiply"]
+PER_CHANNEL = ["contrast_gamma", "contrast_linear", "brightness_channel", "multiply"]
 
 
 def picture(height, width, seed=0):
-    """Smooth colours with noise, black, white and grey corners."""
+    """Returns smooth colours with noise, and black, white and grey corners."""
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.normal(size=(height, width, 3)), (4, 4, 0))
     levels = 128 + 70 * smooth / max(smooth.std(), 1e-9) + rng.normal(size=smooth.shape) * 5
@@ -123,7 +123,7 @@ def test_brightness_channel(size):
 
 
 @pytest.mark.parametrize("size", [*SIZES, (200, 301)])
-def test_equalize_is_that_of_pil(size):
+def test_equalize_equals_pil(size):
     image = picture(*size)
     expected = np.asarray(ImageOps.equalize(Image.fromarray(image)))
     assert distance(apply("equalize", image), expected) == 0
@@ -135,7 +135,7 @@ def test_equalize_is_that_of_pil(size):
         [[5] * 400, [0] * 400, [255] * 400],  # one level
         [[5] * 10 + [9] * 390, [0] * 254 + [1] * 146, [0] * 255 + [1] * 145],  # step 0, 0, 1
         [[7] * 399 + [200], [0] * 399 + [255], list(range(256)) + [128] * 144],
-        [[0] * 300 + [10] * 99 + [200]] * 3,  # lands beyond 255 before clipping
+        [[0] * 300 + [10] * 99 + [200]] * 3,  # exceeds 255 before clipping
     ],
 )
 def test_equalize_degenerate_histograms(levels):
@@ -144,23 +144,23 @@ def test_equalize_degenerate_histograms(levels):
     assert distance(apply("equalize", image), expected) == 0
 
 
-def test_equalize_lightness_is_that_of_opencv():
+def test_equalize_lightness_approximates_opencv():
     image = picture(120, 90)
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.equalizeHist(lab[..., 0])
     expected = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB).astype(int)
     difference = np.abs(apply("equalize", image, lightness=True) - expected)
-    # OpenCV quantises a and b, too, which moves saturated colours by several levels.
+    # OpenCV quantises a and b as well, which changes saturated colours by several levels.
     assert difference.mean() < 1.5
     assert np.abs(expected - image).mean() > 5
 
 
 def hsv_reference(image, hue, saturation):
     result = np.empty(image.shape)
-    for place in np.ndindex(image.shape[:2]):
-        h, s, v = colorsys.rgb_to_hsv(*(image[place] / 255.0))
+    for pixel in np.ndindex(image.shape[:2]):
+        h, s, v = colorsys.rgb_to_hsv(*(image[pixel] / 255.0))
         shifted = (h + hue / 255) % 1, min(max(s + saturation / 255, 0), 1), v
-        result[place] = 255 * np.array(colorsys.hsv_to_rgb(*shifted))
+        result[pixel] = 255 * np.array(colorsys.hsv_to_rgb(*shifted))
     return rounded(result)
 
 
@@ -168,7 +168,7 @@ def hsv_reference(image, hue, saturation):
 @pytest.mark.parametrize(
     "shift", [(20, 20), (-20, 20), (20, -20), (-20, -20), (3.3, -12.1), (-7.7, 5), (0, 9), (11, 0)]
 )
-def test_hsv_is_that_of_colorsys(size, shift):
+def test_hsv_equals_colorsys(size, shift):
     image = picture(*size)
     result = apply("hsv", image, hue=shift[0], saturation=shift[1])
     assert distance(result, hsv_reference(image, *shift)) <= 1
@@ -187,11 +187,11 @@ def test_hsv_turns_the_full_circle(hue):
 
 def test_hsv_by_hand():
     image = np.array([[[200, 0, 0], [0, 200, 0], [100, 100, 100], [0, 0, 0]]], np.uint8)
-    third = apply("hsv", image, hue=85, saturation=0)  # 120 degrees: red to green to blue
-    np.testing.assert_array_equal(third, [[[0, 200, 0], [0, 0, 200], [100, 100, 100], [0, 0, 0]]])
-    # Grey has hue 0: more saturation takes green and blue from it, 51 / 255 of 100.
-    redder = apply("hsv", image, hue=0, saturation=51)
-    np.testing.assert_array_equal(redder, [[[200, 0, 0], [0, 200, 0], [100, 80, 80], [0, 0, 0]]])
+    turned = apply("hsv", image, hue=85, saturation=0)  # 120 degrees: red to green to blue
+    np.testing.assert_array_equal(turned, [[[0, 200, 0], [0, 0, 200], [100, 100, 100], [0, 0, 0]]])
+    # Grey has hue 0, so saturation reduces its green and blue, by 51 / 255 of 100.
+    saturated = apply("hsv", image, hue=0, saturation=51)
+    np.testing.assert_array_equal(saturated, [[[200, 0, 0], [0, 200, 0], [100, 80, 80], [0, 0, 0]]])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -204,7 +204,7 @@ def test_invert_channel(size, channels):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sigma", [0.5, 0.84, 1.0, 1.5, 2.0])
-def test_blur_is_that_of_opencv(size, sigma):
+def test_blur_equals_opencv(size, sigma):
     image = picture(*size)
     side = 2 * int(np.ceil(3 * np.float64(np.float32(sigma)))) + 1
     expected = cv2.GaussianBlur(
@@ -214,7 +214,7 @@ def test_blur_is_that_of_opencv(size, sigma):
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 2.0])
-def test_blur_is_that_of_scipy(sigma):
+def test_blur_equals_scipy(sigma):
     image = picture(33, 20)
     radius = int(np.ceil(3 * sigma))
     expected = ndimage.gaussian_filter(
@@ -233,7 +233,7 @@ def test_channel_shuffle(size, order):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("t", [0, 64, 100, 128, 192, 255, 256])
-def test_solarize_is_that_of_pil(size, t):
+def test_solarize_equals_pil(size, t):
     image = picture(*size)
     expected = np.asarray(ImageOps.solarize(Image.fromarray(image), t))
     np.testing.assert_array_equal(apply("solarize", image, t=t), expected)
@@ -248,7 +248,7 @@ def test_solarize_by_hand():
 
 @pytest.mark.parametrize("size", [*SIZES, (120, 131)])
 @pytest.mark.parametrize("quality", [7, 17, 60])
-def test_jpeg_is_that_of_pil(size, quality):
+def test_jpeg_approximates_pil(size, quality):
     image = picture(*size)
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
@@ -260,7 +260,7 @@ def test_jpeg_is_that_of_pil(size, quality):
 
 
 def ks(values, cdf):
-    """The largest distance between the values' distribution and an integer one."""
+    """Returns the Kolmogorov-Smirnov distance of integer values from a distribution."""
     levels, counts = np.unique(values, return_counts=True)
     empirical = np.cumsum(counts) / counts.sum()
     return np.abs(empirical - cdf(levels)).max()
@@ -289,12 +289,12 @@ def test_noise_pos_distribution(lam):
 @pytest.mark.parametrize(
     ("name", "magnitude", "beyond", "probability"),
     [
-        # 4.5 standard deviations, and counts of a tail of 1e-5: below what 16 bits resolve.
+        # 4.5 standard deviations, and a tail of probability 1e-5: below the resolution of 16 bits.
         ("noise_gau", {"s": 20.0}, 90, 2 * stats.norm.sf(89.5 / 20)),
         ("noise_pos", {"lam": 12.0}, 29, stats.poisson.sf(28, 12)),
     ],
 )
-def test_noise_has_its_tails(name, magnitude, beyond, probability):
+def test_noise_tails(name, magnitude, beyond, probability):
     images = [
         apply(name, flat(128, 160), seed=(seed, 5), **magnitude).astype(int) for seed in range(160)
     ]
@@ -311,7 +311,7 @@ def test_dropout_distribution(p):
 
 @pytest.mark.parametrize("p", [0.0, 0.003, 0.05, 0.1, 1.0])
 def test_salt_pepper_distribution(p):
-    # Of the values of two flat images, at most one can be mistaken for the image's own.
+    # Replaced values are equal in both images, all others differ.
     low, high = (apply("salt_pepper", flat(level), p=p, seed=(3, 1)) for level in (100, 101))
     replaced = low == high
     count = replaced.size
@@ -332,24 +332,24 @@ def test_salt_pepper_reaches_the_last_pixels():
 def test_coarse_dropout_drops_whole_cells_of_single_channels():
     image = picture(64, 48) // 2 + 1
     result = apply("coarse_dropout", image, p=0.3, cells=(4, 8), seed=(3, 1))
-    kept = (result == image).reshape(4, 16, 8, 6, 3)
-    np.testing.assert_array_equal(kept.all(axis=(1, 3)), kept.any(axis=(1, 3)))
+    unchanged = (result == image).reshape(4, 16, 8, 6, 3)
+    np.testing.assert_array_equal(unchanged.all(axis=(1, 3)), unchanged.any(axis=(1, 3)))
     np.testing.assert_array_equal(result[result != image], 0)
-    cells = kept.any(axis=(1, 3))
+    cells = unchanged.any(axis=(1, 3))
     assert (cells.any(axis=-1) & ~cells.all(axis=-1)).any()  # channels differ
 
 
 def test_coarse_dropout_probability():
-    kept = [
+    unchanged = [
         apply("coarse_dropout", flat(9, 16), p=0.2, cells=(16, 16), seed=(seed, 1)).mean() / 9
         for seed in range(100)
     ]
-    assert np.mean(kept) == pytest.approx(0.8, abs=5 * np.sqrt(0.16 / (100 * 768)))
+    assert np.mean(unchanged) == pytest.approx(0.8, abs=5 * np.sqrt(0.16 / (100 * 768)))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_coarse_dropout_enlarges_by_nearest(size):
-    # Uneven and too fine grids: every pixel takes the cell under its centre.
+    # With uneven and too fine grids, every pixel has the value of the cell at its centre.
     cells = np.array([5, 16])
     image = np.full((*size, 3), 200, np.uint8)
     grid = apply(
@@ -379,7 +379,7 @@ def correlation(a, b):
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_operations_are_independent(name):
     image = flat(128)
-    first, next_, other = (
+    first, second, third = (
         apply(name, image, seed=seed, **MAGNITUDES[name]) for seed in ((7, 0), (7, 1), (8, 0))
     )
     assert correlation(first[:, 1:], first[:, :-1]) < 0.01
@@ -387,15 +387,15 @@ def test_random_operations_are_independent(name):
     assert correlation(first[..., 0], first[..., 1]) < 0.01
     assert correlation(first[..., 1], first[..., 2]) < 0.01
     assert correlation(first[..., 0], first[..., 2]) < 0.01
-    assert correlation(first, next_) < 0.01
-    assert correlation(first, other) < 0.01
+    assert correlation(first, second) < 0.01
+    assert correlation(first, third) < 0.01
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_random_operations_repeat_with_their_seed(name):
+def test_random_operations_are_functions_of_their_seed(name):
     image = picture(33, 20)
-    twice = [apply(name, image, seed=(7, 9), **MAGNITUDES[name]) for _ in range(2)]
-    np.testing.assert_array_equal(*twice)
+    results = [apply(name, image, seed=(7, 9), **MAGNITUDES[name]) for _ in range(2)]
+    np.testing.assert_array_equal(*results)
 
 
 # --- Magnitudes ----------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_random_operations_repeat_with_their_seed(name):
 
 @functools.cache
 def draws(name, count=300, magnitude="uniform"):
-    """The magnitudes of many seeds, stacked by entry."""
+    """Returns the magnitudes of many seeds, stacked by entry."""
     signature = {k: v.dtype for k, v in OPS[name].sample((0, 0), magnitude=magnitude).items()}
 
     @tf.function
@@ -417,7 +417,7 @@ def draws(name, count=300, magnitude="uniform"):
 
 @pytest.mark.parametrize(("name", "key"), RANGES)
 @pytest.mark.parametrize("magnitude", ["uniform", "released"])
-def test_sample_fills_the_range(name, key, magnitude):
+def test_sample_covers_its_range(name, key, magnitude):
     low, high = RANGES[name, key][magnitude == "released"]
     values = draws(name, magnitude=magnitude)[key]
     assert values.min() >= np.float32(low)
@@ -431,31 +431,32 @@ def test_sample_fills_the_range(name, key, magnitude):
 
 @pytest.mark.parametrize(("name", "key"), RANGES)
 @pytest.mark.parametrize("magnitude", ["uniform", "released"])
-def test_at_goes_from_end_to_end_of_the_range(name, key, magnitude):
+def test_at_interpolates_the_range(name, key, magnitude):
     low, high = RANGES[name, key][magnitude == "released"]
-    for share in (0, 0.5, 1):
-        value = OPS[name].at(share, (0, 0), magnitude)[key].numpy()
+    for fraction in (0, 0.5, 1):
+        value = OPS[name].at_fraction(fraction, (0, 0), magnitude)[key].numpy()
         rounding = 0.5 if value.dtype.kind == "i" else 1e-5
-        np.testing.assert_allclose(value, low + share * (high - low), atol=rounding)
+        np.testing.assert_allclose(value, low + fraction * (high - low), atol=rounding)
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("magnitude", ["uniform", "released"])
-def test_at_gives_what_sample_gives(name, magnitude):
-    at, sampled = OPS[name].at(0.5, (1, 2), magnitude), OPS[name].sample((1, 2), magnitude)
-    assert {k: (v.shape, v.dtype) for k, v in at.items()} == {
+def test_at_returns_same_entries_as_sample(name, magnitude):
+    interpolated = OPS[name].at_fraction(0.5, (1, 2), magnitude)
+    sampled = OPS[name].sample((1, 2), magnitude)
+    assert {k: (v.shape, v.dtype) for k, v in interpolated.items()} == {
         k: (v.shape, v.dtype) for k, v in sampled.items()
     }
 
 
-@pytest.mark.parametrize("name", EACH_CHANNEL)
-def test_sample_draws_each_channel_on_its_own(name):
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_channels_are_drawn_independently(name):
     (values,) = draws(name).values()
     assert values.shape == (300, 3)
     assert np.abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.25
 
 
-def test_brightness_has_one_shift_for_all_channels():
+def test_brightness_draws_one_shift_for_all_channels():
     assert OPS["brightness"].sample((1, 2))["v"].shape == ()
 
 
@@ -464,19 +465,20 @@ def test_hue_and_saturation_are_drawn_independently():
     assert abs(np.corrcoef(values["hue"], values["saturation"])[0, 1]) < 0.25
 
 
-def test_coarse_grid_is_drawn_down_and_across():
+def test_coarse_grid_sides_are_drawn_independently():
     cells = draws("coarse_dropout")["cells"]
     assert abs(np.corrcoef(cells.T)[0, 1]) < 0.25
     assert set(cells.ravel()) == set(range(4, 17))
 
 
-def test_invert_channel_always_chooses_one():
-    chosen = draws("invert_channel", 800)["channels"]
-    assert chosen.any(axis=1).all()
-    # Each singleton: 1/8, and a third of the 1/8 in which the coins chose none. Others: 1/8.
-    singles = (chosen.sum(axis=1) == 1).mean()
+def test_invert_channel_selects_at_least_one_channel():
+    selected = draws("invert_channel", 800)["channels"]
+    assert selected.any(axis=1).all()
+    # The probability of each single channel is 1/8 plus a third of the 1/8 for no channel; that
+    # of each other combination is 1/8.
+    singles = (selected.sum(axis=1) == 1).mean()
     assert singles == pytest.approx(4 / 8, abs=5 * np.sqrt(0.25 / 800))
-    assert chosen.mean(axis=0) == pytest.approx(13 / 24, abs=5 * np.sqrt(0.25 / 800))
+    assert selected.mean(axis=0) == pytest.approx(13 / 24, abs=5 * np.sqrt(0.25 / 800))
 
 
 def test_channel_shuffle_draws_all_permutations():
@@ -485,7 +487,7 @@ def test_channel_shuffle_draws_all_permutations():
     assert counts.min() > 300 / 6 - 5 * np.sqrt(300 / 6)
 
 
-def test_released_hsv_changes_nothing():
+def test_released_hsv_is_identity():
     image = picture(50, 41)
     result = apply("hsv", image, **OPS["hsv"].sample((1, 2), magnitude="released"))
     np.testing.assert_array_equal(result, image)
@@ -497,7 +499,7 @@ def test_released_invert_swaps_red_and_blue():
     np.testing.assert_array_equal(apply("invert_channel", image, **magnitude), image[..., ::-1])
 
 
-def test_released_equalize_is_of_lightness():
+def test_released_equalize_uses_lightness():
     magnitude = OPS["equalize"].sample((1, 2), magnitude="released")
     image = picture(50, 41)
     np.testing.assert_array_equal(
@@ -505,7 +507,7 @@ def test_released_equalize_is_of_lightness():
     )
 
 
-def test_unknown_magnitude_is_refused():
+def test_unknown_magnitude_raises():
     with pytest.raises(ValueError, match="uniform, released"):
         OPS["blur"].sample((0, 0), magnitude="paper")
 
@@ -528,13 +530,13 @@ def test_eager_equals_graph(name):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_static_shape_is_kept(name):
+def test_static_shape_is_preserved(name):
     graph = tf.function(lambda image: OPS[name].apply(image, **OPS[name].sample((1, 2))))
     concrete = graph.get_concrete_function(tf.TensorSpec([9, 11, 3], tf.uint8))
     assert concrete.output_shapes == (9, 11, 3)
 
 
-def test_other_types_of_image_are_refused():
+def test_other_image_dtypes_raise():
     with pytest.raises(ValueError, match="uint8"):
         OPS["solarize"].apply(np.zeros((2, 2, 3), np.float32), t=100)
 
@@ -547,27 +549,27 @@ def test_num_ops_0_returns_the_image():
     np.testing.assert_array_equal(strong_augment(image, (1, 2), sda_config(num_ops=0)), image)
 
 
-def test_whole_config_and_its_part_do_the_same():
-    image, part = picture(9, 8), sda_config()
-    whole = types.SimpleNamespace(sda=part)
+def test_whole_config_and_sda_config_are_equivalent():
+    image, sda = picture(9, 8), sda_config()
+    config = types.SimpleNamespace(sda=sda)
     np.testing.assert_array_equal(
-        strong_augment(image, (1, 2), part), strong_augment(image, (1, 2), whole)
+        strong_augment(image, (1, 2), sda), strong_augment(image, (1, 2), config)
     )
 
 
-def test_more_operations_than_there_are_is_refused():
+def test_too_many_operations_without_replacement_raise():
     config = sda_config(ops=("blur", "equalize"), num_ops=3, replace=False)
     with pytest.raises(ValueError, match=r"num_ops is 3 without replacement from 2 operations"):
         strong_augment(picture(9, 8), (1, 2), config)
 
 
-def test_unknown_operation_is_refused():
+def test_unknown_operation_raises():
     with pytest.raises(ValueError, match=r"no operation of the pool: emboss; there are contrast_g"):
         strong_augment(picture(9, 8), (1, 2), sda_config(ops=("emboss",)))
 
 
 def recorded_orders(monkeypatch, config, seeds):
-    """For each seed the operations that strong_augment applies, in order."""
+    """Returns the operations that `strong_augment` applies for each seed, in order."""
     orders = []
     for name, operation in list(OPS.items()):
         record = lambda image, name=name, **_: (orders[-1].append(name), image)[1]  # noqa: E731
@@ -578,7 +580,7 @@ def recorded_orders(monkeypatch, config, seeds):
     return orders
 
 
-def test_with_replacement_any_sequence_is_drawn(monkeypatch):
+def test_draws_with_replacement_cover_all_sequences(monkeypatch):
     ops = ("blur", "equalize", "solarize")
     orders = recorded_orders(monkeypatch, sda_config(ops=ops, num_ops=2), 108)
     sequences, counts = np.unique([" ".join(order) for order in orders], return_counts=True)
@@ -586,7 +588,7 @@ def test_with_replacement_any_sequence_is_drawn(monkeypatch):
     assert counts.max() < 12 + 4 * np.sqrt(12)
 
 
-def test_without_replacement_distinct_ones_in_list_order(monkeypatch):
+def test_draws_without_replacement_are_distinct_and_ordered(monkeypatch):
     ops = ("solarize", "blur", "equalize", "hsv")
     config = sda_config(ops=ops, num_ops=2, replace=False)
     orders = recorded_orders(monkeypatch, config, 120)
@@ -596,18 +598,17 @@ def test_without_replacement_distinct_ones_in_list_order(monkeypatch):
     assert counts.min() > 20 - 4 * np.sqrt(20)
 
 
-def test_without_replacement_all_of_them(monkeypatch):
+def test_drawing_all_without_replacement(monkeypatch):
     config = sda_config(num_ops=17, replace=False)
     assert recorded_orders(monkeypatch, config, 2) == [list(OPS)] * 2
 
 
-def test_positions_have_magnitudes_of_their_own():
-    # Two dropouts of one seed would drop the same pixels and no more.
+def test_positions_have_independent_magnitudes():
+    # With equal seeds, a second dropout would drop no further pixels.
     once, twice = (
         strong_augment(flat(9, 64), (1, 2), sda_config(ops=("dropout",), num_ops=n)) for n in (1, 2)
     )
-    kept = (once.numpy() > 0).mean(), (twice.numpy() > 0).mean()
-    assert kept[1] < 0.97 * kept[0]
+    assert (twice.numpy() > 0).mean() < 0.97 * (once.numpy() > 0).mean()
 
 
 @pytest.mark.parametrize(("replace", "magnitude"), [(True, "uniform"), (False, "released")])
@@ -629,7 +630,7 @@ def test_strong_augment_in_tf_data_equals_eager(replace, magnitude):
     assert changed >= 9
 
 
-def test_seed_decides():
+def test_result_depends_on_seed():
     image, config = picture(33, 20), sda_config()
     results = [strong_augment(image, (seed, 0), config).numpy() for seed in (4, 4, 5)]
     np.testing.assert_array_equal(results[0], results[1])

@@ -1,10 +1,12 @@
+"""The built-in street scenes: drawing, labels, and the files of the data set."""
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from semiseg_jax.data import streets
-from semiseg_jax.data.streets import CAR, CLASSES, IGNORE, PAVEMENT, ROAD, SKY, Canvas
-from semiseg_jax.errors import UserError
+from semiseg_jax.data.sources import streets
+from semiseg_jax.data.sources.streets import CAR, CLASSES, IGNORE, PAVEMENT, ROAD, SKY, Canvas
+from tests.errors import raises_code
 
 SIZE = (32, 48)
 
@@ -14,7 +16,7 @@ def scenes():
     return [streets.draw(0, index) for index in range(20)]
 
 
-def test_a_scene_follows_from_its_arguments_alone(scenes):
+def test_scene_is_a_function_of_its_arguments(scenes):
     image, labels = streets.draw(0, 3)
     np.testing.assert_array_equal(image, scenes[3][0])
     np.testing.assert_array_equal(labels, scenes[3][1])
@@ -23,22 +25,22 @@ def test_a_scene_follows_from_its_arguments_alone(scenes):
         assert np.mean(labels != other[1]) > 0.05
 
 
-def test_every_class_occurs_and_little_is_ignored(scenes):
+def test_every_class_occurs_and_few_pixels_are_ignored(scenes):
     counts = sum(np.bincount(labels.ravel(), minlength=256) for _, labels in scenes)
     shares = counts / counts.sum()
     assert set(np.flatnonzero(counts)) == {*range(len(CLASSES)), IGNORE}
     assert 0.01 < shares[IGNORE] < 0.15
-    assert min(shares[: len(CLASSES)]) > 0.002  # rare classes, but enough of each to learn
+    assert min(shares[: len(CLASSES)]) > 0.002  # enough pixels of rare classes to learn
 
 
-def test_scenes_differ_in_light_and_in_layout(scenes):
+def test_scenes_differ_in_light_and_layout(scenes):
     brightness = [image.mean() for image, _ in scenes]
     road = [np.mean(labels == ROAD) for _, labels in scenes]
     assert np.std(brightness) > 15 and np.std(road) > 0.05
 
 
-def test_colour_alone_does_not_tell_classes_apart(scenes):
-    """The nearest class mean, even on the pixels that the means come from, is often wrong."""
+def test_colour_alone_does_not_separate_classes(scenes):
+    """Classifying pixels by the nearest class mean often fails, even on the pixels of the mean."""
     colours = np.concatenate([image.reshape(-1, 3) for image, _ in scenes]).astype(float)[::7]
     labels = np.concatenate([labels.ravel() for _, labels in scenes])[::7]
     means = np.stack([colours[labels == c].mean(0) for c in range(len(CLASSES))])
@@ -47,9 +49,9 @@ def test_colour_alone_does_not_tell_classes_apart(scenes):
 
 
 def test_scenes_change_only_with_the_version():
-    """If this fails on purpose, raise streets.VERSION and take over the new numbers.
+    """After an intended change, increment streets.VERSION and update the golden numbers.
 
-    The tolerance is for other versions of Pillow.
+    The tolerance allows for other versions of Pillow.
     """
     _, labels = streets.draw(0, 0)
     counts = np.bincount(labels.ravel(), minlength=256)[: len(CLASSES)]
@@ -68,16 +70,16 @@ def test_any_size(size):
         assert {ROAD, SKY} <= set(np.unique(labels))
 
 
-def backdrop(height=40, width=60):
+def white_canvas(height=40, width=60):
     canvas = Canvas(height, width)
-    everything = [(0, 0), (width, 0), (width, height), (0, height)]
-    canvas.polygon(everything, (255, 255, 255), SKY)
+    corners = [(0, 0), (width, 0), (width, height), (0, height)]
+    canvas.polygon(corners, (255, 255, 255), SKY)
     return canvas
 
 
 @pytest.mark.parametrize("shape", ["polygon", "ellipse", "line"])
-def test_a_pixel_has_the_label_of_what_covers_most_of_it(shape):
-    canvas = backdrop()
+def test_pixel_has_label_of_its_largest_cover(shape):
+    canvas = white_canvas()
     if shape == "polygon":
         canvas.polygon([(5.2, 4.1), (50.7, 11.4), (31.3, 35.9)], (0, 0, 0), CAR)
     elif shape == "ellipse":
@@ -91,8 +93,8 @@ def test_a_pixel_has_the_label_of_what_covers_most_of_it(shape):
     np.testing.assert_allclose(cover, np.maximum(dark, 1 - dark), atol=0.01)
 
 
-def test_strokes_land_on_the_pixels_they_name():
-    canvas = backdrop()
+def test_stroke_coordinates_are_pixels():
+    canvas = white_canvas()
     canvas.polygon([(10, 8), (20, 8), (20, 16), (10, 16)], (0, 0, 0), CAR)
     _, labels, _ = canvas.finish()
     expected = np.full((40, 60), SKY)
@@ -100,15 +102,15 @@ def test_strokes_land_on_the_pixels_they_name():
     np.testing.assert_array_equal(labels, expected)
 
 
-def test_no_class_is_invented_between_two_others():
-    canvas = backdrop()
+def test_no_class_appears_between_two_others():
+    canvas = white_canvas()
     canvas.polygon([(3.1, 7.7), (52.9, 2.2), (29.0, 38.5)], (0, 0, 0), 4)
     canvas.ellipse((30.3, 17.6), (9.7, 6.2), (0, 0, 0), 9)
     assert set(np.unique(canvas.finish()[1])) <= {SKY, 4, 9, IGNORE}
 
 
 def test_strokes_without_colour_or_without_label():
-    canvas = backdrop()
+    canvas = white_canvas()
     square = [(10, 10), (20, 10), (20, 20), (10, 20)]
     canvas.polygon(square, None, CAR)
     canvas.polygon([(x + 20, y) for x, y in square], (0, 0, 0), None)
@@ -117,26 +119,26 @@ def test_strokes_without_colour_or_without_label():
     assert labels[15, 35] == SKY and image.getpixel((35, 15)) == (0, 0, 0)
 
 
-def test_the_ground_lies_where_the_camera_projects_it():
-    """The ground is drawn from pixels to metres, everything on it from metres to pixels."""
+def test_ground_agrees_with_camera_projection():
+    """The ground is drawn from pixels to metres, all objects from metres to pixels."""
     checked = 0
     for seed in range(30):
-        scene = streets._scene(streets.Dice(np.random.default_rng(seed)), 96, 160)
+        scene = streets._random_scene(streets.Dice(np.random.default_rng(seed)), 96, 160)
         street = scene.sides[1]
         if street.verge:
             continue
-        streets._ground(scene)
+        streets._paint_ground(scene)
         _, labels, _ = scene.canvas.finish()
         for z in (5.0, 8.0, 11.0):  # nearer than any side street
             for x, label in ((street.kerb - 0.4, ROAD), (street.kerb + 0.4, PAVEMENT)):
-                column, row = scene.at(x, 0, z)
+                column, row = scene.project(x, 0, z)
                 if 0 <= column < 160 and row < 96:
                     assert labels[int(row), int(column)] == label
                     checked += 1
     assert checked > 20
 
 
-def test_write_makes_the_folder_layout(tmp_path):
+def test_write_creates_folder_layout(tmp_path):
     root = tmp_path / "cache" / "scenes"
     streets.write(root, 7, {"train": 3, "val": 2}, *SIZE)
     assert sorted(p.name for p in root.iterdir()) == ["images", "masks", "splits"]
@@ -155,7 +157,7 @@ def test_write_makes_the_folder_layout(tmp_path):
             assert mask.getpalette()[: 3 * len(CLASSES)] == list(np.ravel(streets.PALETTE))
 
 
-def test_splits_share_no_scene_and_do_not_depend_on_each_other(tmp_path):
+def test_splits_share_no_scene_and_are_independent(tmp_path):
     streets.write(tmp_path / "a", 7, {"train": 3, "val": 3}, *SIZE)
     streets.write(tmp_path / "b", 7, {"val": 2, "test": 1}, *SIZE)
     scenes = [p.read_bytes() for p in sorted((tmp_path / "a" / "images").glob("*/*.png"))]
@@ -166,34 +168,34 @@ def test_splits_share_no_scene_and_do_not_depend_on_each_other(tmp_path):
             assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    draw, drawn = streets.draw, []
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    draw, calls = streets.draw, []
 
-    def fail_late(*args):
-        if len(drawn) == 2:
+    def fail_third_call(*args):
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        drawn.append(args)
+        calls.append(args)
         return draw(*args)
 
-    monkeypatch.setattr(streets, "draw", fail_late)
+    monkeypatch.setattr(streets, "draw", fail_third_call)
     with pytest.raises(KeyboardInterrupt):
         streets.write(tmp_path / "scenes", 0, {"train": 3}, *SIZE)
-    assert len(drawn) == 2 and not list(tmp_path.iterdir())
+    assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"scenes cannot be written \(.*\): .* data\.cache_dir"):
+    with raises_code("cache-unwritable", "scenes", "data.cache_dir"):
         streets.write(tmp_path / "file" / "scenes", 0, {"train": 1}, *SIZE)
 
 
-def test_an_existing_folder_is_left_alone(tmp_path):
+def test_existing_folder_is_not_changed(tmp_path):
     (tmp_path / "scenes").mkdir()
     streets.write(tmp_path / "scenes", 0, {"train": 1}, *SIZE)
     assert not list((tmp_path / "scenes").iterdir())
 
 
-def test_the_slower_of_two_writers_gives_way(tmp_path, monkeypatch):
+def test_slower_of_two_writers_discards_its_files(tmp_path, monkeypatch):
     root, draw = tmp_path / "scenes", streets.draw
 
     def draw_while_another_finishes(*args):

@@ -1,11 +1,11 @@
-"""Makes fixtures/: what reference networks in PyTorch answer with weights of `reference_weights`.
+"""Writes fixtures/: outputs of PyTorch reference networks with the weights of `reference_weights`.
 
     python tests/models/make_fixtures.py
 
-It runs in an environment of its own, with Python 3.11 or newer, NumPy and: torch 2.12.1,
-torchvision 0.27.1, timm 1.0.31, segmentation_models_pytorch 0.6.0. A fixture has the versions it
-was made with, the reference's names and shapes, its number of parameters, and for each case
-(output stride, size) and output some values and the largest.
+It needs a separate environment with Python 3.11 or newer, NumPy and: torch 2.12.1, torchvision
+0.27.1, timm 1.0.31, segmentation_models_pytorch 0.6.0. A fixture contains the versions of the
+packages, the names and shapes of the reference's tensors, its number of parameters, and for each
+case (output stride, size) and output a sample of the values and the largest one.
 """
 
 import importlib.metadata
@@ -22,13 +22,13 @@ import torchvision
 FOLDER = pathlib.Path(__file__).parent / "fixtures"
 PACKAGES = ("torch", "torchvision", "timm", "segmentation_models_pytorch")
 
-# Odd ones, and none of the form 32 n + 1 both ways.
+# Sizes that are no multiples of the stride, nor of the form 32 n + 1 on both sides.
 SIZES = {8: (70, 93), 16: (93, 134), 32: (129, 150)}
 SMP_SIZES = {8: (128, 160), 16: (192, 224)}
 
 
 def torchvision_resnet(name, stride):
-    """At strides 8 and 16 by replace_stride_with_dilation."""
+    """torchvision's network; replace_stride_with_dilation gives strides 8 and 16."""
     replaced = {} if stride == 32 else {"replace_stride_with_dilation": [False, stride == 8, True]}
     model = getattr(torchvision.models, name)(weights=None, **replaced)
 
@@ -41,20 +41,20 @@ def torchvision_resnet(name, stride):
 
 
 def timm_resnet(name, stride):
-    """timm's, which can dilate basic blocks and has deep stems."""
+    """timm's network, which supports dilated basic blocks and deep stems."""
     model = timm.create_model(name, output_stride=stride)
     return model, lambda x: {"high": model.forward_features(x)}
 
 
 def timm_xception(name, stride):
-    """Its features, and what enters the second strided convolution, before the ReLU."""
+    """timm's network: the features, and the input of the second strided convolution."""
     model = timm.create_model(name, output_stride=stride)
-    kept = {}
+    hooked = {}
     model.blocks[1].stack.conv2.register_forward_hook(
-        # A copy: the ReLU that follows works in place.
-        lambda module, inputs, output: kept.update(low=output.clone())
+        # A copy, because the ReLU after it works in place.
+        lambda module, inputs, output: hooked.update(low=output.clone())
     )
-    return model, lambda x: {"high": model.forward_features(x), **kept}
+    return model, lambda x: {"high": model.forward_features(x), **hooked}
 
 
 def smp_network(name, stride):
@@ -108,5 +108,5 @@ def make(name, make_network, backbone, strides):
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, parts in NETWORKS.items():
-        make(name, *parts)
+    for name, arguments in NETWORKS.items():
+        make(name, *arguments)

@@ -1,7 +1,7 @@
-"""Weights and images for comparisons with reference networks: drawn by NumPy, the same anywhere.
+"""Random weights and images for comparisons with reference networks, reproducible with NumPy.
 
-`make_fixtures.py` gives them to the references in PyTorch, the tests to ours. Only NumPy is
-imported: the two run in different environments.
+`make_fixtures.py` gives them to the references in PyTorch, the tests to our networks. The module
+imports only NumPy, because both run in different environments.
 """
 
 import zlib
@@ -12,10 +12,10 @@ SAMPLES = 512
 
 
 def drawn(name, shape):
-    """The tensor of that name in a PyTorch state dict: float32, but for counters.
+    """Draws the tensor with a name of a PyTorch state dict: float32, except for counters.
 
-    Activations stay near 1: kernels preserve the second moment through a ReLU, norms shrink a
-    little, so that a sum of residual blocks does not grow beyond bounds.
+    Activations stay near 1: kernels preserve the second moment through a ReLU, and norms shrink it
+    slightly, so that the sum over residual blocks stays bounded.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if name.endswith("num_batches_tracked"):
@@ -33,12 +33,12 @@ def drawn(name, shape):
 
 
 def image(height, width):
-    """One normalised image, [1, height, width, 3] float32."""
+    """Draws one normalised image, [1, height, width, 3] float32."""
     return np.random.default_rng(height * width).standard_normal((1, height, width, 3), np.float32)
 
 
 def sampled(values):
-    """Some of an array [..., channels], the same places for the same shape."""
+    """Samples values of an array [..., channels]; the positions depend only on its size."""
     flat = np.asarray(values).ravel()
-    places = np.random.default_rng(flat.size).choice(flat.size, min(SAMPLES, flat.size), False)
-    return flat[places]
+    indices = np.random.default_rng(flat.size).choice(flat.size, min(SAMPLES, flat.size), False)
+    return flat[indices]

@@ -1,4 +1,4 @@
-"""Strides and dilations of the backbones, by hand; what they compute is in test_references.py."""
+"""Strides and dilations of the backbones, by hand; test_references.py compares their outputs."""
 
 import flax.linen as nn
 import jax
@@ -6,23 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semiseg_jax.errors import UserError
 from semiseg_jax.models import deeplab, layers
-from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.models.dsbn import DomainLayout
 from tests.conftest import tiny_config
+from tests.errors import raises_code
 
 
 def backbone_convolutions(**model):
-    """(layer, stride, dilation) of every 3x3 of the backbone but the stem's, in order."""
+    """Returns (layer, stride, dilation) of every 3x3 of the backbone except the stem, in order."""
     changes = {f"model__{key}": value for key, value in model.items()}
     built = deeplab.build(tiny_config(model__norm="shared", **changes).model, 5)
-    found = []
+    convolutions = []
 
     def watch(next_method, args, kwargs, context):
         module = context.module
         if isinstance(module, layers.Conv) and module.kernel_size == 3:
-            layer = "/".join(part for part in module.path if part != "conv")
-            found.append((layer, module.stride, module.dilation))
+            layer = "/".join(name for name in module.path if name != "conv")
+            convolutions.append((layer, module.stride, module.dilation))
         return next_method(*args, **kwargs)
 
     images = jnp.zeros((1, 65, 65, 3))
@@ -30,7 +30,7 @@ def backbone_convolutions(**model):
         jax.eval_shape(lambda: built.init(jax.random.key(0), images))
     return [
         (layer.removeprefix("backbone/"), stride, dilation)
-        for layer, stride, dilation in found
+        for layer, stride, dilation in convolutions
         if layer.startswith("backbone/") and "stem" not in layer
     ]
 
@@ -49,23 +49,23 @@ def dilations(prefix, **model):
         ("stage", 8, [(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 4, 4)]),
     ],
 )
-def test_stride_becomes_dilation(first, stride, expected):
+def test_dilation_replaces_stride(first, stride, expected):
     """(stride, dilation of the strided layer, dilation after it) of ResNet's four stages."""
     assert layers.dilated_stages((1, 2, 2, 2), 4, stride, first) == expected
 
 
-def test_a_basic_block_is_dilated_from_where_the_stride_was_taken():
-    found = dilations("stage4", backbone="resnet18", output_stride=16)
-    assert found == [1, 2, 2, 2]
-    found = dilations("stage4", backbone="resnet18", output_stride=16, first_dilation="stage")
-    assert found == [2, 2, 2, 2]
+def test_a_basic_block_is_dilated_after_the_convolution_that_lost_its_stride():
+    result = dilations("stage4", backbone="resnet18", output_stride=16)
+    assert result == [1, 2, 2, 2]
+    result = dilations("stage4", backbone="resnet18", output_stride=16, first_dilation="stage")
+    assert result == [2, 2, 2, 2]
 
 
 def test_xception_at_stride_8():
-    """Entry block 3 and exit block 1 lose their stride; what follows each is dilated."""
-    found = backbone_convolutions(backbone="xception65", output_stride=8, multi_grid=(1, 2, 4))
+    """Entry block 3 and exit block 1 lose their stride; the blocks after them are dilated."""
+    model = {"backbone": "xception65", "output_stride": 8, "multi_grid": (1, 2, 4)}
     by_block = {}
-    for layer, stride, dilation in found:
+    for layer, stride, dilation in backbone_convolutions(**model):
         by_block.setdefault(layer.split("/")[0], []).append((stride, dilation))
     assert by_block["entry_block2"] == [(1, 1), (1, 1), (2, 1)]
     assert by_block["entry_block3"] == [(1, 1)] * 3
@@ -75,20 +75,20 @@ def test_xception_at_stride_8():
 
 def test_multi_grid_multiplies_the_last_stages_dilation():
     """DeepLabV3, section 3.3: 2 * (1, 2, 4) at stride 16."""
-    found = dilations("stage4", backbone="resnet50", output_stride=16, multi_grid=(1, 2, 4))
-    assert found == [2, 4, 8]
+    result = dilations("stage4", backbone="resnet50", output_stride=16, multi_grid=(1, 2, 4))
+    assert result == [2, 4, 8]
 
 
 @pytest.mark.parametrize(
-    ("backbone", "grid", "sentence"),
+    ("backbone", "grid", "code"),
     [
-        ("resnet101", (1, 2), "resnet101 takes 3 factors"),
-        ("efficientnet_lite0", (1, 2, 4), "efficientnet_lite0 takes none"),
+        ("resnet101", (1, 2), "multi-grid-length"),
+        ("efficientnet_lite0", (1, 2, 4), "multi-grid-unsupported"),
     ],
 )
-def test_a_multi_grid_that_does_not_fit_is_one_sentence(backbone, grid, sentence):
+def test_an_unsupported_multi_grid_is_a_user_error(backbone, grid, code):
     config = tiny_config(model__backbone=backbone, model__multi_grid=grid)
-    with pytest.raises(UserError, match=sentence):
+    with raises_code(code, "model.multi_grid", backbone):
         deeplab.build(config.model, 5)
 
 
@@ -101,21 +101,21 @@ def test_a_multi_grid_that_does_not_fit_is_one_sentence(backbone, grid, sentence
         ("v2", 16, (3, 6, 9, 12)),
     ],
 )
-def test_usual_rates(head, stride, rates):
+def test_default_rates(head, stride, rates):
     changes = {"model__head": head, "model__output_stride": stride}
     assert deeplab.build(tiny_config(**changes, model__aspp_rates=()).model, 5).rates == rates
     assert deeplab.build(tiny_config(**changes).model, 5).rates == (1, 2)
 
 
-def test_a_dilated_network_computes_the_strided_one_on_more_pixels():
+def test_a_dilated_network_equals_the_strided_network_on_common_pixels():
     config = tiny_config(model__backbone="resnet18", model__norm="shared").model
-    built = {}
+    backbones = {}
     for stride in (16, 32):
         config.output_stride = stride
-        built[stride] = deeplab.build(config, 5).backbone
-    batch = Batch("weak", train=False)
+        backbones[stride] = deeplab.build(config, 5).backbone
+    layout = DomainLayout("weak", train=False)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 97, 97, 3)), jnp.float32)
-    shapes = jax.eval_shape(lambda: built[16].init(jax.random.key(0), images, batch))
+    shapes = jax.eval_shape(lambda: backbones[16].init(jax.random.key(0), images, layout))
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
         lambda s: rng.uniform(-0.8, 1, s.shape) / np.sqrt(max(np.prod(s.shape[:-1]), 1)), shapes
@@ -123,7 +123,7 @@ def test_a_dilated_network_computes_the_strided_one_on_more_pixels():
     variables["batch_stats_weak"] = jax.tree.map(np.abs, variables["batch_stats_weak"])
 
     def run(variables):
-        return [built[stride].apply(variables, images, batch)["high"] for stride in (16, 32)]
+        return [backbones[stride].apply(variables, images, layout)["high"] for stride in (16, 32)]
 
     dilated, strided = jax.jit(run)(variables)
     assert dilated.shape[1:3] == (7, 7) and float(strided.std()) > 0.01

@@ -1,4 +1,4 @@
-"""conv2d against `lax.conv_general_dilated`: values, gradients, and what a platform is given."""
+"""conv2d against `lax.conv_general_dilated`: values, gradients, and the program of a platform."""
 
 import functools
 import itertools
@@ -12,13 +12,13 @@ from jax import export, lax
 
 from semiseg_jax.models.convolutions import conv2d
 
-# Odd and even, smaller than most of the dilated kernels, and a single pixel.
+# Odd and even sizes, sizes smaller than most of the dilated kernels, and a single pixel.
 SIZES = [(9, 11), (8, 6), (3, 4), (1, 1), (16, 5)]
 PADDINGS = ["same", "torch", ((2, 0), (1, 3))]
 
 
 def reference(x, kernel, *, stride=1, dilation=1, padding="same", groups=1):
-    """The plain convolution; its padding is worked out by lax, not by the code under test."""
+    """The plain convolution; lax computes the padding, not the code under test."""
     if padding == "same":
         pads = "SAME"
     elif padding == "torch":
@@ -44,14 +44,14 @@ def random_case(seed, size, kernel_size, *, cin=6, cout=5, groups=1, dtype=np.fl
 
 
 def value_and_gradients(conv, x, kernel, **options):
-    """The result and its gradients for an output gradient that differs from pixel to pixel."""
+    """Returns (y, gx, gk) for an output gradient that differs from pixel to pixel."""
     y, vjp = jax.vjp(lambda x, kernel: conv(x, kernel, **options), x, kernel)
     g = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype)
     return y, *vjp(g)
 
 
 def compare(cases, tolerance=1e-5):
-    """Runs ours and the reference on all cases in one program each; names the case that differs."""
+    """Runs conv2d and the reference on all cases, in one program each; names a differing case."""
 
     def run(conv):
         def all_cases(arrays):
@@ -60,27 +60,29 @@ def compare(cases, tolerance=1e-5):
                 for (x, kernel), (_, _, options) in zip(arrays, cases, strict=True)
             ]
 
-        # Machine code that is not optimised computes the same, and compiles in half the time.
-        quickly = {"xla_backend_optimization_level": 0}
+        # Unoptimised machine code computes the same values and compiles in half the time.
+        unoptimized = {"xla_backend_optimization_level": 0}
         arrays = [(x, kernel) for x, kernel, _ in cases]
-        return jax.jit(all_cases, compiler_options=quickly)(arrays)
+        return jax.jit(all_cases, compiler_options=unoptimized)(arrays)
 
-    for (x, kernel, options), ours, theirs in zip(cases, run(conv2d), run(reference), strict=True):
-        for name, a, b in zip(("y", "gx", "gk"), ours, theirs, strict=True):
-            what = f"{name} of {x.shape} * {kernel.shape}, {options}"
-            assert a.shape == b.shape and a.dtype == b.dtype, what
+    for (x, kernel, options), results, expected in zip(
+        cases, run(conv2d), run(reference), strict=True
+    ):
+        for name, a, b in zip(("y", "gx", "gk"), results, expected, strict=True):
+            case = f"{name} of {x.shape} * {kernel.shape}, {options}"
+            assert a.shape == b.shape and a.dtype == b.dtype, case
             error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)
-            assert error < tolerance, f"{what}: off by {error:.1e} of the largest value"
+            assert error < tolerance, f"{case}: off by {error:.1e} of the largest value"
 
 
 def grid(kernel_size, groups):
-    """All strides and dilations, with sizes and paddings taking turns; without empty results."""
+    """Returns cases of all strides and dilations, alternating sizes and paddings, none empty."""
     cases = []
-    turns = itertools.cycle(itertools.product(PADDINGS, SIZES))
-    # Start elsewhere for every kernel, so that together they see most combinations.
-    turns = itertools.islice(turns, sum(kernel_size) + groups, None)
+    alternatives = itertools.cycle(itertools.product(PADDINGS, SIZES))
+    # Each kernel starts at another one, so that together they cover most combinations.
+    alternatives = itertools.islice(alternatives, sum(kernel_size) + groups, None)
     for stride, dilation in itertools.product((1, 2, 3), (1, 2, 4)):
-        for padding, size in turns:
+        for padding, size in alternatives:
             options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": padding}
             x, kernel = random_case(len(cases), size, kernel_size, groups=groups)
             if 0 not in jax.eval_shape(functools.partial(reference, **options), x, kernel).shape:
@@ -96,13 +98,13 @@ def test_equals_lax_conv(kernel_size, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
-def test_equals_lax_conv_when_taps_meet_padding_only(groups):
-    # At rates 12 and 18 a 9x11 map meets the kernel's centre alone, at 10 one row of three.
+def test_equals_lax_conv_when_taps_read_only_padding(groups):
+    # At rates 12 and 18 only the kernel's centre reads a 9x11 map, at rate 10 one row of three.
     cases = [
         (*random_case(0, (9, 11), (3, 3), groups=groups), {"dilation": rate, "groups": groups})
         for rate in (6, 10, 12, 18)
     ]
-    # A stride that steps over the image, padding on one side, and a kernel that meets nothing.
+    # A stride that steps over the image, padding on one side, and a kernel that reads only padding.
     for size, options in [
         ((3, 3), {"dilation": 4, "stride": 3, "padding": "torch"}),
         ((4, 4), {"dilation": 3, "padding": ((6, 0), (0, 6))}),
@@ -142,23 +144,23 @@ def test_bfloat16_is_rounded_once(kernel_size, groups):
     x, kernel = random_case(
         0, (13, 12), kernel_size, cin=64, cout=8, groups=groups, dtype=jnp.bfloat16
     )
-    ours = jax.jit(lambda x, k: value_and_gradients(conv2d, x, k, groups=groups))(x, kernel)
+    results = jax.jit(lambda x, k: value_and_gradients(conv2d, x, k, groups=groups))(x, kernel)
     exact, vjp = jax.vjp(
         lambda x, k: reference(x, k, groups=groups),
         x.astype(jnp.float32),
         kernel.astype(jnp.float32),
     )
-    # The output's gradient is rounded to bfloat16 before ours sees it; so do it here.
+    # The gradient of the output is rounded to bfloat16 for conv2d, and therefore also here.
     g = jnp.cos(jnp.arange(exact.size, dtype=jnp.float32)).reshape(exact.shape)
-    theirs = (exact, *vjp(g.astype(jnp.bfloat16).astype(jnp.float32)))
-    for a, b in zip(ours, theirs, strict=True):
+    expected = (exact, *vjp(g.astype(jnp.bfloat16).astype(jnp.float32)))
+    for a, b in zip(results, expected, strict=True):
         assert a.dtype == jnp.bfloat16
-        # Half a unit in the last of 8 places, and what float32 sums of other order differ by.
+        # Half a unit in the last of 8 digits, and the rounding of float32 sums in another order.
         error = np.abs(np.asarray(a, np.float32) - b)
         assert (error <= 2.0**-8 * np.abs(b) + 1e-5 * np.abs(b).max()).all()
 
 
-def test_result_takes_the_images_dtype_and_the_gradient_the_kernels():
+def test_the_result_has_the_images_dtype_and_a_gradient_its_operands():
     x, kernel = random_case(0, (5, 6), (3, 3), groups=6)
     x = x.astype(jnp.bfloat16)
     y, gx, gk = value_and_gradients(conv2d, x, kernel, groups=6)
@@ -188,13 +190,13 @@ def test_under_checkpoint_and_scan():
         ({"padding": ((0, 0), (0, 0)), "dilation": 4}, "does not fit into images of"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_errors_name_bad_arguments(arguments, message):
     x, kernel = random_case(0, (5, 6), (3, 3))
     with pytest.raises(ValueError, match=message):
         conv2d(x, kernel, **arguments)
 
 
-# ---------------------------------------------------------------- what is compiled
+# ---------------------------------------------------------------- the compiled program
 
 
 def three_layers(x, depthwise, pointwise, dense):
@@ -223,7 +225,7 @@ def arrays_for(layers):
 
 
 def operations(text, *names):
-    """How often each HLO operation is called in a compiled program."""
+    """Counts the calls of HLO operations in a compiled program."""
     return {name: len(re.findall(rf"\b{name}(?:-start)?\(", text)) for name in names}
 
 
@@ -237,7 +239,7 @@ def test_cpu_program_has_no_branch_and_no_convolution(backward):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_neighbours_are_not_fused_into_the_kernels_gradient(stride):
-    # There they would keep the compiler from unrolling and vectorising it: three times slower.
+    # The compiler could then not unroll and vectorise it: three times slower.
     x, kernel = jnp.ones((2, 32, 32, 16)), jnp.ones((3, 3, 1, 16))
 
     def loss(x, kernel):
@@ -245,7 +247,7 @@ def test_neighbours_are_not_fused_into_the_kernels_gradient(stride):
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).compile().as_text()
     several_results = r"= \((?:f32\S+, ){2,}.*\breduce\("
-    (sums,) = [part for part in text.split("\n\n") if re.search(several_results, part)]
+    (sums,) = [text for text in text.split("\n\n") if re.search(several_results, text)]
     counts = operations(sums, "multiply", "add", "maximum", "tanh", "select")
     assert counts == {"multiply": 9, "add": 0, "maximum": 0, "tanh": 0, "select": 0}
 
@@ -258,15 +260,15 @@ def test_idle_taps_leave_a_matrix_product():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradients"])
-def test_accelerators_are_given_plain_convolutions(platform, backward):
+def test_accelerators_get_plain_convolutions(platform, backward):
     f = gradients_of(three_layers) if backward else three_layers
     module = export.export(jax.jit(f), platforms=[platform])(
         *arrays_for(three_layers)
     ).mlir_module()
-    # Per layer one forward, one for the input's gradient, one for the kernel's.
+    # Per layer: one forward, one for the gradient of the input, one for that of the kernel.
     assert module.count("stablehlo.convolution") == (9 if backward else 3)
-    for other in ("dot_general", "slice", "pad "):
-        assert f"stablehlo.{other}" not in module
+    for operation in ("dot_general", "slice", "pad "):
+        assert f"stablehlo.{operation}" not in module
     assert module.count("stablehlo.reduce(") == 0
 
 
@@ -281,7 +283,7 @@ def test_one_program_for_cpu_and_tpu():
     assert operations(text, "conditional", "convolution") == {"conditional": 0, "convolution": 0}
 
 
-def test_a_program_for_every_size_computes_what_the_sized_ones_do():
+def test_a_program_with_symbolic_sizes_equals_the_programs_of_each_size():
     cases = [  # kernel size, groups, options
         (3, 1, {"stride": 2, "padding": "same"}),
         (5, 6, {"stride": 2, "padding": "same"}),
@@ -295,12 +297,12 @@ def test_a_program_for_every_size_computes_what_the_sized_ones_do():
         return [conv2d(x, k, groups=g, **o) for k, (_, g, o) in zip(kernels, cases, strict=True)]
 
     shape = export.symbolic_shape("n, h, w, 6")
-    every = export.export(jax.jit(all_cases), platforms=["cpu", "tpu"])(
+    exported = export.export(jax.jit(all_cases), platforms=["cpu", "tpu"])(
         jax.ShapeDtypeStruct(shape, jnp.float32)
     )
     for size in ((2, 8, 13), (1, 1, 2)):
         x = rng.normal(size=(*size, 6)).astype(np.float32)
-        for a, b in zip(every.call(x), all_cases(jnp.asarray(x)), strict=True):
+        for a, b in zip(exported.call(x), all_cases(jnp.asarray(x)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -317,12 +319,12 @@ COLLECTIVES = (
 )
 
 
-def test_a_sharded_batch_stays_where_it_is():
+def test_a_sharded_batch_is_not_moved():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
-    shardings = [split, whole, whole, whole]
+    split, replicated = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    shardings = [split, replicated, replicated, replicated]
     none = dict.fromkeys(COLLECTIVES, 0)
-    # Sums over images differ in order between device counts: compare in float64.
+    # The order of sums over images depends on the number of devices: compare in float64.
     with jax.enable_x64(True):
         arrays = [a.astype(jnp.float64) for a in arrays_for(three_layers)]
         placed = jax.device_put(arrays, shardings)
@@ -330,7 +332,7 @@ def test_a_sharded_batch_stays_where_it_is():
             jitted = jax.jit(f, in_shardings=shardings, out_shardings=out)
             compiled = jitted.lower(*arrays).compile()
             counts = operations(compiled.as_text(), *COLLECTIVES)
-            # The kernels' gradients alone are summed over devices, at most one sum for each.
+            # Only the gradients of kernels are summed over devices, with at most one sum for each.
             sums = counts.pop("all-reduce")
             assert sums == 0 if f is three_layers else 1 <= sums <= 3
             assert {"all-reduce": 0, **counts} == none

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semiseg_jax.models.dsbn import Batch, DomainNorm
+from semiseg_jax.models.dsbn import DomainLayout, DomainNorm
 
 WEAK, STRONG = "batch_stats_weak", "batch_stats_strong"
 
 
-def make(kind="dsbn", **knobs):
-    return DomainNorm(kind=kind, momentum=0.9, epsilon=1e-3, **knobs)
+def make(kind="dsbn", **kwargs):
+    return DomainNorm(kind=kind, momentum=0.9, epsilon=1e-3, **kwargs)
 
 
 def images(count, seed=0, channels=3):
@@ -20,10 +20,10 @@ def images(count, seed=0, channels=3):
 
 @pytest.fixture
 def variables():
-    """A norm whose two domains differ in every number."""
-    made = make().init(jax.random.key(0), images(2), Batch("both", train=False))
+    """The variables of a norm whose domains differ in every number."""
+    initial = make().init(jax.random.key(0), images(2), DomainLayout("both", train=False))
     rng = np.random.default_rng(5)
-    return jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype), made)
+    return jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype), initial)
 
 
 def test_collections_and_names(variables):
@@ -37,26 +37,26 @@ def test_collections_and_names(variables):
 
 def test_agrees_with_flax(variables):
     flax_norm = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-3)
-    theirs, updated = flax_norm.apply(
+    expected, updated = flax_norm.apply(
         {"params": variables["params"]["strong"], "batch_stats": variables[STRONG]},
         images(4),
         mutable=["batch_stats"],
     )
-    ours, changed = make().apply(
-        variables, images(4), Batch("strong", train=True), mutable=[WEAK, STRONG]
+    result, changed = make().apply(
+        variables, images(4), DomainLayout("strong", train=True), mutable=[WEAK, STRONG]
     )
-    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    np.testing.assert_allclose(result, expected, atol=2e-6)
     for name in ("mean", "var"):
         np.testing.assert_allclose(changed[STRONG][name], updated["batch_stats"][name], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("domain", "other"), [("weak", "strong"), ("strong", "weak")])
-def test_a_domain_leaves_the_other_alone(variables, domain, other):
+def test_a_domain_does_not_change_the_other(variables, domain, other):
     def loss(params):
         y, changed = make().apply(
             {**variables, "params": params},
             images(4),
-            Batch(domain, train=True),
+            DomainLayout(domain, train=True),
             mutable=[WEAK, STRONG],
         )
         return jnp.sum(y**3), changed
@@ -74,7 +74,7 @@ def test_a_domain_leaves_the_other_alone(variables, domain, other):
 @pytest.mark.parametrize(
     ("groups", "num_weak", "num_strong"), [(1, 4, 4), (4, 1, 1), (1, 5, 2), (4, 1, 2), (2, 3, 1)]
 )
-def test_both_is_two_separate_passes(variables, groups, num_weak, num_strong):
+def test_both_domains_equal_two_separate_passes(variables, groups, num_weak, num_strong):
     weak, strong = images(groups * num_weak, 1), images(groups * num_strong, 2) * 3 - 1
     joined = jnp.concatenate(
         [
@@ -88,17 +88,19 @@ def test_both_is_two_separate_passes(variables, groups, num_weak, num_strong):
     )
     cotangent = images(len(joined), 3)
 
-    def run(params, x, dy, batch):
-        y, changed = make().apply({**variables, "params": params}, x, batch, mutable=[WEAK, STRONG])
+    def run(params, x, dy, layout):
+        y, changed = make().apply(
+            {**variables, "params": params}, x, layout, mutable=[WEAK, STRONG]
+        )
         return jnp.sum(y * dy), (y, changed)
 
     grad = jax.grad(run, argnums=(0, 1), has_aux=True)
-    both = Batch("both", train=True, groups=groups, num_weak=num_weak)
+    both = DomainLayout("both", train=True, groups=groups, num_weak=num_weak)
     (params, dx), (y, changed) = grad(variables["params"], joined, cotangent, both)
 
     is_weak = np.arange(len(joined)) % (num_weak + num_strong) < num_weak
     for domain, mask in (("weak", is_weak), ("strong", ~is_weak)):
-        alone = Batch(domain, train=True)
+        alone = DomainLayout(domain, train=True)
         (params_alone, dx_alone), (y_alone, changed_alone) = grad(
             variables["params"], joined[mask], cotangent[mask], alone
         )
@@ -113,55 +115,58 @@ def test_both_is_two_separate_passes(variables, groups, num_weak, num_strong):
             )
 
 
-def test_half_of_each_block_is_weak_unless_told(variables):
-    batches = Batch("both", train=False, groups=2), Batch("both", False, groups=2, num_weak=2)
-    untold, told = (make().apply(variables, images(8), batch) for batch in batches)
-    np.testing.assert_array_equal(untold, told)
+def test_half_of_each_block_is_weak_by_default(variables):
+    layouts = (
+        DomainLayout("both", train=False, groups=2),
+        DomainLayout("both", False, groups=2, num_weak=2),
+    )
+    by_default, explicit = (make().apply(variables, images(8), layout) for layout in layouts)
+    np.testing.assert_array_equal(by_default, explicit)
 
 
-def test_inference_needs_the_weak_norm_alone(variables):
-    thin = {"params": {"weak": variables["params"]["weak"]}, WEAK: variables[WEAK]}
-    batch = Batch("weak", train=False)
+def test_inference_reads_only_the_weak_norm(variables):
+    weak_alone = {"params": {"weak": variables["params"]["weak"]}, WEAK: variables[WEAK]}
+    layout = DomainLayout("weak", train=False)
     np.testing.assert_array_equal(
-        make().apply(thin, images(2), batch), make().apply(variables, images(2), batch)
+        make().apply(weak_alone, images(2), layout), make().apply(variables, images(2), layout)
     )
 
 
-def test_a_constant_channel_does_not_give_nan(variables):
+def test_a_constant_channel_gives_finite_results(variables):
     x = jnp.full((2, 4, 5, 3), 1000.1)
-    y, _ = make().apply(variables, x, Batch("weak", train=True), mutable=[WEAK])
+    y, _ = make().apply(variables, x, DomainLayout("weak", train=True), mutable=[WEAK])
     assert np.isfinite(y).all()
 
 
 def test_shared_affine_has_one_affine_and_two_statistics():
     norm = make("dsbn_shared_affine")
-    made = norm.init(jax.random.key(0), images(2), Batch("both", train=False))
-    assert set(made) == {"params", WEAK, STRONG}
-    assert set(made["params"]) == {"weak"}
+    variables = norm.init(jax.random.key(0), images(2), DomainLayout("both", train=False))
+    assert set(variables) == {"params", WEAK, STRONG}
+    assert set(variables["params"]) == {"weak"}
 
 
 def test_shared_treats_all_images_as_one_batch():
     norm = make("shared")
     x = images(4)
-    made = norm.init(jax.random.key(0), x, Batch("both", train=False))
-    assert set(made) == {"params", WEAK}
-    both, _ = norm.apply(made, x, Batch("both", train=True, groups=2), mutable=[WEAK])
-    weak, _ = norm.apply(made, x, Batch("weak", train=True), mutable=[WEAK])
+    variables = norm.init(jax.random.key(0), x, DomainLayout("both", train=False))
+    assert set(variables) == {"params", WEAK}
+    both, _ = norm.apply(variables, x, DomainLayout("both", train=True, groups=2), mutable=[WEAK])
+    weak, _ = norm.apply(variables, x, DomainLayout("weak", train=True), mutable=[WEAK])
     np.testing.assert_array_equal(both, weak)
 
 
-def test_frozen_keeps_its_statistics_and_trains_its_affine():
+def test_frozen_does_not_update_its_statistics_and_trains_its_affine():
     norm = make("frozen")
     x = images(4)
-    made = norm.init(jax.random.key(0), x, Batch("both", train=False))
+    variables = norm.init(jax.random.key(0), x, DomainLayout("both", train=False))
 
     def loss(params):
         y, changed = norm.apply(
-            {**made, "params": params}, x, Batch("both", train=True), mutable=[WEAK]
+            {**variables, "params": params}, x, DomainLayout("both", train=True), mutable=[WEAK]
         )
         return jnp.sum(y**2), (y, changed)
 
-    gradient, (y, changed) = jax.grad(loss, has_aux=True)(made["params"])
+    gradient, (y, changed) = jax.grad(loss, has_aux=True)(variables["params"])
     np.testing.assert_array_equal(changed[WEAK]["mean"], np.zeros(3))
     np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-3), rtol=1e-6)
     assert np.all(gradient["weak"]["scale"])
@@ -170,7 +175,7 @@ def test_frozen_keeps_its_statistics_and_trains_its_affine():
 def test_bfloat16_in_and_out_with_float32_statistics(variables):
     x = images(4).astype(jnp.bfloat16) + 100
     y, changed = make(dtype=jnp.bfloat16).apply(
-        variables, x, Batch("weak", train=True), mutable=[WEAK]
+        variables, x, DomainLayout("weak", train=True), mutable=[WEAK]
     )
     assert y.dtype == jnp.bfloat16
     assert changed[WEAK]["mean"].dtype == jnp.float32
@@ -179,13 +184,13 @@ def test_bfloat16_in_and_out_with_float32_statistics(variables):
 
 
 @pytest.mark.parametrize(
-    "batch",
+    "layout",
     [
-        Batch("both", train=True, groups=3),
-        Batch("both", train=True, groups=1, num_weak=4),
-        Batch("both", train=True, groups=4),
+        DomainLayout("both", train=True, groups=3),
+        DomainLayout("both", train=True, groups=1, num_weak=4),
+        DomainLayout("both", train=True, groups=4),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused(variables, batch):
+def test_a_batch_that_does_not_divide_is_an_error(variables, layout):
     with pytest.raises(ValueError, match="does not divide"):
-        make().apply(variables, images(4), batch)
+        make().apply(variables, images(4), layout)

@@ -8,34 +8,34 @@ import numpy as np
 import pytest
 
 from semiseg_jax.models import deeplab, efficientnet_lite, pretrained
-from semiseg_jax.models.dsbn import Batch
+from semiseg_jax.models.dsbn import DomainLayout
 from tests.conftest import tiny_config
 
 SHARED = Path(os.environ.get("SEMISEG_SHARED") or Path(__file__).parents[2].parent / "shared")
 WEIGHTS = SHARED / "weights" / "efficientnet_lite0_nofc.npz"
 REFERENCE = SHARED / "weights" / "efficientnet_lite0_reference.npz"
 
-EVALUATE = Batch("weak", train=False)
+EVALUATE = DomainLayout("weak", train=False)
 
 published = pytest.mark.skipif(
     not (WEIGHTS.exists() and REFERENCE.exists()),
-    reason=f"{WEIGHTS} and {REFERENCE} are not there: SEMISEG_SHARED names their folder's parent",
+    reason=f"{WEIGHTS} and {REFERENCE} are missing: SEMISEG_SHARED is the parent of their folder",
 )
 
 
-class Alone(nn.Module):
-    """The backbone where a network has it, so that weights are found by name."""
+class BackboneAlone(nn.Module):
+    """A network of a backbone alone, in which the variables have the names of a whole network."""
 
     backbone: nn.Module
 
-    def __call__(self, x, batch):
-        return self.backbone(x, batch)
+    def __call__(self, x, layout):
+        return self.backbone(x, layout)
 
 
 def lite0(**options):
     config = tiny_config(model__backbone="efficientnet_lite0", model__norm="shared").model
     norm = deeplab.build(config, 5).backbone.norm
-    return Alone(efficientnet_lite.EfficientNetLite(norm, **options))
+    return BackboneAlone(efficientnet_lite.EfficientNetLite(norm, **options))
 
 
 def shapes(model, size=64):
@@ -44,12 +44,12 @@ def shapes(model, size=64):
 
 
 @published
-def test_activations_are_those_of_the_original():
+def test_activations_equal_those_of_the_original_network():
     reference = np.load(REFERENCE, allow_pickle=False)
     model = lite0(output_stride=32, head=True)
-    drawn = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(model))
-    variables, report = pretrained.load(WEIGHTS, drawn)
-    assert report.left == report.unmatched == ()
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(model))
+    variables, report = pretrained.load(WEIGHTS, zeros)
+    assert report.unused == report.initial == ()
 
     def run(variables, x):
         return model.apply(
@@ -60,19 +60,19 @@ def test_activations_are_those_of_the_original():
         )
 
     _, captured = jax.jit(run)(variables, reference["input"])
-    ours = captured["intermediates"]["backbone"]
+    intermediates = captured["intermediates"]["backbone"]
     for name in ("stem", "block_2", "block_4", "block_10", "block_15", "head"):
-        expected, (got,) = reference[name], ours[name]["__call__"]
-        assert got.shape == expected.shape
-        assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max(), name
+        expected, (result,) = reference[name], intermediates[name]["__call__"]
+        assert result.shape == expected.shape
+        assert np.abs(result - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
 @published
 def test_the_published_weights_have_the_published_number_of_parameters():
     """4,652,008 with the classifier of 1280 x 1000 + 1000."""
     weights = np.load(WEIGHTS, allow_pickle=False)
-    counted = sum(weights[k].size for k in weights.files if "running" not in k)
-    assert counted == 4_652_008 - 1_281_000
+    count = sum(weights[k].size for k in weights.files if "running" not in k)
+    assert count == 4_652_008 - 1_281_000
 
 
 def test_number_of_parameters():
@@ -89,15 +89,14 @@ def test_output_stride(stride, last):
     assert features["high"].shape == (1, last, last, 320)
 
 
-def test_dilation_keeps_what_stride_would_sample():
-    """At output stride 16, every second pixel is that of output stride 32, to the border's reach.
+def test_a_dilated_network_equals_the_strided_network_on_common_pixels():
+    """At output stride 16, every second pixel equals a pixel at output stride 32.
 
-    Sizes of the form 32 n + 1 have SAME padding that is alike on both sides, with and without
-    stride.
+    SAME padding of sizes of the form 32 n + 1 is equal on both sides, with and without stride.
     """
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 65, 65, 3)), jnp.float32)
     rng = np.random.default_rng(1)
-    drawn = jax.tree.map(
+    variables = jax.tree.map(
         lambda s: (rng.uniform(0.5, 1, s.shape) / max(np.prod(s.shape[:-1]), 1)).astype(s.dtype),
         shapes(lite0()),
     )
@@ -106,6 +105,6 @@ def test_dilation_keeps_what_stride_would_sample():
         both = (lite0(output_stride=s).apply(variables, x, EVALUATE) for s in (16, 32))
         return [features["high"] for features in both]
 
-    dilated, strided = jax.jit(run)(drawn)
+    dilated, strided = jax.jit(run)(variables)
     assert dilated.shape[1:3] == (5, 5)
     np.testing.assert_allclose(dilated[:, ::2, ::2], strided, rtol=1e-4)

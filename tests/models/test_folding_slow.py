@@ -18,5 +18,5 @@ pytestmark = pytest.mark.slow
         ("efficientnet_lite0", "v3plus"),
     ],
 )
-def test_logits_stay(backbone, head):
+def test_folding_preserves_the_logits(backbone, head):
     check_parity(network(backbone, head))

@@ -1,7 +1,7 @@
-"""Loaded networks against the references that their weights come from.
+"""Networks with loaded weights against the PyTorch reference networks of those weights.
 
-The expected values are those of the networks in PyTorch (make_fixtures.py); weights, images and
-the bound on the error are the same for all: max |difference| / max |reference| at most 1e-4.
+make_fixtures.py writes the expected values. Weights, images and the bound on the error are the same
+for all networks: max |difference| / max |reference| is at most 1e-4.
 """
 
 import functools
@@ -14,8 +14,8 @@ import pytest
 import safetensors.numpy
 
 from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.models.dsbn import Batch
-from semiseg_jax.state import copy_weak_to_strong, variable_shapes
+from semiseg_jax.models.dsbn import DomainLayout
+from semiseg_jax.train_state import copy_weak_to_strong, variable_shapes
 from tests.conftest import tiny_config
 from tests.models import reference_weights
 
@@ -32,10 +32,10 @@ def fixture(name):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The reference's weights, as its users have them: {name} -> path."""
+    """A function that writes the weights of a reference in its layout and returns the path."""
     folder = tmp_path_factory.mktemp("weights")
 
-    def made(name):
+    def path_of(name):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             shapes = fixture(name)["shapes"]
@@ -43,11 +43,11 @@ def weights(tmp_path_factory):
             safetensors.numpy.save_file(tensors, path)
         return path
 
-    return made
+    return path_of
 
 
 def build(name, **changes):
-    """Ours, as the config builds it for the reference's weights."""
+    """Builds our network for the weights of a reference."""
     config = tiny_config(model__backbone=name.partition("_")[2], **changes).model
     if name.startswith("smp"):
         config.head = "v3plus_smp"
@@ -56,24 +56,24 @@ def build(name, **changes):
 
 
 def network(name, path, stride, **changes):
-    """The same with the weights: (model, variables, report)."""
+    """Builds the network and loads the weights: (model, variables, report)."""
     model = build(name, model__pretrained=str(path), model__output_stride=stride, **changes)
-    blank = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), variable_shapes(model))
-    variables, report = pretrained.load(path, blank)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), variable_shapes(model))
+    variables, report = pretrained.load(path, zeros)
     return model, variables, report
 
 
 def outputs(model, variables, images, whole):
-    """Of the network, or of its backbone alone."""
+    """Computes the outputs of the whole network, or of the backbone alone."""
     if whole:
         return {"logits": jax.jit(model.apply)(variables, images)}
     stats = "batch_stats_weak"
-    alone = {
+    backbone = {
         "params": variables["params"]["backbone"],
         stats: variables[stats]["backbone"],
     }
-    return jax.jit(lambda v, x: model.backbone.apply(v, x, Batch("weak", train=False)))(
-        alone, images
+    return jax.jit(lambda v, x: model.backbone.apply(v, x, DomainLayout("weak", train=False)))(
+        backbone, images
     )
 
 
@@ -83,11 +83,11 @@ def check(name, stride, weights):
     assert keys
     size = tuple(int(n) for n in keys[0].split("/")[1].split("x"))
     model, variables, _ = network(name, weights(name), stride)
-    ours = outputs(model, variables, reference_weights.image(*size), name.startswith("smp"))
+    results = outputs(model, variables, reference_weights.image(*size), name.startswith("smp"))
     for key in (key.removesuffix("/shape") for key in keys):
-        got = np.asarray(ours[key.rpartition("/")[2]])
-        assert got.shape == tuple(expected[f"{key}/shape"]), key
-        error = np.abs(reference_weights.sampled(got) - expected[key]).max()
+        result = np.asarray(results[key.rpartition("/")[2]])
+        assert result.shape == tuple(expected[f"{key}/shape"]), key
+        error = np.abs(reference_weights.sampled(result) - expected[key]).max()
         assert error <= BOUND * expected[f"{key}/max"], key
 
 
@@ -111,13 +111,13 @@ SLOW = [
 
 
 @pytest.mark.parametrize(("name", "stride"), FAST)
-def test_outputs_are_those_of_the_reference(name, stride, weights):
+def test_outputs_equal_those_of_the_reference(name, stride, weights):
     check(name, stride, weights)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stride"), SLOW)
-def test_outputs_are_those_of_the_reference_at_every_stride(name, stride, weights):
+def test_outputs_equal_those_of_the_reference_at_every_stride(name, stride, weights):
     check(name, stride, weights)
 
 
@@ -134,25 +134,25 @@ def test_outputs_are_those_of_the_reference_at_every_stride(name, stride, weight
     ],
 )
 def test_number_of_parameters(name, published):
-    """Backbones are published with a classifier of 1000 ImageNet classes, which ours lack."""
+    """Published backbones have a classifier of 1000 ImageNet classes, which ours lack."""
     about = fixture(name)
     assert about["parameters"] == published
     whole = name.startswith("smp")
-    made = variable_shapes(build(name, model__norm="shared"))["params"]
-    ours = sum(leaf.size for leaf in jax.tree.leaves(made if whole else made["backbone"]))
+    params = variable_shapes(build(name, model__norm="shared"))["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params if whole else params["backbone"]))
     features = next((v[1] for k, v in about["shapes"].items() if k.endswith("fc.weight")), None)
-    assert ours == published - (0 if whole else 1000 * features + 1000)
+    assert count == published - (0 if whole else 1000 * features + 1000)
 
 
-def test_dsbn_and_a_first_student_predict_as_the_loaded_network(weights):
-    """With one norm, with DSBN, and from a student's copy of the weak norm, in both domains."""
+def test_dsbn_and_a_first_student_predict_like_the_loaded_network(weights):
+    """One norm, DSBN, and a student's copy of the weak norm, in both domains."""
     name = "smp_resnet18"
     images = reference_weights.image(64, 64)
-    one, one_variables, _ = network(name, weights(name), 16, model__norm="shared")
+    shared, shared_variables, _ = network(name, weights(name), 16, model__norm="shared")
     model, variables, report = network(name, weights(name), 16)
-    assert report.left == report.unmatched == ()
+    assert report.unused == report.initial == ()
     run = jax.jit(lambda v, domain: model.apply(v, images, domain=domain), static_argnums=1)
-    expected = jax.jit(one.apply)(one_variables, images)
+    expected = jax.jit(shared.apply)(shared_variables, images)
     np.testing.assert_allclose(run(variables, "weak"), expected, atol=1e-5)
     np.testing.assert_array_equal(run(variables, "strong"), run(variables, "weak"))
     trained = variables | {

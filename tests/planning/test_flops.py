@@ -1,4 +1,4 @@
-"""Counted operations against counts by hand."""
+"""Counted operations against brute-force counts."""
 
 import itertools
 
@@ -19,8 +19,8 @@ def array(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def products_by_hand(size, taps, outputs, stride, dilation, low):
-    """Of one image and a channel in and out: each output with each tap that meets a pixel."""
+def count_pixel_taps(size, taps, outputs, stride, dilation, low):
+    """Counts (output, tap) pairs that read a pixel, for one image and one channel."""
     return sum(
         all(
             0 <= o * stride + t * dilation - pad < n
@@ -35,7 +35,9 @@ def products_by_hand(size, taps, outputs, stride, dilation, low):
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", ["torch", "same", ((0, 0), (0, 0))])
-def test_convolution_and_both_gradients_equal_the_hand_count(padding, stride, dilation, groups):
+def test_convolution_and_both_gradients_equal_the_brute_force_count(
+    padding, stride, dilation, groups
+):
     images, kernel = array(2, 11, 8, 6), array(3, 3, 6 // groups, 6)
 
     def convolve(x, k):
@@ -43,27 +45,29 @@ def test_convolution_and_both_gradients_equal_the_hand_count(padding, stride, di
 
     shape = jax.eval_shape(convolve, images, kernel).shape
     low = {"torch": (dilation, dilation), "same": None}.get(padding, (0, 0))
-    if low is None:  # TensorFlow's rule, of which the smaller half lies before the image
+    if low is None:  # TensorFlow's rule: the smaller half of the padding is before the image
         total = [
             (o - 1) * stride + 2 * dilation + 1 - n for o, n in ((shape[1], 11), (shape[2], 8))
         ]
         low = [max(t, 0) // 2 for t in total]
-    products = products_by_hand((11, 8), (3, 3), shape[1:3], stride, dilation, low)
-    by_hand = 2 * products * 2 * 6 * (6 // groups)  # images, output channels, channels they see
-    assert counted(convolve, images, kernel) == by_hand
+    products = count_pixel_taps((11, 8), (3, 3), shape[1:3], stride, dilation, low)
+    expected = (
+        2 * products * 2 * 6 * (6 // groups)
+    )  # images, output channels, input channels per group
+    assert counted(convolve, images, kernel) == expected
 
     both = jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), argnums=(0, 1))
-    assert counted(both, images, kernel) == 3 * by_hand
+    assert counted(both, images, kernel) == 3 * expected
 
 
-def test_unpadded_convolution_by_the_usual_formula():
+def test_unpadded_convolution_equals_the_usual_formula():
     operations = counted(
         lambda x, k: conv2d(x, k, padding=((0, 0),) * 2), array(2, 9, 9, 4), array(3, 3, 4, 5)
     )
     assert operations == 2 * 2 * 7 * 7 * 3 * 3 * 4 * 5
 
 
-def test_the_compiler_counts_a_convolution_alike():
+def test_the_compiler_counts_a_convolution_equally():
     def convolve(x, k):
         return lax.conv_general_dilated(
             x, k, (2, 2), ((2, 1), (0, 3)), rhs_dilation=(2, 1),
@@ -75,7 +79,7 @@ def test_the_compiler_counts_a_convolution_alike():
     assert counted(convolve, *arguments) == compiled.cost_analysis()["flops"]
 
 
-def test_matrix_products_and_what_repeats_them():
+def test_matrix_products_in_calls_and_loops():
     def product(a, b):
         return jnp.einsum("bij,bjk->bik", a, b)
 
@@ -104,7 +108,7 @@ def test_a_rematerialised_product_counts_as_often_as_it_is_computed():
     assert (plain, again) == (3 * 2 * 4 * 5 * 6, 4 * 2 * 4 * 5 * 6)
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_raises():
     def loop(a):
         return lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ x, a)
 

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs; lines as XLA prints them for v5e."""
+"""Parsing of compiled programs; the text is what XLA prints for v5e."""
 
 from semiseg_jax.planning import hlo
 
@@ -49,29 +49,29 @@ ENTRY %main.1 (x.1: bf16[33,16,5,8], k.1: bf16[3,3,8,8], m.1: f32[2,2,16]) -> f3
 }
 """  # noqa: E501
 
-MOMENTS = 2 * 2 * 128 * 4  # f32[2,2,16]: its 16 channels fill a tile of 128
+MOMENTS = 2 * 2 * 128 * 4  # f32[2,2,16]: the 16 channels are padded to a tile of 128
 BLOCK = 8 * 128 * 4  # f32[8,128]
-IMAGES = 33 * 5 * 8 * 128 * 2  # bf16[33,16,5,8], channels by 16 images: the images fill a tile
+IMAGES = 33 * 5 * 8 * 128 * 2  # bf16[33,16,5,8]: axis 1 is innermost and padded to a tile of 128
 KERNEL = 3 * 3 * 8 * 128 * 2
 FEATURES = 17 * 3 * 8 * 128 * 2
 
 
-def test_collectives_by_kind_with_those_in_loops():
+def test_collectives_by_kind_include_those_in_loops():
     module = hlo.Module(TEXT)
     assert module.collectives() == {"all-reduce": (1 + 5, 2 * MOMENTS + 5 * BLOCK)}
 
 
-def test_types_of_convolutions_inside_of_fusions():
-    assert hlo.Module(TEXT).convolved() == {("bf16", "bf16"): 1}
+def test_dtypes_of_convolutions_inside_fusions():
+    assert hlo.Module(TEXT).convolution_dtypes() == {("bf16", "bf16"): 1}
 
 
-def test_custom_calls_by_operands_and_results_but_those_that_reserve():
-    assert hlo.Module(TEXT).custom_calls() == BLOCK + MOMENTS + BLOCK
+def test_custom_call_bytes_exclude_reserved_memory():
+    assert hlo.Module(TEXT).custom_call_bytes() == BLOCK + MOMENTS + BLOCK
 
 
-def test_traffic_by_instruction_and_what_stays_on_the_chip():
-    moved = {t.instruction.name: (t.total, t.main) for t in hlo.Module(TEXT).traffic()}
-    assert moved == {
+def test_traffic_by_instruction_in_total_and_in_main_memory():
+    traffic = {t.instruction.name: (t.total, t.main_memory) for t in hlo.Module(TEXT).traffic()}
+    assert traffic == {
         "copy-start.1": (2 * IMAGES, IMAGES),
         "slice-start.2": (2 * IMAGES // 3, IMAGES // 3),
         "fusion.476": (IMAGES + KERNEL + FEATURES, KERNEL),
@@ -82,24 +82,24 @@ def test_traffic_by_instruction_and_what_stays_on_the_chip():
 
 
 def test_traffic_by_layer():
-    layers = hlo.Module(TEXT).by_layer()
+    layers = hlo.Module(TEXT).traffic_by_layer()
     assert layers["stem"] == (IMAGES + KERNEL + FEATURES, KERNEL)
-    assert list(layers) == ["outside of layers", "stem"]  # most first
+    assert list(layers) == ["outside of layers", "stem"]  # the largest first
     backward = hlo.Instruction("a", "fusion", (), (), 'op_name="jit(f)/transpose(jvp(N))/stem/mul"')
     assert backward.layer == "stem, backward"
 
 
-def test_a_slice_written_as_a_call_that_is_begun_counts_once():
-    """As the compiler writes it where it dumps a program."""
-    begun = "slice-start(%x.1), slice={[0:11], [0:16], [0:5], [0:8]}"
-    called = """\
+def test_an_async_call_of_a_slice_counts_once():
+    """Dumped programs contain slices in this form."""
+    direct = "slice-start(%x.1), slice={[0:11], [0:16], [0:5], [0:8]}"
+    wrapped = """\
 %async (p.3: bf16[33,16,5,8]) -> bf16[11,16,5,8] {
   %p.3 = bf16[33,16,5,8]{1,3,2,0:T(8,128)(2,1)} parameter(0)
   ROOT %slice.4 = bf16[11,16,5,8]{1,3,2,0:T(8,128)(2,1)S(1)} slice(%p.3), slice={[0:11], [0:16], [0:5], [0:8]}
 }
 
 ENTRY"""  # noqa: E501
-    text = TEXT.replace(begun, "async-start(%x.1), calls=%async").replace("ENTRY", called)
-    moved = {t.instruction.name: (t.total, t.main) for t in hlo.Module(text).traffic()}
-    assert moved["slice.4"] == (2 * IMAGES // 3, IMAGES // 3)
-    assert "slice-start.2" not in moved
+    text = TEXT.replace(direct, "async-start(%x.1), calls=%async").replace("ENTRY", wrapped)
+    traffic = {t.instruction.name: (t.total, t.main_memory) for t in hlo.Module(text).traffic()}
+    assert traffic["slice.4"] == (2 * IMAGES // 3, IMAGES // 3)
+    assert "slice-start.2" not in traffic

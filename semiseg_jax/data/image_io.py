@@ -1,0 +1,343 @@
+"""Class ids and palettes, image and label map files, and atomic file writes.
+
+The module has three sections that use no private names of each other: class ids, image files, and
+files of any content.
+
+A label map is a PNG whose palette indices or grey levels are class ids. Pillow decodes images and
+label maps everywhere in the project, so that training, labelling, evaluation and prediction read
+the same pixels.
+"""
+
+import contextlib
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int, Int16, UInt8
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from semiseg_jax.losses import IGNORE
+from semiseg_jax.runtime.errors import UserError, first_line, read_error
+
+# --- Class ids and palettes ----------------------------------------------------------------------
+
+# In an id table: the value is neither a class nor ignored.
+UNKNOWN = -1
+
+
+def id_table(
+    num_classes: int,
+    ignore_ids: Sequence[int] = (IGNORE,),
+    id_map: Sequence[Any] = (),
+) -> Int16[np.ndarray, "256"]:
+    """Returns the table from mask value to class id, IGNORE or UNKNOWN.
+
+    Args:
+        num_classes: class ids are 0 … num_classes - 1.
+        ignore_ids: mask values that become IGNORE.
+        id_map: (mask value, class id) pairs; empty if the mask values are the class ids.
+
+    Raises:
+        UserError: a mask value is not 0..255, a class id is not below `num_classes`, or a value
+            is both a class and ignored.
+    """
+    try:
+        pairs = [(int(value), int(class_id)) for value, class_id in id_map]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"data.id_map is {id_map!r}: make it ((mask value, class id), …).",
+            code="id-map-malformed",
+        ) from error
+    allowed = {*range(num_classes), IGNORE}
+    for value, class_id in (*pairs, *((value, IGNORE) for value in ignore_ids)):
+        if value not in range(256) or class_id not in allowed:
+            raise UserError(
+                f"data.id_map or data.ignore_ids makes mask value {value} class {class_id}: mask "
+                f"values are 0 to 255 and class ids 0 to {num_classes - 1}.",
+                code="mask-value-or-class-out-of-range",
+            )
+    both = sorted({value for value, class_id in pairs if class_id != IGNORE} & {*ignore_ids})
+    if both:
+        raise UserError(
+            f"data.id_map gives mask value {both[0]} a class, and data.ignore_ids ignores it: take "
+            "it out of one of them.",
+            code="id-map-contradicts-ignore-ids",
+        )
+    table = np.full(256, UNKNOWN, np.int16)
+    if id_map:
+        for value, class_id in pairs:
+            table[value] = class_id
+    else:
+        table[:num_classes] = np.arange(num_classes)
+    table[list(ignore_ids)] = IGNORE
+    return table
+
+
+def full_palette(palette: Sequence[Sequence[int]]) -> UInt8[np.ndarray, "256 3"]:
+    """Returns `palette` extended to 256 colours: white for IGNORE, black for the rest."""
+    full = np.zeros((256, 3), np.uint8)
+    full[: len(palette)] = palette
+    full[IGNORE] = 255
+    return full
+
+
+def generated_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns distinct colours, made by spreading the bits of the class id over the channels.
+
+    Source: the colour map of the PASCAL VOC development kit.
+    """
+    colours = []
+    for class_id in range(num_classes):
+        rest, colour = class_id, [0, 0, 0]
+        for shift in range(7, -1, -1):
+            for channel in range(3):
+                colour[channel] |= ((rest >> channel) & 1) << shift
+            rest >>= 3
+        colours.append((colour[0], colour[1], colour[2]))
+    return tuple(colours)
+
+
+# --- Image and label map files -------------------------------------------------------------------
+
+# Data sets may hold images that Pillow would reject as decompression bombs.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class _ImageFile:
+    """An opened image file whose header is read; the image is upright by its EXIF orientation.
+
+    Attributes:
+        image: Pillow's image, not decoded before `decode`.
+        raw_mode: the file's pixel format, such as "RGB;16B".
+    """
+
+    def __init__(self, stream: Any):
+        self.image = Image.open(stream)
+        tiles = self.image.tile
+        self.raw_mode = str(tiles[0].args) if tiles else self.image.mode
+        self._orientation = _exif_orientation(self.image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the upright image in pixels."""
+        width, height = self.image.size
+        return (width, height) if self._orientation >= 5 else (height, width)
+
+    @property
+    def has_more_than_8_bits(self) -> bool:
+        """Whether a channel has more than 256 levels; Pillow cuts some such files to 8 bits."""
+        return self.image.mode.startswith(("I", "F")) or "16" in self.raw_mode
+
+    def decode(self) -> Image.Image:
+        """Returns the decoded, upright image."""
+        self.image.load()
+        transpose = _TRANSPOSE_BY_ORIENTATION.get(self._orientation)
+        return self.image if transpose is None else self.image.transpose(transpose)
+
+
+# The operation that turns an image upright, by its EXIF orientation. Pillow's exif_transpose also
+# rewrites the EXIF data, which fails if an unrelated tag is malformed.
+_TRANSPOSE_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation 1..8 of an undecoded image; from 5 on, its sides are swapped.
+
+    Returns 1 for TIFF, which Pillow turns upright itself. In a PNG only chunks before the pixels
+    count, because Pillow would decode the whole image to read the chunks after them.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises many types of exception for damaged EXIF data.
+        return 1  # The pixels may still be sound.
+    return orientation if orientation in range(1, 9) else 1
+
+
+@contextlib.contextmanager
+def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
+    """Turns exceptions about an image file into UserErrors; {} in `message` is the reason."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing: restore it or take it out of its list.",
+            code="image-missing",
+        ) from error
+    except PermissionError as error:
+        raise read_error(path, error, "make it readable, or take it out of its list") from error
+    except Exception as error:  # Pillow's decoders raise many types, even OverflowError.
+        reason = first_line(error)
+        if isinstance(error, UnidentifiedImageError):  # Its text names only a Python object.
+            reason = "of no known kind" if epath.Path(path).stat().length else "the file is empty"
+        raise UserError(
+            f"{path} {message.format(reason)}",
+            code="image-undecodable",
+        ) from error
+
+
+def _decode(path: epath.PathLike) -> tuple[_ImageFile, Image.Image]:
+    """Returns an image file and its decoded image; raises a UserError as `read_image` does."""
+    message = (
+        "cannot be decoded ({}): it is truncated, corrupt or not an image; replace it or take it "
+        "out of its list."
+    )
+    with _image_errors(path, message):
+        file = _ImageFile(io.BytesIO(epath.Path(path).read_bytes()))
+        return file, file.decode()
+
+
+def image_size(path: epath.PathLike) -> tuple[int, int]:
+    """Returns (height, width) of the upright image in pixels; reads only the file's header.
+
+    Raises:
+        UserError: the file is missing, not an image, or has more than 8 bits a channel.
+    """
+    message = "is not an image ({}): replace it or take it out of its list."
+    with _image_errors(path, message), epath.Path(path).open("rb") as stream:
+        file = _ImageFile(stream)
+    _check_bit_depth(path, file)
+    return file.size
+
+
+def _check_bit_depth(path: epath.PathLike, file: _ImageFile) -> None:
+    if file.has_more_than_8_bits:
+        raise UserError(
+            f"{path} has more than 8 bits a channel (mode {file.raw_mode}): convert it to 8 bits, "
+            "with the range that suits your images.",
+            code="image-depth-unsupported",
+        )
+
+
+def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the upright RGB image of a file in any mode; grey is repeated, alpha dropped.
+
+    Raises:
+        UserError: the file is missing or damaged, or has more than 8 bits a channel.
+    """
+    file, image = _decode(path)
+    _check_bit_depth(path, file)
+    return np.asarray(image.convert("RGB"))
+
+
+# Pillow multiplies the values of grey images of less than 8 bits by these factors.
+_GREY_SCALE_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+
+
+def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
+    """Returns the values stored in a mask file: palette indices or grey levels."""
+    file, image = _decode(path)
+    values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    # Some TIFF files hold signed integers. Cut to 8 bits, -1 would become IGNORE.
+    if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
+        values = values.astype(np.uint8)
+    elif image.mode not in ("1", "L", "P"):
+        raise UserError(
+            f"{path} holds colours or values outside 0 to 255 (mode {image.mode}) where class "
+            "ids are expected: save masks as palette or grey PNGs whose values are the class ids.",
+            code="mask-mode-unsupported",
+        )
+    factor = _GREY_SCALE_FACTORS.get(file.raw_mode)
+    return values // factor if factor else values
+
+
+def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
+    """Reads a label map: class ids and IGNORE.
+
+    Args:
+        path: a palette or grey image; of a palette image the indices are read, not the colours.
+        table: from `id_table`.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds colours, or holds a value that is
+            neither a class nor ignored.
+    """
+    values = _read_mask_values(path)
+    if (table == UNKNOWN).any():
+        _check_values_known(path, _histogram(values), table)
+    return table.astype(np.uint8)[values]
+
+
+def count_classes(
+    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+) -> tuple[Int[np.ndarray, "256"], tuple[int, int]]:
+    """Counts the pixels of each class id and of IGNORE in a label map.
+
+    Returns:
+        The counts by class id, and (height, width) of the label map in pixels.
+
+    Raises:
+        UserError: as `read_mask`.
+    """
+    values = _read_mask_values(path)
+    value_counts = _histogram(values)
+    _check_values_known(path, value_counts, table)
+    class_counts = np.zeros(256, np.int64)
+    np.add.at(class_counts, table.astype(np.uint8), value_counts)
+    return class_counts, values.shape
+
+
+def _histogram(values: UInt8[np.ndarray, "h w"]) -> Int[np.ndarray, "256"]:
+    # Pillow counts bytes several times faster than NumPy.
+    return np.array(Image.fromarray(values).histogram())
+
+
+def _check_values_known(
+    path: epath.PathLike, value_counts: Int[np.ndarray, "256"], table: Int16[np.ndarray, "256"]
+) -> None:
+    """Raises a UserError that names the mask values without an entry in the id table."""
+    present = np.flatnonzero(value_counts)
+    unknown = present[table[present] == UNKNOWN]
+    if not len(unknown):
+        return
+    listing = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+    hint = ""
+    if IGNORE in unknown and len(present) <= 2:
+        hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
+    raise UserError(
+        f"{path} holds the values {listing}, which are neither a class nor ignored: give them "
+        f"in data.id_map or data.ignore_ids{hint}.",
+        code="mask-values-unknown",
+    )
+
+
+def encode_mask(
+    mask: UInt8[np.ndarray, "h w"],
+    palette: Sequence[Sequence[int]],
+    text: dict[str, str] | None = None,
+) -> bytes:
+    """Encodes a label map as a palette PNG, with `text` in its text chunks."""
+    image = Image.fromarray(mask)
+    image.putpalette(full_palette(palette).tobytes())
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    buffer = io.BytesIO()
+    # bits=8: Pillow would pack few classes into fewer bits, which some readers scale. Label maps
+    # consist of runs of one value. Run-length compression takes a quarter of the time of the
+    # default, for files that are a quarter larger.
+    options: Any = {"bits": 8, "compress_type": zlib.Z_RLE}
+    image.save(buffer, "PNG", pnginfo=chunks, **options)
+    return buffer.getvalue()
+
+
+def read_png_text(path: epath.PathLike) -> dict[str, str]:
+    """Returns the text chunks of a label map written by `encode_mask`; decodes the whole image.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    _, image = _decode(path)
+    return {str(k): v for k, v in image.info.items() if isinstance(v, str)}

@@ -1,0 +1,1 @@
+"""The data sets: where each keeps its images and masks."""

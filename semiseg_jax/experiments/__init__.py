@@ -1,0 +1,1 @@
+"""The paper's tables: their runs, sweeps over seeds, and tables of results."""

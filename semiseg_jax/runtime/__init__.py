@@ -1,0 +1,1 @@
+"""Process-level services: command line, files, processes, signals, settings of XLA."""

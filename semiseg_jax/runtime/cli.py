@@ -1,0 +1,278 @@
+"""The command line of the programs: flags, one-line errors, and the set-up of a process."""
+
+import contextlib
+import itertools
+import logging as python_logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from semiseg_jax.runtime import malloc, multihost, paths, preemption, xla
+from semiseg_jax.runtime.errors import UserError, first_line
+
+# ---------------------------------------------------------------- flags
+
+
+def define_config_flag(description: str) -> flags.FlagHolder:
+    """Defines the flag --config, which brings --config.key for every key of the config.
+
+    Args:
+        description: what the command does with the config, for --help.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        f"{description}, such as configs/streets.py; --config.key=value changes a key of it. "
+        "configs/default.py documents every key.",
+        lock_config=True,
+    )
+    # --help lists the flags of the module that was started.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
+
+
+def define_process_flags() -> None:
+    """Defines the flags that connect several processes; see `initialize_multihost`."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where a run has several processes; else $SEMISEG_COORDINATOR. A "
+        "TPU pod and a Slurm step need none of these three.",
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are; else $SEMISEG_NUM_PROCESSES."
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "Which of them this is, from 0 on; else $SEMISEG_PROCESS_ID."
+    )
+    for name in ("coordinator", "num_processes", "process_id"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags of a command without a config; exits with one sentence on a wrong flag.
+
+    Returns:
+        The arguments that are not flags; the first is the program.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"Error: {str(error).strip()}; --help has the flags.")
+
+
+def parse_flags_and_config(argv: list[str]) -> list[str]:
+    """Parses the flags and loads the config; exits with one sentence on a wrong flag or config.
+
+    Returns:
+        The arguments that are not flags; the first is the program.
+    """
+    files = _config_files(argv)
+    _require_config_files(files)
+    try:
+        positional = flags.FLAGS(argv)
+        config = flags.FLAGS.config
+        # ml_collections raises an OSError of the config file at the first access to a key.
+        getattr(config, "seed", None)
+    except Exception as error:  # A config file may raise anything.
+        # If the config is named in a --flagfile, argv does not contain its path.
+        sys.exit(f"Error: {_format_flag_error(error, files[-1] if files else 'given')}")
+    if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
+        sys.exit(f"Error: {_format_not_a_config(type(config).__name__)}")
+    return positional
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    """Returns the paths in the values of --config, without the argument after the colon."""
+    values = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-config")]
+    values += [a.partition("=")[2] for a in argv if re.match("--?config=", a)]
+    return [value.partition(":")[0] for value in values]
+
+
+def _require_config_files(files: list[str]) -> None:
+    """Exits with one sentence if a config file does not exist.
+
+    ml_collections would report it only at the first access to a key.
+    """
+    for file in files:
+        path = Path(file)
+        if not file:
+            sys.exit("Error: --config is empty: name a file, such as configs/streets.py.")
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "is missing"
+            sys.exit(f"Error: The config {path} {problem}: configs/ has those there are.")
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _format_flag_error(error: BaseException, file: str) -> str:
+    """Returns the sentence for an error in the flags or in the config file at the path `file`."""
+    error = _original_error(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if sentence := _format_unknown_key(error, frames[-1].f_globals["__name__"]):
+        return sentence
+    if any(frame.f_code.co_qualname == "ConfigFileFlagParser.parse" for frame in frames):
+        reason = f"The config file {file} raises {type(error).__name__}: {first_line(error)}"
+    elif isinstance(error, flags.Error):
+        reason = first_line(error)
+    # If get_config does not return a config, looking up --config.key fails at its first part.
+    elif match := re.search(r"<class '(\w+)'>\.(\w+) .* lookup: \2\b", str(error)):
+        return _format_not_a_config(match.group(1))
+    else:
+        return (
+            "A --config.key asks for a part that its value does not have: configs/default.py has "
+            "every key."
+        )
+    return f"{reason}; configs/default.py documents every key, --help the flags."
+
+
+def _original_error(error: BaseException) -> BaseException:
+    """Returns the exception of a config file that ml_collections and absl wrapped in theirs."""
+    inner = error.__cause__ or error.__context__
+    wrappers = "flag --config=|Error whilst parsing config file|Configuration is not available"
+    return _original_error(inner) if inner and re.match(wrappers, str(error)) else error
+
+
+def _format_unknown_key(error: BaseException, module: str) -> str | None:
+    """Returns the sentence for an unknown config key, None for any other error.
+
+    Args:
+        error: the original error.
+        module: name of the module that raised it.
+    """
+    # ml_collections writes 'stepz' for an override, and Key "stepz" for a config file.
+    pattern = r"\W*(?:Key \"|')(\w+)\\?[\"'](?:.*Did you mean \"(\w+)\")?"
+    match = re.match(pattern, str(error), re.DOTALL)
+    # A failed lookup in the user's own code has the same type and text.
+    is_lookup = isinstance(error, AttributeError | KeyError)
+    if not (match and is_lookup and module.startswith("ml_collections")):
+        return None
+    key, near = match.groups()
+    hint = f"did you mean {near}?" if near else "configs/default.py has every key."
+    return f"There is no config key {key}: {hint}"
+
+
+def _format_not_a_config(type_name: str) -> str:
+    """Returns the sentence for a config file whose get_config returns another type."""
+    returned = "nothing" if type_name == "NoneType" else type_name
+    return (
+        f"get_config of the config file returns {returned}: have it return the config that "
+        "configs.default.get_config() gives."
+    )
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns UserError and Preempted into an exit with one sentence; ends the other processes too.
+
+    The exit status is preemption.EXIT_STATUS after a preemption.
+    """
+    try:
+        with multihost.fail_together({preemption.Preempted: preemption.EXIT_STATUS}):
+            yield
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except preemption.Preempted:
+        if multihost.is_main():
+            print("Interrupted: start the same command again to go on.", file=sys.stderr)
+        sys.exit(preemption.EXIT_STATUS)
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def start_command(argv: list[str]) -> None:
+    """Sets the log levels of the libraries; exits with one sentence on a positional argument.
+
+    Args:
+        argv: the return value of `parse_flags` or `parse_flags_and_config`.
+    """
+    # The user reads our lines; libraries log warnings and errors only, unless --verbosity is given.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+        python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+        # Orbax logs the failures of its threads here; the caller reports them in one sentence.
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    if len(argv) > 1:
+        sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+
+
+def start_command_with_config(argv: list[str]) -> str:
+    """Starts a command as `start_command` does; exits with one sentence if --config is missing.
+
+    Args:
+        argv: the return value of `parse_flags_and_config`.
+
+    Returns:
+        The value of --config: the path, and the argument after a colon if there is one.
+    """
+    start_command(argv)
+    if not flags.FLAGS["config"].present:
+        sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+@contextlib.contextmanager
+def setup_run(config: Any, check: Callable[[Any], None]) -> Iterator[None]:
+    """Prepares JAX for a run and turns user errors into one-line exits.
+
+    Sets malloc, the platform and the compilation cache before JAX starts its backend, checks the
+    config, and connects the processes that the command line or the cluster names.
+
+    Args:
+        config: the whole config.
+        check: raises UserError if the config is invalid.
+    """
+    on_cpu = xla.runs_on_cpu()
+    if on_cpu:
+        malloc.disable_malloc_trim()
+    # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
+    # TensorFlow first, because other packages would import it with its start-up messages.
+    from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
+
+    with exit_on_user_error():
+        check(config)
+        if on_cpu:
+            xla.force_cpu()
+        xla.enable_compilation_cache(paths.cache_dir(config.data) / "compiled")
+        initialize_multihost(on_cpu)
+        yield
+
+
+def initialize_multihost(on_cpu: bool) -> None:
+    """Connects this process to the others of the run, before JAX starts its backend.
+
+    Flags take precedence over the SEMISEG_ environment variables; without both the cluster's own
+    environment decides, see `multihost.initialize`.
+
+    Args:
+        on_cpu: whether the CPU computes.
+
+    Raises:
+        UserError: the flags and variables contradict each other, or a variable is not a number.
+    """
+
+    def int_setting(name: str) -> int | None:
+        variable = f"SEMISEG_{name.upper()}"
+        value = os.environ.get(variable)
+        if flags.FLAGS[name].present or not value:
+            return flags.FLAGS[name].value
+        if not re.fullmatch(r"-?\d+", value):
+            raise UserError(
+                f"{variable}={value} is not a whole number.",
+                code="flag-not-an-integer",
+            )
+        return int(value)
+
+    coordinator = flags.FLAGS["coordinator"].value or os.environ.get("SEMISEG_COORDINATOR") or None
+    multihost.initialize(
+        coordinator, int_setting("num_processes"), int_setting("process_id"), on_cpu
+    )

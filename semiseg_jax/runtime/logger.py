@@ -1,0 +1,67 @@
+"""The lines that a run prints to its user: one logger for the whole package.
+
+    from semiseg_jax.runtime.logger import logger, log_prefix
+
+    with log_prefix("[2/6] student 1: "):
+        logger.info("500 steps")
+
+Lines go to standard output, in process 0 alone. The prefix belongs to the process, not to a thread:
+a run works on one stage at a time, and the threads that it starts log lines of that stage.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from semiseg_jax.runtime import multihost
+
+logger = logging.getLogger("semiseg_jax")
+
+_prefix = ""
+_captured: list[str] | None = None
+
+
+@contextlib.contextmanager
+def log_prefix(prefix: str) -> Iterator[None]:
+    """Puts `prefix` in front of every line that is logged inside."""
+    global _prefix
+    before, _prefix = _prefix, prefix
+    try:
+        yield
+    finally:
+        _prefix = before
+
+
+@contextlib.contextmanager
+def capture_lines() -> Iterator[list[str]]:
+    """Collects the lines that are logged inside in a list, instead of printing them."""
+    global _captured
+    before, _captured = _captured, []
+    try:
+        yield _captured
+    finally:
+        _captured = before
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records through rich, which wraps no line and finds standard output at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record in process 0, or adds it to the lines that `capture_lines` collects."""
+        line = _prefix + record.getMessage()
+        if _captured is not None:
+            _captured.append(line)
+        elif multihost.is_main():
+            self._console.print(line, markup=False)
+
+
+# absl's handler at the root would print each line a second time, to standard error.
+logger.propagate = False
+logger.setLevel(logging.INFO)
+logger.addHandler(_ConsoleHandler())

@@ -1,0 +1,91 @@
+"""Stopping on request: after SIGTERM or SIGINT a run stops where the same command can go on.
+
+Preemptible machines send SIGTERM some seconds before they are taken away; a person presses Ctrl-C.
+The request is a property of the process: loops call `should_stop` or `raise_if_stopping` where they
+can stop, and no function passes a flag along. Several processes agree on a call and not on a step,
+because labelling and evaluation loops stop too and have no step: all processes run the same loops,
+so the n-th call is the same place in each of them.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from semiseg_jax.runtime import multihost
+
+# EX_TEMPFAIL of sysexits.h: a temporary failure, try again.
+EXIT_STATUS = 75
+
+
+class Preempted(Exception):  # noqa: N818 - nothing is wrong
+    """The run stopped on request; all finished work is on disk."""
+
+
+_condition: Callable[[], bool] | None = None
+
+
+def should_stop() -> bool:
+    """Whether the run is to stop at this point.
+
+    With several processes the answer is the same in all of them, and each must ask equally often.
+    """
+    return _condition is not None and _condition()
+
+
+def raise_if_stopping() -> None:
+    """Ends the run here if it is to stop.
+
+    Raises:
+        Preempted: it is.
+    """
+    if should_stop():
+        raise Preempted
+
+
+@contextlib.contextmanager
+def stop_when(condition: Callable[[], bool]) -> Iterator[None]:
+    """Makes `should_stop` return what `condition` returns, until the context ends."""
+    global _condition
+    before, _condition = _condition, condition
+    try:
+        yield
+    finally:
+        _condition = before
+
+
+@contextlib.contextmanager
+def install_signal_handlers() -> Iterator[None]:
+    """Stops the run after the first SIGTERM or SIGINT; a second signal ends the process at once.
+
+    With several processes a signal to one of them is enough, and all stop at the same point.
+    """
+    with _record_signals() as received, stop_when(multihost.agree_to_stop(lambda: bool(received))):
+        yield
+
+
+@contextlib.contextmanager
+def _record_signals() -> Iterator[list[int]]:
+    """Installs this process's handlers; yields the list to which they add the signals."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    received: list[int] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        # The default action kills the process even while the interpreter is waiting.
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        print(
+            f"{signal.Signals(number).name}: stopping as soon as what is under way is saved; once "
+            "more to end at once.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    before = {each: signal.signal(each, record) for each in signals}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

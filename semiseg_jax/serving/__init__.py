@@ -1,0 +1,1 @@
+"""Use of a trained model: prediction, tiling and export."""

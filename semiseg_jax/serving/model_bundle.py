@@ -1,0 +1,302 @@
+"""The model that a run writes to WORKDIR/model: network, weights and description.
+
+No other file of the run is read, so that a copy of the folder works without the run and its data.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.models import deeplab, weight_files
+from semiseg_jax.results import ResultRow
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.shape_buckets import ShapeBuckets, Size, has_few_sizes, pad_size
+from semiseg_jax.train_state import Variables, inference_variables, variable_shapes
+
+FOLDER = "model"
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "model.json"
+# Format number of model.json; increased if a reader of the earlier format would misread the file.
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBundle:
+    """A trained network with everything that inference needs.
+
+    Attributes:
+        model: the network, applied with domain="weak" and train=False; has `mean`, `std` and
+            `align_corners`.
+        variables: NumPy arrays; the weak norm alone.
+        classes: class names in id order.
+        palette: (R, G, B) of each class.
+        model_config: `config.model` of the run, resolved.
+        pad_value: RGB of the padding at the right and bottom of images.
+        pad_to: multiple to which the sides of images are padded in sets with many sizes, in
+            pixels; 1 for no padding (`config.eval.pad_to`).
+        exact_sizes: (height, width) of the evaluation images in pixels, if they were not padded.
+        batch: number of images per batch in the evaluation (`config.eval.batch`).
+        largest_pixels: number of pixels of the largest evaluation image, with padding.
+        protocol: evaluation protocol of the mIoU.
+        description: the content of model.json.
+    """
+
+    model: nn.Module
+    variables: Variables
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    model_config: ConfigDict
+    pad_value: UInt8[np.ndarray, "3"]
+    pad_to: int
+    exact_sizes: frozenset[Size]
+    batch: int
+    largest_pixels: int
+    protocol: EvalProtocol
+    description: Mapping[str, Any]
+
+
+def describe(
+    model_config: Any,
+    eval_config: Any,
+    classes: tuple[str, ...],
+    palette: tuple[tuple[int, int, int], ...],
+    trained_on: Mapping[str, Any],
+    row: ResultRow,
+    evaluated_sizes: Collection[Size] = (),
+) -> dict[str, Any]:
+    """Returns the content of model.json, from which `load` builds the network.
+
+    Args:
+        model_config: `config.model` of the network, resolved.
+        eval_config: `config.eval`.
+        classes, palette: of the data set.
+        trained_on: name of the training data and numbers of images.
+        row: result row of the network.
+        evaluated_sizes: (height, width) of the evaluation images in pixels.
+    """
+    pad_to = row.protocol.pad_to
+    is_exact = pad_to == 1 and has_few_sizes(evaluated_sizes)
+    largest_pixels = max((math.prod(pad_size(s, pad_to)) for s in evaluated_sizes), default=0)
+    mean, std = deeplab.INPUT_NORMALIZATIONS[model_config.input_normalization]
+    corners = "corners aligned" if model_config.align_corners else "half-pixel centres"
+    return {
+        "format": FORMAT,
+        "classes": list(classes),
+        "palette": [list(colour) for colour in palette],
+        "model": model_config.to_dict(),
+        "preprocessing": {
+            "input": "RGB, 0 to 255, upright as the EXIF orientation says",
+            "mean": list(mean),
+            "std": list(std),
+            "resize": f"bilinear, {corners}, no antialiasing; sizes are rounded",
+            "padding": "at the right and the bottom",
+            "padding_colour": deeplab.input_mean(model_config).tolist(),
+            "pad_to": eval_config.pad_to,
+            "exact_sizes": sorted(map(list, evaluated_sizes)) if is_exact else [],
+        },
+        "trained_on": dict(trained_on),
+        "miou": row.miou,
+        "iou": list(row.iou),
+        "protocol": row.protocol.to_json(),
+        "batch": eval_config.batch,
+        "largest_pixels": largest_pixels,
+    }
+
+
+def load(workdir: epath.PathLike) -> ModelBundle:
+    """Loads the model of a finished run.
+
+    Args:
+        workdir: folder of the run, or any other folder with a copy of its model/.
+
+    Raises:
+        UserError: the run has not finished, or its model/ is damaged, of another version, or
+            inconsistent.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    for name in (WEIGHTS, DESCRIPTION):
+        if not (folder / name).exists():
+            raise UserError(
+                f"{workdir} has no {FOLDER}/{name}: a run writes it when it ends; start "
+                "semiseg_jax.main again with this workdir to end it, or correct --workdir.",
+                code="model-bundle-missing",
+            )
+    description = _read_description(folder / DESCRIPTION)
+    try:
+        model_config = ConfigDict(description["model"]).lock()
+        classes = tuple(map(str, description["classes"]))
+        model = deeplab.build(model_config, len(classes))
+        shapes = inference_variables(variable_shapes(model))
+        preprocessing = description["preprocessing"]
+        fields: dict[str, Any] = {
+            "model": model,
+            "classes": classes,
+            "palette": tuple((int(r), int(g), int(b)) for r, g, b in description["palette"]),
+            "model_config": model_config,
+            "pad_value": np.asarray(preprocessing["padding_colour"], np.uint8),
+            "pad_to": int(preprocessing["pad_to"]),
+            "exact_sizes": frozenset((int(h), int(w)) for h, w in preprocessing["exact_sizes"]),
+            "batch": int(description["batch"]),
+            "largest_pixels": int(description["largest_pixels"]),
+            "protocol": EvalProtocol.from_json(description["protocol"]),
+            "description": description,
+        }
+        normalization = preprocessing["mean"], preprocessing["std"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _format_error(folder / DESCRIPTION, f"{type(error).__name__}: {error}") from error
+    num_colours = len(fields["palette"])
+    if normalization != ([*model.mean], [*model.std]) or num_colours != len(classes):
+        raise _format_error(folder / DESCRIPTION, "its parts contradict each other")
+    return ModelBundle(variables=_read_weights(folder, shapes, description), **fields)
+
+
+def _read_description(path: epath.Path) -> dict[str, Any]:
+    """Returns the content of model.json.
+
+    Raises:
+        UserError: the file is unreadable or of another format.
+    """
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): start the run's command again, which writes it "
+            "anew.",
+            code="model-description-damaged",
+        ) from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise _format_error(path, f"format {FORMAT} is known")
+    return description
+
+
+def _format_error(path: epath.Path, reason: str) -> UserError:
+    """Returns the error for a model.json that cannot be interpreted."""
+    return UserError(
+        f"{path} is not of a form that is known here ({reason}): start the run's command again "
+        "with this version of semiseg_jax, which writes it anew.",
+        code="model-bundle-format-unknown",
+    )
+
+
+def _read_weights(folder: epath.Path, shapes: Variables, description: dict[str, Any]) -> Variables:
+    """Returns the weights as a tree of NumPy arrays.
+
+    Args:
+        folder: the folder model/.
+        shapes: the variables of the network, with the required shapes and dtypes.
+        description: the content of model.json.
+
+    Raises:
+        UserError: the file is damaged, or the weights are of another model.
+    """
+    path = folder / WEIGHTS
+    file = weight_files.read(path)
+    # Users may edit the class names and colours in model.json, so these are not compared.
+    for key in ("model", "protocol", "miou"):
+        if file.description.get(key) != description[key]:
+            raise UserError(
+                f"{path} and {DESCRIPTION} beside it are of two models, which differ in {key}: "
+                "start the run's command again, which writes both anew.",
+                code="model-weights-of-another-model",
+            )
+    expected = traverse_util.flatten_dict(shapes, sep="/")
+    for name in sorted(expected.keys() | file.tensors.keys()):
+        stored, required = (
+            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
+            for tree in (file.tensors, expected)
+        )
+        if stored != required:
+            raise UserError(
+                f"{path} holds {stored} as {name} where the network of {DESCRIPTION} has "
+                f"{required}: start the run's command again, which writes both anew.",
+                code="model-weights-of-another-shape",
+            )
+    return traverse_util.unflatten_dict(dict(file.tensors), sep="/")
+
+
+# Default of the number of pixels that a device processes at a time, padding included. It is larger
+# if the evaluation processed more.
+DEFAULT_MAX_PIXELS = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceConfig:
+    """Settings of inference; `evaluation_config` returns those of the model's evaluation.
+
+    Attributes:
+        scales, flip, window, window_stride: as in `Predictor`.
+        pad_to: multiple to which the sides of every image are padded, in pixels; 1 for no
+            padding; None for the padding rule of the evaluation (see `make_shape_buckets`).
+        batch: largest number of images per batch, rounded up to a multiple of the number of
+            devices.
+        max_pixels: pixels that a device processes at a time; larger images are split into tiles.
+    """
+
+    scales: tuple[float, ...]
+    flip: bool
+    window: tuple[int, ...]
+    window_stride: tuple[int, ...]
+    pad_to: int | None
+    batch: int
+    max_pixels: int
+
+
+def evaluation_config(bundle: ModelBundle, num_devices: int) -> InferenceConfig:
+    """Returns the settings of the evaluation, with which the model's mIoU is valid.
+
+    Args:
+        bundle: the model.
+        num_devices: of this machine; the evaluation may have used another number.
+    """
+    protocol = bundle.protocol
+    window = protocol.window if isinstance(protocol.window, Mapping) else {"size": (), "stride": ()}
+    batch = mesh_lib.round_up_batch(bundle.batch, num_devices)
+    return InferenceConfig(
+        scales=protocol.scales,
+        flip=protocol.flip,
+        window=tuple(window["size"]),
+        window_stride=tuple(window["stride"]),
+        pad_to=None,
+        batch=batch,
+        max_pixels=max(DEFAULT_MAX_PIXELS, batch // num_devices * bundle.largest_pixels),
+    )
+
+
+def make_shape_buckets(
+    bundle: ModelBundle, config: InferenceConfig, sizes: Collection[Size], num_devices: int
+) -> ShapeBuckets:
+    """Returns the array shapes for a set of images.
+
+    Args:
+        bundle: the model.
+        config: the settings of inference.
+        sizes: (height, width) of every image, in pixels.
+        num_devices: of this machine.
+    """
+    exact_sizes: Collection[Size] | None = None
+    if config.pad_to is not None:
+        pad_to = config.pad_to
+    elif bundle.protocol.pad_to > 1:
+        # All evaluation images were padded.
+        pad_to = bundle.protocol.pad_to
+    else:
+        pad_to, exact_sizes = bundle.pad_to, bundle.exact_sizes
+    return ShapeBuckets(
+        sizes,
+        pad_to=pad_to,
+        exact_sizes=exact_sizes,
+        max_pixels=config.max_pixels,
+        batch_size=config.batch,
+        num_devices=num_devices,
+    )

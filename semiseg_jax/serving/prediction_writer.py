@@ -1,0 +1,329 @@
+"""Predicts the label maps of images with the model of a run, and writes them.
+
+    OUTPUT/predictions.json            model, protocol and unreadable images
+    OUTPUT/NAME.png                    class ids; palette PNG in the colours of the classes
+    OUTPUT/overlays/NAME.jpg           the image overlaid with its classes, with a legend
+    OUTPUT/probabilities/NAME.npz      class probabilities (optional)
+
+NAME is the path of the image in the input folder, without its suffix.
+"""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax import workdir
+from semiseg_jax.data import image_io, input_pipeline, visualize
+from semiseg_jax.data.dataset import Dataset, Example
+from semiseg_jax.data.input_pipeline import ImageBatch
+from semiseg_jax.inference import Predictor, pipelined_map
+from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.serving import model_bundle, tiling
+from semiseg_jax.serving.inputs import RECORD
+from semiseg_jax.serving.model_bundle import ModelBundle
+from semiseg_jax.shape_buckets import ShapeBuckets, Size
+
+OVERLAYS, PROBABILITIES = "overlays", "probabilities"
+# A damaged header may contain any size; cameras and scanners make no larger images.
+MAX_READ_PIXELS = 2**29
+
+
+@dataclasses.dataclass(frozen=True)
+class _LargeImage:
+    """An image that is predicted in tiles, and the arrays that the tiles' results are written to.
+
+    Attributes:
+        id: name of the output files.
+        image: RGB.
+        classes: class ids.
+        levels: class probabilities as 0..255; without classes if they are not written.
+    """
+
+    id: str
+    image: visualize.Picture
+    classes: UInt8[np.ndarray, "h w"]
+    levels: UInt8[np.ndarray, "h w classes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TileBatch:
+    """A batch of tiles of one large image; a batch that is not full ends with empty tiles.
+
+    Attributes:
+        source: the large image.
+        image: RGB of the tiles, padded.
+        tiles: (vertical, horizontal) position of each tile.
+        is_last: whether the other tiles of the image are in earlier batches.
+    """
+
+    source: _LargeImage
+    image: UInt8[np.ndarray, "n th tw 3"]
+    tiles: Sequence[tuple[tiling.Tile1D, ...]]
+    is_last: bool
+
+
+class PredictionWriter:
+    """Predicts images and writes label maps, overlays and probabilities."""
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        protocol: model_bundle.InferenceConfig,
+        mesh: Mesh,
+        output: epath.PathLike,
+        overlays: bool = True,
+        probabilities: bool = False,
+    ):
+        """Copies the weights to the devices.
+
+        Args:
+            bundle: the model.
+            protocol: the settings of inference.
+            mesh: the images of a batch are split over it.
+            output: the folder to write to.
+            overlays: whether to write overlays.
+            probabilities: whether to write class probabilities.
+        """
+        self._bundle = bundle
+        self._protocol = protocol
+        self._mesh = mesh
+        self._output = epath.Path(output)
+        self._overlays = overlays
+        self._probabilities = probabilities
+        self._predictor = Predictor(
+            bundle.model,
+            mesh,
+            protocol.scales,
+            protocol.flip,
+            window=protocol.window,
+            window_stride=protocol.window_stride,
+        )
+        self._variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
+        self._quantize = jax.jit(self._quantize_outputs)
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, str]:
+        """Predicts the images and writes the results, replacing files of an earlier call.
+
+        Args:
+            examples: the images; their ids are the names of the output files.
+            progress: called with the number of images, unreadable ones included, that have been
+                processed since the last call.
+
+        Returns:
+            The error message of each unreadable image, by the path of its file.
+
+        Raises:
+            UserError: the output folder cannot be written.
+            Preempted: the command must stop; the files written so far remain.
+        """
+        self._write_record({"ended": False})
+        fileio.remove_leftovers(self._output)
+        errors: dict[str, str] = {}
+
+        def on_read_error(example: Example, error: UserError) -> None:
+            errors[example.image] = str(error)
+            progress(1)
+
+        image_sizes = _read_sizes(examples, on_read_error)
+        buckets = model_bundle.make_shape_buckets(
+            self._bundle, self._protocol, list(image_sizes.values()), self._mesh.size
+        )
+        tile_sizes = {image: buckets.tile_size(size) for image, size in image_sizes.items()}
+        # Sorted by size, so that few images wait in memory for others of their size.
+        readable = sorted(
+            (e for e in examples if e.image in image_sizes),
+            key=lambda e: (buckets.padded_size(tile_sizes[e.image]), e.id),
+        )
+        small = [e for e in readable if tile_sizes[e.image] == image_sizes[e.image]]
+        large = [e for e in readable if tile_sizes[e.image] != image_sizes[e.image]]
+        batches = self._image_batches(small, image_sizes, buckets, on_read_error)
+        for batch in pipelined_map(batches, self._dispatch, self._write_batch):
+            progress(len(batch.ids))
+        tile_batches = self._tile_batches(large, buckets, on_read_error)
+        for tile_batch in pipelined_map(tile_batches, self._dispatch, self._write_tiles):
+            progress(int(tile_batch.is_last))
+        # Sorted, because the reading threads report errors in any order.
+        errors = dict(sorted(errors.items()))
+        self._write_record({"ended": True, "images": len(examples) - len(errors), "broken": errors})
+        return errors
+
+    def _write_record(self, progress: dict[str, Any]) -> None:
+        """Writes predictions.json; the first call also checks that the folder is writable."""
+        bundle = self._bundle
+        content = {
+            "classes": list(bundle.classes),
+            "palette": [list(colour) for colour in bundle.palette],
+            "protocol": dataclasses.asdict(self._protocol),
+            "as_evaluated": self._protocol
+            == model_bundle.evaluation_config(bundle, self._mesh.size),
+            "model": {k: bundle.description[k] for k in ("trained_on", "miou", "protocol")},
+            "code_version": workdir.code_version(),
+        }
+        text = json.dumps(content | progress, indent=1) + "\n"
+        fileio.write_bytes(self._output / RECORD, text.encode())
+
+    def _image_batches(
+        self,
+        examples: Sequence[Example],
+        image_sizes: Mapping[str, Size],
+        buckets: ShapeBuckets,
+        on_read_error: input_pipeline.OnReadError,
+    ) -> Iterator[ImageBatch]:
+        """Returns the batches of the images that are predicted without tiles."""
+        bundle = self._bundle
+        table = image_io.id_table(len(bundle.classes))
+        dataset = Dataset("", bundle.classes, bundle.palette, table, (), tuple(examples), ())
+        return input_pipeline.batches_by_size(
+            examples,
+            [image_sizes[e.image] for e in examples],
+            dataset,
+            buckets.padded_size,
+            buckets.batch_size,
+            bundle.pad_value,
+            on_read_error,
+        )
+
+    def _tile_batches(
+        self,
+        examples: Sequence[Example],
+        buckets: ShapeBuckets,
+        on_read_error: input_pipeline.OnReadError,
+    ) -> Iterator[_TileBatch]:
+        """Yields the batches of the images that are predicted in tiles, image after image."""
+        num_classes = len(self._bundle.classes) if self._probabilities else 0
+        for example in examples:
+            try:
+                image = image_io.read_image(example.image)
+            except UserError as error:
+                on_read_error(example, error)
+                continue
+            size = image.shape[:2]
+            levels = np.zeros((*size, num_classes), np.uint8)
+            source = _LargeImage(example.id, image, np.zeros(size, np.uint8), levels)
+            tile_size = buckets.tile_size(size)
+            padded_size = buckets.padded_size(tile_size)
+            batch_size = buckets.batch_size(padded_size)
+            tiles = list(itertools.product(*map(tiling.tile_axis, size, tile_size)))
+            for first in range(0, len(tiles), batch_size):
+                members = tiles[first : first + batch_size]
+                pixels = np.empty((batch_size, *padded_size, 3), np.uint8)
+                pixels[:] = self._bundle.pad_value
+                for i, (down, across) in enumerate(members):
+                    rows = slice(down.start, down.start + tile_size[0])
+                    columns = slice(across.start, across.start + tile_size[1])
+                    pixels[i, : tile_size[0], : tile_size[1]] = image[rows, columns]
+                is_last = first + batch_size >= len(tiles)
+                yield _TileBatch(source, pixels, members, is_last)
+
+    def _dispatch(self, batch: ImageBatch | _TileBatch) -> tuple[Array, Array]:
+        """Starts the computation of a batch; returns as `_quantize_outputs` does."""
+        images = mesh_lib.shard_batch({"image": batch.image}, self._mesh)["image"]
+        return self._quantize(self._predictor(self._variables, images))
+
+    def _quantize_outputs(
+        self, probabilities: Float[Array, "n h w classes"]
+    ) -> tuple[UInt8[Array, "n h w"], UInt8[Array, "n h w _"]]:
+        """Returns class ids as evaluation computes them, and probabilities as 0..255.
+
+        The probabilities have no classes if they are not written.
+        """
+        classes = jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
+        levels = jnp.round(255 * probabilities).astype(jnp.uint8)
+        return classes, levels if self._probabilities else levels[..., :0]
+
+    def _write_batch(
+        self, batch: ImageBatch, outputs: tuple[Array, Array]
+    ) -> Iterator[Callable[[], None]]:
+        """Yields a function for each image of a batch that writes its files."""
+        classes, levels = map(np.asarray, outputs)
+        for i, name in enumerate(batch.ids):
+            height, width = batch.sizes[i]
+            region = (i, slice(height), slice(width))
+            yield functools.partial(
+                self._write, name, batch.image[region], classes[region], levels[region]
+            )
+
+    def _write_tiles(
+        self, batch: _TileBatch, outputs: tuple[Array, Array]
+    ) -> Iterable[Callable[[], None]]:
+        """Copies the middle of each tile to the image; returns its writer with the last batch."""
+        source = batch.source
+        for tile, *values in zip(batch.tiles, *map(np.asarray, outputs), strict=False):
+            in_image = tuple(slice(axis.low, axis.high) for axis in tile)
+            in_tile = tuple(slice(axis.low - axis.start, axis.high - axis.start) for axis in tile)
+            for target, value in zip((source.classes, source.levels), values, strict=True):
+                target[in_image] = value[in_tile]
+        if not batch.is_last:
+            return []
+        return [
+            functools.partial(self._write, source.id, source.image, source.classes, source.levels)
+        ]
+
+    def _write(
+        self,
+        name: str,
+        image: visualize.Picture,
+        classes: UInt8[np.ndarray, "h w"],
+        levels: UInt8[np.ndarray, "h w _"],
+    ) -> None:
+        """Writes the files of an image; the label map last."""
+        bundle = self._bundle
+        if self._overlays:
+            picture = visualize.with_legend(image, classes, bundle.classes, bundle.palette)
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=90)
+            fileio.write_bytes(
+                self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue(), sync=False
+            )
+        if self._probabilities:
+            buffer = io.BytesIO()
+            names = np.array(bundle.classes)
+            np.savez_compressed(buffer, probabilities=levels, classes=names)
+            fileio.write_bytes(
+                self._output / PROBABILITIES / f"{name}.npz", buffer.getvalue(), sync=False
+            )
+        png = image_io.encode_mask(classes, bundle.palette)
+        fileio.write_bytes(self._output / f"{name}.png", png, sync=False)
+
+
+def _read_sizes(
+    examples: Sequence[Example], on_read_error: input_pipeline.OnReadError
+) -> dict[str, Size]:
+    """Returns (height, width) in pixels by file, read from the headers of the readable files."""
+
+    def read_size(example: Example) -> Size | None:
+        try:
+            height, width = image_io.image_size(example.image)
+            if height * width > MAX_READ_PIXELS:
+                raise UserError(
+                    f"{example.image} is {width}x{height} by its header, more than the "
+                    f"{MAX_READ_PIXELS:,} pixels that are read: cut it into parts, if it is no "
+                    "damage.",
+                    code="image-too-large",
+                )
+        except UserError as error:
+            on_read_error(example, error)
+            return None
+        return height, width
+
+    with futures.ThreadPoolExecutor() as pool:
+        sizes = zip(examples, pool.map(read_size, examples), strict=True)
+        return {example.image: size for example, size in sizes if size is not None}

@@ -1,0 +1,189 @@
+"""Evaluates the stages of a run: which weights of a stage are reported, and its result rows."""
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from semiseg_jax import evaluate, stages
+from semiseg_jax.checkpoints import BestWeights, Candidate
+from semiseg_jax.compiled_model import CompiledModel
+from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.models.dsbn import DOMAINS
+from semiseg_jax.reporting import artifacts
+from semiseg_jax.results import ResultRow, Results
+from semiseg_jax.runtime import metric_writer, multihost
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.stages import Stage
+from semiseg_jax.train_state import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation on the reported set found.
+
+    Attributes:
+        step: where the stage stood.
+        variables: the weights that were evaluated.
+        score: of them.
+        images: what was drawn of the evaluation images.
+    """
+
+    step: int
+    variables: Variables
+    score: evaluate.Score
+    images: artifacts.PredictionSink
+
+
+class StageEvaluator:
+    """Evaluates the stages of a run and writes their result rows.
+
+    Attributes:
+        results: the rows of results.json.
+    """
+
+    def __init__(self, config: Any, workdir: epath.Path, dataset: Dataset, mesh: Mesh):
+        self.results = Results(workdir / "results.json")
+        self._config = config
+        self._workdir = workdir
+        self._dataset = dataset
+        self._mesh = mesh
+        # The reported set is then also the set that weights are selected on.
+        self._selects_on_reported = config.eval.select == "reported"
+
+    def protocol(self, model: CompiledModel) -> EvalProtocol:
+        """The protocol of the evaluations of this run; a part of each row."""
+        return EvalProtocol.of_run(self._config, self._dataset, model.evaluate.pad_to)
+
+    def find_row(
+        self, stage: Stage, model: CompiledModel, step: int | None = None
+    ) -> ResultRow | None:
+        """The row of a stage at a step (its end unless given) by the present protocol, if any."""
+        protocol = self.protocol(model)
+        key = (stage.kind, stage.round, stage.steps if step is None else step)
+        rows = self.results.rows if step is None else self.results.curve
+        return next(
+            (
+                row
+                for row in rows
+                if (row.stage, row.round, row.step) == key and row.protocol.is_comparable(protocol)
+            ),
+            None,
+        )
+
+    def evaluate_at(
+        self, stage: Stage, model: CompiledModel, step: int, variables: Variables
+    ) -> None:
+        """Evaluates at a step inside a stage, unless the row of that step exists."""
+        best = self._best_weights(stage)
+        # Where rows select the weights, a row that an earlier process wrote is not reused: its
+        # weights may differ from those of this process in the last bits.
+        row = None if best and self._selects_on_reported else self.find_row(stage, model, step)
+        if row is None:
+            row = self._record(stage, model, self._evaluate(stage, model, step, variables))
+        if best:
+            by_row = self._selects_on_reported
+            best.update(step, row.miou if by_row else model.select(variables).miou, variables)
+
+    def evaluate_final(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
+        """Evaluates a stage at its end and writes its row.
+
+        Args:
+            stage: that has been trained.
+            model: its network.
+            last: the weights after its last step.
+
+        Returns:
+            The reported weights, by `eval.select`.
+        """
+        variables, evaluation = last, None
+        if best := self._best_weights(stage):
+            if self._selects_on_reported:
+                evaluation = self._evaluate(stage, model, stage.steps, last)
+            miou = evaluation.score.miou if evaluation else model.select(last).miou
+            best.update(stage.steps, miou, last)
+            selected = self._selected(best, model)
+            variables = selected.variables
+            if selected.step != stage.steps:
+                evaluation = None
+        if evaluation is None:
+            evaluation = self._evaluate(stage, model, stage.steps, variables)
+        self._record(stage, model, evaluation)
+        return variables
+
+    def ensure_evaluated(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
+        """Returns the reported weights of a finished stage; evaluates it if its row is missing."""
+        best = self._best_weights(stage)
+        variables = self._selected(best, model).variables if best else last
+        if self.find_row(stage, model) is None:
+            self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
+        return variables
+
+    def record_imported(
+        self, stage: Stage, model: CompiledModel, variables: Variables, source: Candidate | None
+    ) -> None:
+        """Writes the row of a stage that another run trained.
+
+        Args:
+            stage, model: of this run.
+            variables: the reported weights, for this run's network.
+            source: how the other run selected them; None where they are its last weights.
+        """
+        if source and (best := self._best_weights(stage)):
+            best.write(dataclasses.replace(source, variables=variables))
+        self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
+
+    def weights_step(self, stage: Stage) -> int:
+        """The step of the reported weights of a stage that has ended."""
+        best = self._best_weights(stage)
+        return best.step if best else stage.steps
+
+    def _best_weights(self, stage: Stage) -> BestWeights | None:
+        """Where the best weights of a stage are stored; None if its last weights are reported."""
+        config = self._config.eval
+        return None if config.select == "last" else BestWeights(stage.folder, config.every)
+
+    def _selected(self, best: BestWeights, model: CompiledModel) -> Candidate:
+        selected = best.load(model.shapes, self._mesh)
+        logger.info(
+            f"its weights of step {selected.step} count, mIoU {100 * selected.miou:.2f} where "
+            "chosen"
+        )
+        return selected
+
+    def _evaluate(
+        self, stage: Stage, model: CompiledModel, step: int, variables: Variables
+    ) -> Evaluation:
+        """Evaluates weights of a stage; at its end all images of the report are drawn."""
+        final = step == stage.steps
+        images = artifacts.PredictionSink(self._workdir, stage.folder, self._dataset, final)
+        score = model.evaluate(variables, images.shown, images)
+        return Evaluation(step, variables, score, images)
+
+    def _record(self, stage: Stage, model: CompiledModel, evaluation: Evaluation) -> ResultRow:
+        """Writes what an evaluation found: its row, metrics, and files for the report."""
+        step, score = evaluation.step, evaluation.score
+        final = step == stage.steps
+        protocol = self.protocol(model)
+        domain = stages.batch_spec(self._config, stage.kind).domain
+        norms = artifacts.norm_statistics(
+            evaluation.variables, DOMAINS if domain == "both" else (domain,)
+        )
+        if final and multihost.is_main():
+            # Before the row: a stage that has its row is not evaluated again.
+            artifacts.write_evaluation(stage.folder, score, self._dataset, protocol.to_json())
+            artifacts.write_norms(stage.folder, norms)
+        weights_step = self.weights_step(stage) if final else step
+        row = ResultRow.of_score(stage.kind, stage.round, step, score, protocol, weights_step)
+        self.results.add(row, final)
+        at_step = "" if final else f"step {step}: "
+        logger.info(f"{at_step}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
+        by_class = zip(self._dataset.classes, score.iou, strict=True)
+        scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in by_class if v is not None}
+        writer = metric_writer.MetricWriter(stage.folder)
+        writer.write_scalars(step, scalars)
+        artifacts.write_summaries(writer, step, evaluation.images, norms)
+        writer.close()
+        return row

@@ -1,0 +1,179 @@
+"""The stages of a run: which there are, in which order, with which steps, seeds, batches and names.
+
+    teacher -> [labelling -> student 1] -> [labelling -> student 2] -> ... -> control
+
+Everything that depends on the kind of a stage is decided here. Training, evaluation, planning,
+reports and the sweeps over seeds take it from `schedule`.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from semiseg_jax.data.batch_layout import BatchSpec
+
+KINDS = ("teacher", "student", "control")
+# The file that a finished stage has in its folder, written last.
+DONE = "DONE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run: a network trained from its first to its last step.
+
+    Attributes:
+        kind: one of KINDS.
+        round: 0 for the teacher; the round of a student; for a control, how many rounds it is
+            compared with.
+        steps: optimiser steps.
+        seed: two integers from which the order of the images and all augmentation follow.
+        folder: for checkpoints and metrics, such as WORKDIR/round_1/student.
+        number: position among the numbered parts of the run, from 1; labelling is a part.
+        num_parts: how many numbered parts the run has.
+        needs_pseudo_labels: the teacher labels the unlabelled images before this stage.
+    """
+
+    kind: str
+    round: int
+    steps: int
+    seed: Int[np.ndarray, "2"]
+    folder: epath.Path
+    number: int
+    num_parts: int
+    needs_pseudo_labels: bool
+
+    @property
+    def name(self) -> str:
+        """The name shown to people: "teacher", "student 2", "control 2"."""
+        return stage_name(self.kind, self.round)
+
+    @property
+    def log_prefix(self) -> str:
+        """What the lines of this stage start with, such as "[3/6] student 1: "."""
+        return f"[{self.number}/{self.num_parts}] {self.name}: "
+
+    @property
+    def labeling_log_prefix(self) -> str:
+        """What the lines of the labelling before this stage start with."""
+        return f"[{self.number - 1}/{self.num_parts}] pseudo-labels for {self.name}: "
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage was trained to its end; read from the disk."""
+        return (self.folder / DONE).exists()
+
+
+def schedule(
+    config: Any, workdir: epath.PathLike, earlier_controls: Collection[int] = ()
+) -> tuple[Stage, ...]:
+    """The stages of a run in the order in which they are trained.
+
+    Args:
+        config: the whole config.
+        workdir: of the run; nothing is read from it.
+        earlier_controls: rounds of controls that were trained when fewer rounds were configured.
+    """
+    rounds = config.rounds
+    students = range(1, rounds.count + 1)
+    controls: tuple[int, ...] = ()
+    if rounds.control and rounds.count:
+        # As many steps as all students together, from the same teacher.
+        controls = (*earlier_controls, rounds.count)
+    parts_per_round = 1 + takes_pseudo_labels(config)
+    num_parts = 1 + rounds.count * parts_per_round + bool(controls)
+
+    def stage(kind: str, round_: int, number: int) -> Stage:
+        return Stage(
+            kind,
+            round_,
+            stage_steps(config.train, kind, round_),
+            stage_seed(config.seed, round_, kind),
+            epath.Path(workdir) / f"round_{round_}" / kind,
+            number,
+            num_parts,
+            kind == "student" and takes_pseudo_labels(config),
+        )
+
+    return (
+        stage("teacher", 0, 1),
+        *(stage("student", round_, 1 + round_ * parts_per_round) for round_ in students),
+        *(stage("control", round_, num_parts) for round_ in controls),
+    )
+
+
+def takes_pseudo_labels(config: Any) -> bool:
+    """Whether students see pseudo-labelled images."""
+    return bool(config.rounds.count) and "pseudo" in (
+        *config.data.weak_stream,
+        *config.data.strong_stream,
+    )
+
+
+def trained_kinds(config: Any) -> tuple[str, ...]:
+    """The kinds of stage that have a training step of their own; a control has the teacher's."""
+    return ("teacher", "student") if config.rounds.count else ("teacher",)
+
+
+def stage_backbone(config: Any, kind: str) -> str:
+    """The backbone of a kind of stage: `rounds.student_model` may give students another one."""
+    return (kind == "student" and config.rounds.student_model) or config.model.backbone
+
+
+def batch_spec(config: Any, kind: str) -> BatchSpec:
+    """The images of a step: students take both streams, others labelled images, weakly augmented.
+
+    Args:
+        config: the whole config; `data` and `train` are read.
+        kind: one of KINDS.
+    """
+    is_student = kind == "student"
+    return BatchSpec(
+        weak=tuple(config.data.weak_stream) if is_student else ("labeled",),
+        strong=tuple(config.data.strong_stream) if is_student else (),
+        batch_labeled=config.train.batch_labeled,
+        batch_pseudo=config.train.batch_unlabeled,
+        accum_steps=config.train.accumulate,
+    )
+
+
+def stage_name(kind: str, round_: int) -> str:
+    """The name of a stage for people: "teacher", "student 2", "control 2"."""
+    return kind if kind == "teacher" else f"{kind} {round_}"
+
+
+def stage_steps(train_config: Any, kind: str, round_: int) -> int:
+    """Optimiser steps of a stage; a control takes those of all students up to its round.
+
+    Args:
+        train_config: `config.train`.
+        kind: one of KINDS.
+        round_: of the student or control.
+    """
+    return {
+        "teacher": train_config.teacher_steps,
+        "student": train_config.steps,
+        "control": train_config.steps * round_,
+    }[kind]
+
+
+def first_step_of_run(train_config: Any, kind: str, round_: int) -> int:
+    """Steps that the weights of a stage had been trained for before the stage began."""
+    steps_before = (round_ - 1) * train_config.steps if kind == "student" else 0
+    return 0 if kind == "teacher" else train_config.teacher_steps + steps_before
+
+
+def stage_seed(seed: int, round_: int, kind: str) -> Int[np.ndarray, "2"]:
+    """Two integers for one stage of one run, from any integer `seed`."""
+    numbers = (seed, round_, KINDS.index(kind))
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(2)
+    return state.view(np.int32).astype(np.int64)
+
+
+def num_evaluations(config: Any, steps: int) -> int:
+    """Evaluations of a stage of `steps` steps: every `eval.every` steps, and at its end."""
+    every = config.eval.every
+    return 1 + ((steps - 1) // every if every else 0)
