@@ -30,10 +30,9 @@ if [[ -e $STAND_INS/${0##*/}.does ]]; then source "$STAND_INS/${0##*/}.does"; fi
 """
 
 
-def hear_signals():
-    """What ignores signals, as nohup and background jobs do, has its children ignore them too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What ignores signals, as nohup and background jobs do, has its children ignore them too. Not by
+# preexec_fn, which forks a process that has JAX's threads.
+HEAR_SIGNALS = ("env", "--default-signal=INT,HUP")
 
 
 class StandIns:
@@ -64,12 +63,11 @@ class StandIns:
 
     def start(self, script, *arguments, **options):
         return subprocess.Popen(
-            ["bash", self.project / "launch" / script, *arguments],
+            [*HEAR_SIGNALS, "bash", self.project / "launch" / script, *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=hear_signals,
             **options,
         )
 

@@ -245,7 +245,9 @@ def test_neighbours_are_not_fused_into_the_kernels_gradient(stride):
     def loss(x, kernel):
         return jnp.tanh(conv2d(jnp.maximum(2 * x + 1, 0), kernel, groups=16, stride=stride)).sum()
 
-    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).compile().as_text()
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel)
+    # As users compile it; other tests switch the fusion emitters off to compile faster.
+    text = lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": True}).as_text()
     several_results = r"= \((?:f32\S+, ){2,}.*\breduce\("
     (sums,) = [text for text in text.split("\n\n") if re.search(several_results, text)]
     counts = operations(sums, "multiply", "add", "maximum", "tanh", "select")
