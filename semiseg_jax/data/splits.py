@@ -310,7 +310,7 @@ def _class_name(class_id: int, report: SplitReport) -> str:
 
 def examine_config(config: Any) -> SplitReport:
     """Checks the data of a config, split as the config says."""
-    # Imported here, because `sources` imports `splits`, the module that starts this command.
+    # Imported here, because the check of lists needs no data source.
     from semiseg_jax.data import load
 
     report = SplitReport()
@@ -426,7 +426,7 @@ def main(argv: list[str]) -> None:
     cli.start_command(argv)
     paths = {name: values[name].value or "" for name in LIST_NAMES}
     if values.config is not None:
-        # Imported here, because `settings` is in a higher layer; only the command needs it.
+        # Imported here, because `config_check` is in a higher layer; only the command needs it.
         from semiseg_jax import config_check
 
         try:

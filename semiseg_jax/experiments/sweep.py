@@ -100,7 +100,7 @@ class Trial:
         """Checks that the workdir is new or belongs to this config.
 
         Raises:
-            UserError: it belongs to another config, see `identity`.
+            UserError: it belongs to another config, see `workdir.check_config`.
         """
         name = f"{self.name} {self.seed} belongs to this config"
         config = self.config_with(self.counts[-1])

@@ -247,7 +247,7 @@ def write_pseudo(
 
     Args:
         stage: folder of the stage whose model made the pseudo-labels.
-        folder: folder of the label maps, with the output of `health`.
+        folder: folder of the label maps, with the output of `pseudo_label_stats`.
         manifest: manifest of the label maps.
         dataset: its unlabelled images are read.
     """
