@@ -349,7 +349,8 @@ class SelfTraining:
         """
         source = epath.Path(self._config.rounds.teacher_from)
         norm = multihost.broadcast_from_main(
-            "teacher to import", lambda: workdir_lib.check_teacher(source, self._config)
+            "teacher to import",
+            lambda: workdir_lib.check_teacher(source, self._config, self.dataset),
         )
         config = self._config.copy_and_resolve_references()
         with config.unlocked():

@@ -226,19 +226,20 @@ def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
         )
 
 
-def check_teacher(workdir: epath.Path, config: Any) -> str:
+def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> str:
     """Rejects a teacher of another workdir that training with this config would not produce.
 
     Args:
         workdir: the workdir with the teacher.
         config: config of the run that imports the teacher.
+        dataset: the images of that run. Unlabelled images may differ: no teacher sees them.
 
     Returns:
         `model.norm` of the teacher's network.
 
     Raises:
-        UserError: there is no finished teacher, or the configs differ in a key that teachers
-            depend on.
+        UserError: there is no finished teacher, it was trained on other labelled images, or the
+            configs differ in a key that teachers depend on.
     """
     recorded = read_fingerprint(workdir, "config.json")
     if recorded is None or not (workdir / "round_0" / "teacher" / DONE).exists():
@@ -254,6 +255,17 @@ def check_teacher(workdir: epath.Path, config: Any) -> str:
             f"({'; '.join(differences.values())}): name another workdir, or train a teacher with "
             "rounds.teacher_from=''.",
             code="teacher-of-another-config",
+        )
+    images, here = read_fingerprint(workdir, "data.json"), _describe_images(dataset)
+    # The hash covers both kinds of image, so it decides only where there are as many of each.
+    keys = ["data", "labeled"]
+    if images is not None and images["unlabeled"] == here["unlabeled"]:
+        keys.append("ids_hash")
+    if images is None or any(images[key] != here[key] for key in keys):
+        raise UserError(
+            f"rounds.teacher_from is {workdir}, whose teacher was trained on other images: name "
+            "another workdir, or train a teacher with rounds.teacher_from=''.",
+            code="teacher-of-other-images",
         )
     return old["model.norm"]
 

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from configs import default
 from semiseg_jax import workdir
+from semiseg_jax.data import image_io, load
 from semiseg_jax.reporting import artifacts, run
 from semiseg_jax.runtime.errors import UserError
 from tests.errors import raises_code
@@ -91,13 +92,38 @@ def test_a_key_missing_in_config_json_has_its_default(key, tmp_path, monkeypatch
     assert sentence in str(refused.value)
 
 
-def test_a_teacher_of_older_code_can_be_imported(tmp_path):
+def images(labeled="ab", unlabeled="cd"):
+    """A data set of these ids, whose files are not read."""
+    labeled, unlabeled = (
+        tuple(load.Example(id_, f"{id_}.png", mask) for id_ in ids)
+        for ids, mask in ((labeled, "mask.png"), (unlabeled, None))
+    )
+    table = image_io.id_table(2)
+    return load.Dataset("set", ("a", "b"), ((0, 0, 0), (1, 1, 1)), table, labeled, unlabeled, ())
+
+
+@pytest.fixture
+def with_teacher(tmp_path):
+    """A config, and a workdir of older code with a finished teacher of `images()`."""
     config = default.get_config()
     write_config_without(tmp_path, config, *workdir.ADDED_KEYS)
+    workdir.write_data(tmp_path, images())
     (tmp_path / "round_0/teacher").mkdir(parents=True)
     (tmp_path / "round_0/teacher/DONE").touch()
     config.rounds.teacher_from = str(tmp_path)
-    assert workdir.check_teacher(epath.Path(tmp_path), config) == "dsbn"
+    return epath.Path(tmp_path), config
+
+
+@pytest.mark.parametrize("unlabeled", ["cd", "c", "cdefg"])
+def test_a_teacher_of_older_code_can_be_imported(with_teacher, unlabeled):
+    """Other unlabelled images make no other teacher."""
+    assert workdir.check_teacher(*with_teacher, images(unlabeled=unlabeled)) == "dsbn"
+
+
+@pytest.mark.parametrize("labeled", ["a", "ax"])
+def test_a_teacher_of_other_labelled_images_is_not_imported(with_teacher, labeled):
+    with raises_code("teacher-of-other-images", str(with_teacher[0])):
+        workdir.check_teacher(*with_teacher, images(labeled))
 
 
 @pytest.mark.parametrize("key", workdir.ADDED_KEYS)
