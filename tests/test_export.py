@@ -114,8 +114,8 @@ def test_differences_from_the_evaluation_are_printed(tmp_path):
     lines = export(workdir, tmp_path / "out")
     assert lines[1] == (
         "the mIoU of 25.00 was measured with scales 0.5, 1.0, mirrored images too, windows, sides "
-        "padded to multiples of 128, bfloat16; the artefact sees each image once, whole, at its "
-        "own size"
+        "padded to multiples of 128, bfloat16; the exported model predicts each image once, whole, "
+        "at its own size"
     )
     # The comparison is with the float32 network: the difference to bfloat16 is 100 times as large.
     assert json.loads((tmp_path / "out" / "export.json").read_text())["parity"]["difference"] < 1e-5

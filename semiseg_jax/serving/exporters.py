@@ -126,8 +126,8 @@ def export(workdir: Path, output: Path, format_: str, photographs: Path | None) 
         if differences:
             logger.info(
                 f"the mIoU of {100 * bundle.description['miou']:.2f} was measured with "
-                f"{', '.join(differences)}; the artefact sees each image once, whole, at its own "
-                "size"
+                f"{', '.join(differences)}; the exported model predicts each image once, whole, at "
+                "its own size"
             )
         _write(model, bundle.variables, format_, folder)
         diff = compare(model, bundle.variables, load(folder, format_), batches)
@@ -336,8 +336,8 @@ def check_diff(diff: ExportDiff) -> None:
     if diff.agreement >= MIN_AGREEMENT and diff.difference <= MAX_DIFFERENCE:
         return
     raise UserError(
-        f"The artefact is not the model, and was not kept: {diff}, where {100 * MIN_AGREEMENT} % "
-        f"and {MAX_DIFFERENCE} are asked for; install the versions of jax and TensorFlow that "
-        "requirements.txt names.",
+        f"The exported model differs from the network and was not kept: {diff}, where at least "
+        f"{100 * MIN_AGREEMENT} % and at most {MAX_DIFFERENCE} are required; install the versions "
+        "of jax and TensorFlow that requirements.txt names.",
         code="export-differs-from-model",
     )
