@@ -1,24 +1,20 @@
-"""A run that ends itself, as kill -9 does, at a named write: python -m tests.killed_run …
+"""Runs that end themselves, as kill -9 does, at a named write.
 
-    python -m tests.killed_run CONFIG.json WORKDIR [PATTERN PHASE COUNT [STORE]]
-
-Writes go to a temporary file, and a rename makes them count. PATTERN is a regular expression for
-the path, PHASE where the process ends ("before" the rename, or "after" it), COUNT which match it
-is. Without them the run goes to its end. With STORE the workdir is on a store without rename: what
-is written appears under its own name, and PHASE may be "half", too: of what is written only the
-first half is. Not a test by itself; see test_survival_slow.py.
+Writes go to a temporary file, and a rename makes them count. `pattern` is a regular expression for
+the path, `phase` where the process ends ("before" the rename, or "after" it), `count` which match
+it is. Without them the run goes to its end. On a store without rename, what is written appears
+under its own name, and `phase` may be "half", too: of what is written only the first half is.
+Not a test by itself; see test_survival_slow.py.
 """
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
-import sys
-
-from tests import FAST_COMPILATION
-
-os.environ["XLA_FLAGS"] = FAST_COMPILATION
+import tempfile
+import traceback
 
 from configs import default
 from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401
@@ -28,6 +24,7 @@ import jax
 from etils import epath
 
 from semiseg_jax.runtime import fileio, xla
+from tests import FAST_COMPILATION
 
 
 def die_at(pattern, phase, count):
@@ -78,21 +75,52 @@ def store_without_rename(pattern, phase, count):
     cls.write_bytes, cls.write_text = wrap(cls.write_bytes), wrap(cls.write_text)
 
 
-def main(config_path, workdir, pattern=None, phase="", count="1", store=""):
-    """Runs Algorithm 1."""
+def run(config_path, workdir, pattern=None, phase="", count=1, store=False):
+    """Runs Algorithm 1 in a process of its own; its exit status and what it printed.
+
+    Args:
+        config_path: of a JSON file with what differs from configs/default.py.
+        workdir: of the run.
+        pattern: of the path at which the process ends; None for a run to the end.
+        phase: "before", "after" or, on a store, "half".
+        count: of the match, from 1.
+        store: the workdir is on a store without rename.
+    """
+    # Importing JAX and TensorFlow takes longer than a run; the server has done it, and forks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killed_run"])
+    with tempfile.NamedTemporaryFile(mode="r") as output:
+        process = context.Process(
+            target=_run,
+            args=(output.name, str(config_path), str(workdir), pattern, phase, count, store),
+        )
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode, output.read()
+
+
+def _run(output, config_path, workdir, pattern, phase, count, store):
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # One device; JAX reads this when its devices are first needed.
+    os.environ["XLA_FLAGS"] = FAST_COMPILATION
     config = default.get_config()
     with open(config_path) as file:
         changes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(file).items()}
     config.update_from_flattened_dict(changes)
     if store:
-        store_without_rename(pattern, phase, int(count))
+        store_without_rename(pattern or "never", phase, count)
     elif pattern:
-        die_at(pattern, phase, int(count))
+        die_at(pattern, phase, count)
     xla.enable_compilation_cache(os.path.join(os.path.dirname(config_path), "compiled"))
     # Small programs too: a test starts dozens of these processes.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    self_training.run(config, workdir)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        self_training.run(config, workdir)
+    except BaseException:
+        traceback.print_exc()
+        raise

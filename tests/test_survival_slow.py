@@ -2,15 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import FEW_OPERATIONS
+from tests.killed_run import run
 from tests.workdirs import same
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +58,6 @@ KILLS_ON_A_STORE = [
 ]
 
 
-def run(folder, workdir, *kill):
-    command = [sys.executable, "-m", "tests.killed_run", str(folder / "config.json"), str(workdir)]
-    done = subprocess.run(
-        [*command, *map(str, kill)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def write_config(tmp_path, folder_config, **changes):
     config = {
         "data.name": "folder",
@@ -90,30 +79,34 @@ def write_config(tmp_path, folder_config, **changes):
         "eval.batch": 2,
         "rounds.count": 2,
         "rounds.control": True,
+        "sda.ops": FEW_OPERATIONS,
     } | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return path
 
 
 def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
-    write_config(tmp_path, folder_config)
-    status, output = run(tmp_path, tmp_path / "whole")
+    config = write_config(tmp_path, folder_config)
+    status, output = run(config, tmp_path / "whole")
     assert status == 0, output
     for pattern, phase, count in KILLS:
-        status, output = run(tmp_path, tmp_path / "killed", pattern, phase, count)
+        status, output = run(config, tmp_path / "killed", pattern, phase, count)
         assert status == -signal.SIGKILL, f"{pattern} {phase}: {output}"
-    status, output = run(tmp_path, tmp_path / "killed")
+    status, output = run(config, tmp_path / "killed")
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
     """The bits are those of a file system, too."""
-    write_config(tmp_path, folder_config, **{"rounds.count": 1, "rounds.control": False})
-    status, output = run(tmp_path, tmp_path / "whole")
+    changes = {"rounds.count": 1, "rounds.control": False}
+    config = write_config(tmp_path, folder_config, **changes)
+    status, output = run(config, tmp_path / "whole")
     assert status == 0, output
     for kill in KILLS_ON_A_STORE:
-        status, output = run(tmp_path, tmp_path / "killed", *kill, "store")
+        status, output = run(config, tmp_path / "killed", *kill, store=True)
         assert status == -signal.SIGKILL, f"{kill}: {output}"
-    status, output = run(tmp_path, tmp_path / "killed", "never", "", 1, "store")
+    status, output = run(config, tmp_path / "killed", store=True)
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
