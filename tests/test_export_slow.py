@@ -21,6 +21,7 @@ from semiseg_jax.data.sources import streets
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import pretrained
 from semiseg_jax.serving import model_bundle
+from tests.conftest import FEW_OPERATIONS
 from tests.test_export import make_workdir
 from tests.test_predict import compute_miou, read_maps
 
@@ -77,6 +78,7 @@ def quickstart(tmp_path_factory):
             *("--config.data.streets_train=24", "--config.data.streets_val=4"),
             *("--config.train.steps=4", "--config.train.teacher_steps=8"),
             *("--config.rounds.count=1", "--config.rounds.control=False"),
+            f"--config.sda.ops={FEW_OPERATIONS}",
         ],
         ROOT,
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from semiseg_jax.experiments.paper_tables import TABLES
-from tests import workdirs
+from tests import FAST_COMPILATION, workdirs
+from tests.conftest import FEW_OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -29,6 +30,7 @@ SMALL = (
     "--config.train.log_every=1",
     "--config.rounds.count=1",
 )
+FEW = f"--config.sda.ops={FEW_OPERATIONS}"
 
 
 def start(workdir, *arguments):
@@ -91,10 +93,10 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
 
 def test_every_row_of_table_1_on_the_built_in_data(tmp_path):
     command = [sys.executable, "-m", "semiseg_jax.ablations", "--config=configs/streets.py"]
-    command += [*SMALL, "--table=1", "--seeds=0,1", f"--workdir={tmp_path}"]
+    command += [*SMALL, FEW, "--table=1", "--seeds=0,1", f"--workdir={tmp_path}"]
     command += ["--config.data.streets_train=24", "--config.data.streets_val=6"]
     command += ["--config.data.labels=4", "--config.eval.batch=2", "--config.rounds.count=2"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "table_1.md").read_text()
@@ -118,6 +120,7 @@ def test_camvid_from_teacher_to_results_on_the_test_list(tmp_path, argument):
             tmp_path / "run",
             f"--config=configs/camvid.py{argument}",
             *SMALL,
+            FEW,
             f"--config.data.root={CAMVID}",
             f"--config.data.cache_dir={tmp_path / 'cache'}",
             "--config.pseudo.scales=(0.5,)",
