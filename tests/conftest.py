@@ -182,6 +182,14 @@ def shared_programs():
 
 
 @pytest.fixture
+def without_report(monkeypatch):
+    """Runs draw no report, which takes longer than a stage of the smallest network."""
+    from semiseg_jax.reporting import page
+
+    monkeypatch.setattr(page, "write", lambda workdir: [])
+
+
+@pytest.fixture
 def one_device(monkeypatch):
     """Runs take one device, for which programs compile fastest."""
     make = mesh.make_mesh

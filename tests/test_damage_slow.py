@@ -12,7 +12,10 @@ from tests.conftest import FEW_OPERATIONS
 from tests.errors import raises_code
 from tests.workdirs import same
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device", "shared_programs")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_device", "shared_programs", "without_report"),
+]
 
 
 @pytest.fixture

@@ -16,15 +16,17 @@ from semiseg_jax.experiments import paper_tables
 from semiseg_jax.experiments import sweep as sweep_lib
 from semiseg_jax.runtime import metric_writer, preemption
 from semiseg_jax.runtime.errors import UserError
+from tests.conftest import FEW_OPERATIONS
 from tests.errors import raises_code
 from tests.rows import result_json
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "shared_programs", "without_report")
 
 
 @pytest.fixture
 def config(config_of_pairs):
     config_of_pairs.train.steps = config_of_pairs.train.teacher_steps = 2
+    config_of_pairs.sda.ops = FEW_OPERATIONS
     return config_of_pairs
 
 
