@@ -49,7 +49,7 @@ def compiled_programs(tmp_path_factory):
 
 
 # TensorFlow traces the graph of the input pipeline in every stage of a run, for seconds with all
-# operations; test_survival_slow.py has them all. One of each kind: of all pixels alike, of each
+# operations; test_main_slow.py has them all. One of each kind: of all pixels alike, of each
 # pixel with a draw of its own, and of a region.
 FEW_OPERATIONS = ("multiply", "noise_gau", "coarse_dropout")
 
@@ -183,7 +183,7 @@ def shared_programs():
 
 @pytest.fixture
 def without_report(monkeypatch):
-    """Runs draw no report, which takes longer than a stage of the smallest network."""
+    """Runs draw no report, which takes over a quarter of the time of the smallest network's run."""
     from semiseg_jax.reporting import page
 
     monkeypatch.setattr(page, "write", lambda workdir: [])

@@ -87,7 +87,7 @@ def run(config_path, workdir, pattern=None, phase="", count=1, store=False):
         count: of the match, from 1.
         store: the workdir is on a store without rename.
     """
-    # Importing JAX and TensorFlow takes longer than a run; the server has done it, and forks.
+    # Importing JAX and TensorFlow takes 5 s of CPU time. The server imports them once, and forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.killed_run"])
     with tempfile.NamedTemporaryFile(mode="r") as output:
@@ -118,7 +118,7 @@ def _run(output, config_path, workdir, pattern, phase, count, store):
     elif pattern:
         die_at(pattern, phase, count)
     xla.enable_compilation_cache(os.path.join(os.path.dirname(config_path), "compiled"))
-    # Drawing the report takes longer than a stage, and nothing follows from it.
+    # Drawing the report takes over a quarter of a run's time, and no result follows from it.
     page.write = lambda workdir: []
     # Small programs too: a test starts dozens of these processes.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
