@@ -119,17 +119,21 @@ class Client:
                         # The next call of the process that is furthest; the first event counts.
                         self._stop_at = min(self._stop_at, max(calls) + 1)
                 if kind == "error":
-                    if sender != self.index:
+                    if sender == self.index:
+                        sentence = self.describe_own_error(sentence)
+                    else:
                         sentence = (
                             f"process {self.index} ends because process {sender} did: {sentence}"
                         )
-                    elif sender != 0:
-                        sentence = f"process {sender}: {sentence}"
                     exit_when_aborted(1, sentence)
                     # Process 0 must not exit before the others have read the event.
                     self.exchange("error", None, LEAVE_SECONDS, slot="error")
                     break
         exit_now(*_when_aborted)
+
+    def describe_own_error(self, sentence: str) -> str:
+        """Returns the sentence of an error of this process; it names the process unless it is 0."""
+        return f"process {self.index}: {sentence}" if self.index else sentence
 
     def should_stop(self) -> bool:
         """Returns whether the processes agreed to stop at this call; each must call it as often."""

@@ -296,4 +296,5 @@ def _fail(client: coordination.Client, error: BaseException) -> NoReturn:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.publish("error", sentence)
         client.listener.join()
-    coordination.exit_now(1, sentence)
+    # Process 0 may have ended before it answered that the error is published.
+    coordination.exit_now(1, client.describe_own_error(sentence))

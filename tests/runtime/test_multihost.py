@@ -2,14 +2,15 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
 from semiseg_jax import checkpoints
 from semiseg_jax.data import input_pipeline, load
-from semiseg_jax.runtime import multihost
-from semiseg_jax.runtime.errors import first_line
+from semiseg_jax.runtime import coordination, multihost
+from semiseg_jax.runtime.errors import UserError, first_line
 from tests import mains, processes
 from tests.errors import raises_code
 
@@ -242,6 +243,24 @@ def test_an_error_of_one_ends_the_other_with_its_sentence():
     assert processes.sentence(outputs[0]) == f"process 0 ends because process 1 did: {reason}"
     assert processes.sentence(outputs[1]) == f"process 1: {reason}"
     assert "Traceback" in outputs[1] and "Traceback" not in outputs[0]
+
+
+@pytest.mark.parametrize(("index", "prefix"), [(0, ""), (1, "process 1: ")])
+def test_an_error_that_cannot_be_published_names_its_process(monkeypatch, index, prefix):
+    def refuse(kind, sentence):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+
+    def exit_now(status, sentence):
+        raise SystemExit(status, sentence)
+
+    client = object.__new__(coordination.Client)
+    client.index, client.publish = index, refuse
+    monkeypatch.setattr(multihost, "_client", client)
+    monkeypatch.setattr(coordination, "exit_now", exit_now)
+    monkeypatch.setattr(multihost.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as ended, multihost.fail_together({}):
+        raise UserError("The disk is full.", code="test")
+    assert ended.value.args == (1, f"{prefix}The disk is full.")
 
 
 ALONE = """
