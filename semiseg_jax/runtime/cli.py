@@ -77,7 +77,7 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     files = _config_files(argv)
     _require_config_files(files)
     try:
-        positional = flags.FLAGS(argv)
+        positional = flags.FLAGS(_without_replaced_overrides(argv))
         config = flags.FLAGS.config
         # ml_collections raises an OSError of the config file at the first access to a key.
         getattr(config, "seed", None)
@@ -87,6 +87,28 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         sys.exit(f"Error: {_format_not_a_config(type(config).__name__)}")
     return positional
+
+
+def _without_replaced_overrides(argv: list[str]) -> list[str]:
+    """Returns the arguments without each --config.key that a later one of the same key replaces.
+
+    ml_collections lets the last of two values win, except for tuples, which it joins.
+    """
+    arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    overrides: dict[str, list[range]] = {}
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        match = re.fullmatch(r"--?(config\.[^=]+)(=.*)?", argument, re.DOTALL)
+        if match is None:
+            continue
+        follower = arguments[number + 1 : number + 2]
+        # A key without a value and without a follower that may be its value is a boolean.
+        has_own_value = match[2] is not None or not follower or follower[0].startswith("--")
+        positions = range(number, number + (1 if has_own_value else 2))
+        overrides.setdefault(match[1], []).append(positions)
+    replaced = {n for earlier in overrides.values() for given in earlier[:-1] for n in given}
+    return [argv[0], *(a for number, a in enumerate(arguments) if number not in replaced)]
 
 
 def _config_files(argv: list[str]) -> list[str]:
