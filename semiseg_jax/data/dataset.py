@@ -1,8 +1,10 @@
 """Examples and data sets, and the functions that list the files of a folder."""
 
+import collections
 import dataclasses
 import os
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from jaxtyping import Int16
 from semiseg_jax.data import split_lists
 from semiseg_jax.data.folder_walk import walk_files
 from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.logger import logger
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -127,8 +130,12 @@ def pairs(
     mask_folder: epath.Path | None,
     image_suffix: str = "",
     mask_suffix: str = ".png",
+    skip_folder: Callable[[epath.Path], bool] = lambda folder: False,
 ) -> tuple[Example, ...]:
     """Returns an example for each image below a folder, with the mask of the same name if any.
+
+    Suffixes are compared without case, names without regard to how Unicode composes an accent.
+    Logs the number of files that have neither suffix, and of masks without an image.
 
     Args:
         folder: the folder of the images, nested or flat.
@@ -136,6 +143,7 @@ def pairs(
             missing. None: no masks.
         image_suffix: the suffix of image names, such as "_photo.jpg"; "" for any image file.
         mask_suffix: the suffix of mask names that replaces it, such as "_mask.png".
+        skip_folder: returns whether to skip a nested folder of images or masks.
 
     Raises:
         UserError: the image folder is missing, or two images differ only in their suffix.
@@ -146,31 +154,96 @@ def pairs(
             "data.image_dir or eval.split.",
             code="image-folder-missing",
         )
-    masks = {}
-    if mask_folder is not None and mask_folder.is_dir():
-        files = (m for m in files_below(mask_folder) if m.name.endswith(mask_suffix))
-        masks = {m.relative_to(mask_folder).as_posix(): os.fspath(m) for m in files}
-    mask_paths = set(masks.values())
+    files = files_below(folder, skip_folder)
+    has_masks = mask_folder is not None and mask_folder.is_dir()
+    files_beside_masks = files_below(mask_folder, skip_folder) if has_masks else []
+    mask_files = [f for f in files_beside_masks if is_image(f.name, mask_suffix)]
+    masks = _MaskFinder(mask_folder, mask_files, mask_suffix)
+    if mask_folder and folder in mask_folder.parents:
+        # What lies in the folder of the masks is no image, whatever its suffix.
+        files = [file for file in files if mask_folder not in file.parents]
+    mask_paths = set(map(os.fspath, mask_files))
+    # Images and masks may share a folder: a mask is not an image.
+    files = [file for file in files if os.fspath(file) not in mask_paths]
+    images = [file for file in files if is_image(file.name, image_suffix)]
     examples: dict[str, Example] = {}
-    for image in files_below(folder):
-        # Images and masks may share a folder: a mask is not an image.
-        if not is_image(image.name, image_suffix) or os.fspath(image) in mask_paths:
-            continue
+    for image in images:
         name = image.relative_to(folder).as_posix()
-        id_ = name.removesuffix(image_suffix) if image_suffix else os.path.splitext(name)[0]
+        id_ = name[: -len(image_suffix)] if image_suffix else os.path.splitext(name)[0]
         if id_ in examples:
             raise UserError(
                 f"{examples[id_].image} and {image} have the same name: rename one of them, or say "
                 "with data.image_suffix how the names of images end.",
                 code="image-names-collide",
             )
-        examples[id_] = Example(id_, os.fspath(image), masks.get(f"{id_}{mask_suffix}"))
+        examples[id_] = Example(id_, os.fspath(image), masks(id_))
+    known = {*images, *mask_files}
+    accepted = image_suffix or ", ".join(IMAGE_SUFFIXES)
+    _report_left_out(folder, [f for f in files if f not in known], f"images end in {accepted}")
+    if mask_folder and mask_folder != folder:
+        others = [f for f in files_beside_masks if f not in known]
+        _report_left_out(mask_folder, others, f"masks end in {mask_suffix} (data.mask_suffix)")
+    if has_masks:
+        used = {example.mask for example in examples.values()}
+        unused = [path for path in map(os.fspath, mask_files) if path not in used]
+        if unused:
+            # Such a mask is usually misnamed.
+            logger.info(
+                f"{len(unused)} masks below {mask_folder} have no image of their name, such as "
+                f"{unused[0]}."
+            )
     return tuple(examples.values())
 
 
+class _MaskFinder:
+    """Finds the mask of an image by the image's id."""
+
+    def __init__(self, folder: epath.Path | None, masks: Sequence[epath.Path], suffix: str):
+        """Indexes `masks`, the files below `folder` that end in `suffix`."""
+        self._folder, self._suffix = folder, suffix
+        self._by_id: dict[str, str] = {}
+        # Of two masks that differ in the case of their suffix, the later one is kept.
+        for mask in sorted(masks, key=lambda mask: mask.name.endswith(suffix)):
+            assert folder is not None
+            name = mask.relative_to(folder).as_posix()
+            self._by_id[name[: -len(suffix)]] = os.fspath(mask)
+        self._by_normal_id = {normal_name(id_): mask for id_, mask in self._by_id.items()}
+        self._folders = {os.path.dirname(id_) for id_ in self._by_id}
+
+    def __call__(self, id_: str) -> str | None:
+        mask = self._by_id.get(id_) or self._by_normal_id.get(normal_name(id_))
+        if mask is None and self._folder and os.path.dirname(id_) not in self._folders:
+            # Two folders of images may share the masks of one: the walk visits a link to it once.
+            path = os.fspath(self._folder / f"{id_}{self._suffix}")
+            return path if os.path.isfile(path) else None
+        return mask
+
+
+def normal_name(name: str) -> str:
+    """Returns a file name in one Unicode form: "é" may be one character or two, by system."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _report_left_out(folder: epath.Path, files: Sequence[epath.Path], accepted: str) -> None:
+    """Logs the number of files of each ending that are left out; `accepted` says which are not."""
+    if not files:
+        return
+    endings = collections.Counter(f.suffix.lower() or "without an ending" for f in files)
+    listing = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(8))
+    logger.warning(
+        f"{len(files)} files below {folder} are left out ({listing}), such as {files[0]}: "
+        f"{accepted}."
+    )
+
+
 def is_image(name: str, suffix: str = "") -> bool:
-    """Returns whether a file name ends in `suffix` or, without one, in any image suffix."""
-    return name.endswith(suffix) if suffix else name.lower().endswith(IMAGE_SUFFIXES)
+    """Returns whether a file name ends in `suffix` or, without one, in any image suffix.
+
+    Case does not matter.
+    """
+    if not suffix:
+        return name.lower().endswith(IMAGE_SUFFIXES)
+    return name[-len(suffix) :].lower() == suffix.lower()
 
 
 def safe_id(path: str) -> str:

@@ -91,7 +91,7 @@ def _sbd_masks(root: epath.Path, voc: epath.Path, data_config: Any) -> dict[str,
     """Returns SBD's masks as PNG files, by image id; converts .mat files once."""
     for png_folder in (voc / "SegmentationClassAug", root / "SegmentationClassAug"):
         if png_folder.is_dir():
-            return {m.stem: m for m in inside(png_folder) if m.suffix == ".png"}
+            return {m.stem: m for m in inside(png_folder) if m.suffix.lower() == ".png"}
     subfolders = ("benchmark_RELEASE/dataset/cls", "sbd/cls", "dataset/cls", "cls")
     mat_folder = next((root / f for f in subfolders if (root / f).is_dir()), None)
     if mat_folder is None:
