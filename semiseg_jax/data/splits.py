@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from semiseg_jax.data import image_io, split_lists
-from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below
+from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below, normal_name
 from semiseg_jax.data.split_lists import Entry
 from semiseg_jax.runtime import cli
 from semiseg_jax.runtime.errors import UserError
@@ -173,8 +173,8 @@ def _common_images(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[
 
 def _without_image_suffix(path: str) -> str:
     """Returns the path without an image suffix and without the suffix of Cityscapes' images."""
-    stem, suffix = os.path.splitext(path)
-    stem = stem if suffix.lower() in IMAGE_SUFFIXES else path
+    stem, suffix = os.path.splitext(normal_name(path))
+    stem = stem if suffix.lower() in IMAGE_SUFFIXES else f"{stem}{suffix}"
     return stem.removesuffix("_leftImg8bit")
 
 
@@ -213,14 +213,16 @@ def _check_files(
         return
     find = _ImageFinder(root)
     for name, list_entries in entries.items():
-        missing = [e.image for e in list_entries if find(e.image) is None]
+        missing = [e.image for e in list_entries if find(e) is None]
         if missing:
             report.errors.append(
                 f"The {name} list has {_abbreviate(missing)}, not there below {root}."
             )
         # The masks of unlabelled images are never read.
         pairs = [
-            (find(e.image), root / e.mask) for e in list_entries if e.mask and name != "unlabeled"
+            (find(e), split_lists.locate(root, e.mask, e.absolute_mask))
+            for e in list_entries
+            if e.mask and name != "unlabeled"
         ]
         missing_masks = [os.fspath(mask) for _, mask in pairs if not mask.exists()]
         if missing_masks:
@@ -237,15 +239,17 @@ def _check_files(
 
 
 class _ImageFinder:
-    """Finds an image by its path below a root, or by its bare id anywhere below the root."""
+    """Finds an image by its path, or by its bare id anywhere below a root."""
 
     def __init__(self, root: epath.Path):
         self._root = root
         self._by_id: dict[str, epath.Path] | None = None
 
-    def __call__(self, image: str) -> epath.Path | None:
-        if (self._root / image).is_file():
-            return self._root / image
+    def __call__(self, entry: Entry) -> epath.Path | None:
+        image = entry.image
+        located = split_lists.locate(self._root, image, entry.absolute_image)
+        if located.is_file():
+            return located
         if "/" in image:
             return None
         if self._by_id is None:
