@@ -17,7 +17,7 @@ from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
 from semiseg_jax.models.dsbn import NORM_KINDS
 from semiseg_jax.models.layers import FIRST_DILATIONS
-from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.errors import UserError, printable
 
 # A predicate on the value, and the values it accepts in words, as the error message gives them.
 Rule = tuple[Callable[[Any], bool], str]
@@ -65,7 +65,10 @@ _SCALES: Rule = (
 )
 _NAMES: Rule = (
     lambda v: (
-        isinstance(v, tuple) and all(isinstance(n, str) and n for n in v) and len(set(v)) == len(v)
+        isinstance(v, tuple)
+        # Bytes of a command line that are not UTF-8 cannot be written into files.
+        and all(isinstance(n, str) and n and printable(n) == n for n in v)
+        and len(set(v)) == len(v)
     ),
     "a tuple of distinct names",
 )

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from semiseg_jax import metrics
@@ -218,7 +219,7 @@ def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Cons
     if not all(row.protocol.is_comparable(rows[0].protocol) for row in rows):
         raise ValueError("rows of different protocols do not belong into one table")
     teacher = next((row for row in rows if row.stage == "teacher"), None)
-    table = Table(box=box.SIMPLE_HEAD, title=f"Results on {rows[0].split}, in %")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(f"Results on {rows[0].split}, in %"))
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row.stage_name, justify="right", no_wrap=True)
@@ -228,5 +229,5 @@ def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Cons
         table.add_row("gain over the teacher", *gains, end_section=True)
     for i, name in enumerate(classes):
         values = [row.iou[i] for row in rows]
-        table.add_row(name, *("-" if v is None else f"{100 * v:.1f}" for v in values))
+        table.add_row(escape(name), *("-" if v is None else f"{100 * v:.1f}" for v in values))
     console.print(table)

@@ -18,6 +18,10 @@ from semiseg_jax.runtime.logger import logger
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
+# The most bytes in a file name without its ending. File systems allow 255, and a run writes files
+# under temporary names, which are longer (see `fileio.write_bytes`).
+MAX_NAME_BYTES = 235
+
 # "true": a mask of the data set, in its own mask values. "pseudo": a label map that a teacher
 # predicted, whose values are class ids.
 LabelKind = Literal["true", "pseudo"]
@@ -244,6 +248,28 @@ def is_image(name: str, suffix: str = "") -> bool:
     if not suffix:
         return name.lower().endswith(IMAGE_SUFFIXES)
     return name[-len(suffix) :].lower() == suffix.lower()
+
+
+def check_name(example: Example) -> None:
+    """Checks that files can be named after an image.
+
+    Raises:
+        UserError: the image's name is not UTF-8, or too long.
+    """
+    try:
+        name = example.id.rpartition("/")[2].encode()
+        example.id.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The name of {example.image} is not UTF-8: rename the file or its folder.",
+            code="image-name-not-utf8",
+        ) from error
+    if len(name) > MAX_NAME_BYTES:
+        raise UserError(
+            f"The name of {example.image} has {len(name)} bytes without its ending: shorten it to "
+            f"{MAX_NAME_BYTES}, as the files that are named after it need longer names.",
+            code="image-name-too-long",
+        )
 
 
 def safe_id(path: str) -> str:

@@ -303,14 +303,42 @@ def _check_values_known(
     if not len(unknown):
         return
     listing = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
-    hint = ""
-    if IGNORE in unknown and len(present) <= 2:
-        hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
+    remedy = _remedy_for_unknown_values(path, value_counts, unknown)
     raise UserError(
-        f"{path} holds the values {listing}, which are neither a class nor ignored: give them "
-        f"in data.id_map or data.ignore_ids{hint}.",
+        f"{path} holds the values {listing}, which are neither a class nor ignored: {remedy}.",
         code="mask-values-unknown",
     )
+
+
+# A mask of two classes with more further values than these has soft edges.
+_MAX_NUMBERED_VALUES = 16
+# How a mask of 0 and 255 is read.
+BINARY_MASK_KEYS = "data.ignore_ids=() data.id_map=((0,0),(255,1))"
+
+
+def _remedy_for_unknown_values(
+    path: epath.PathLike, value_counts: Int[np.ndarray, "256"], unknown: Int[np.ndarray, "n"]
+) -> str:
+    """Returns what to do about mask values that are neither a class nor ignored.
+
+    Args:
+        path: the mask.
+        value_counts: number of its pixels by value.
+        unknown: the values without an entry in the id table.
+    """
+    is_binary = value_counts[[0, IGNORE]].sum() > 0.5 * value_counts.sum()
+    again = "save it again from its source, without loss and without interpolation"
+    if is_binary:
+        again = f"save it as a PNG of 0 and 255 alone, and read it with {BINARY_MASK_KEYS}"
+    kind = Image.open(io.BytesIO(epath.Path(path).read_bytes())).format
+    if kind in ("JPEG", "MPO"):
+        return f"it is a JPEG, whose compression changes values where classes meet; {again}"
+    if is_binary and len(unknown) > _MAX_NUMBERED_VALUES:
+        return f"they look like the soft edges of a mask of 0 and 255; {again}"
+    hint = ""
+    if IGNORE in unknown and np.count_nonzero(value_counts) <= 2:
+        hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
+    return f"give them in data.id_map or data.ignore_ids{hint}"
 
 
 def encode_mask(

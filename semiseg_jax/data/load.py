@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Int, Int16
 
 from semiseg_jax.data import image_io, split_lists
-from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs
+from semiseg_jax.data.dataset import Dataset, Example, Layout, check_name, pairs
 from semiseg_jax.data.listed_images import read_listed
 from semiseg_jax.data.sources import camvid, cityscapes, folder, pascal_voc, streets, tfds
 from semiseg_jax.data.sources.downscale import downscale_dataset
@@ -81,13 +81,22 @@ def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
     """Returns the data set of a config, split but not checked, and its root folder.
 
     Raises:
-        UserError: a folder or list is missing, or the config asks for more images than exist.
+        UserError: a folder or list is missing, the config asks for more images than exist, or no
+            files can be named after an image.
     """
     name = config.data.name
     layout_of = tfds.layout if name.startswith(tfds.PREFIX) else LAYOUTS[name]
     with multihost.main_first("data"):
         layout = layout_of(config)
-    return _split(config, layout), layout.root
+    dataset = _split(config, layout)
+    for example in (
+        *dataset.labeled,
+        *dataset.unlabeled,
+        *dataset.evaluation,
+        *dataset.selection,
+    ):
+        check_name(example)
+    return dataset, layout.root
 
 
 def _split(config: Any, layout: Layout) -> Dataset:
@@ -269,6 +278,13 @@ def _hold_out(
     The last images in the order of `split_lists.order` are held out, so that every class is first
     represented among the images to train on.
     """
+    if len(candidates) == 1:
+        raise UserError(
+            f"{candidates[0].image} is the only image with a mask, and data.holdout="
+            f"{data.holdout:g} needs one to train on and another to hold out: add masks, or name "
+            "evaluation images in data.evaluation_list.",
+            code="holdout-of-one-image",
+        )
     count = split_lists.number(len(candidates), data.holdout, "data.holdout")
     if count == len(candidates):
         raise UserError(
@@ -342,7 +358,7 @@ def check_several_classes(counts: Int[np.ndarray, "256"], classes: Sequence[str]
         return
     hint = ""
     if image_io.IGNORE in present:
-        hint = "; for 0/255 masks map 255 with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+        hint = f"; for 0/255 masks map 255 with {image_io.BINARY_MASK_KEYS}"
     raise UserError(
         f"The labelled masks hold no class but {classes[0]}: check the masks' values{hint}.",
         code="labeled-masks-of-one-class",

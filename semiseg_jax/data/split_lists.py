@@ -211,13 +211,16 @@ def number(count: int, amount: float, key: str) -> int:
         UserError: the result is 0 or exceeds `count`.
     """
     images = round(amount * count) if amount <= 1 else round(amount)
-    if not 0 < images <= count:
-        raise UserError(
-            f"{key}={amount:g} asks for {images} of {count} training images: give a count from 2 "
-            f"to {count}, a share in (0, 1], or 0 for {'all' if key == 'data.labels' else 'none'}.",
-            code="subset-size-invalid",
-        )
-    return images
+    if 0 < images <= count:
+        return images
+    # One image must remain to train on.
+    most = count - 1 if key == "data.holdout" else count
+    counts = f"a count from 2 to {most}, " if most > 2 else "the count 2, " if most == 2 else ""
+    raise UserError(
+        f"{key}={amount:g} asks for {images} of {count} training images: give {counts}a share of "
+        f"at least {1 / count:.2g}, or 0 for {'all' if key == 'data.labels' else 'none'}.",
+        code="subset-size-invalid",
+    )
 
 
 def order(

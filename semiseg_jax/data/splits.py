@@ -22,6 +22,7 @@ from etils import epath
 from jaxtyping import Int
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from semiseg_jax.data import image_io, split_lists
@@ -401,7 +402,7 @@ def _print_classes(report: SplitReport, console: Console) -> None:
     for i in range(num_classes):
         if report.names or any(counts[i] for counts in report.classes.values()):
             shares = (f"{100 * c[i] / totals[n]:.2f}" for n, c in report.classes.items())
-            table.add_row(_class_name(i, report), *shares)
+            table.add_row(escape(_class_name(i, report)), *shares)
     console.print(table)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime.errors import printable
 
 logger = logging.getLogger("semiseg_jax")
 
@@ -54,7 +55,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record in process 0, or adds it to the lines that `capture_lines` collects."""
-        line = _prefix + record.getMessage()
+        line = printable(_prefix + record.getMessage())
         if _captured is not None:
             _captured.append(line)
         elif multihost.is_main():

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, UInt8
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir
 from semiseg_jax.data import image_io, input_pipeline, visualize
-from semiseg_jax.data.dataset import Dataset, Example
+from semiseg_jax.data.dataset import Dataset, Example, check_name
 from semiseg_jax.data.input_pipeline import ImageBatch
 from semiseg_jax.inference import Predictor, pipelined_map
 from semiseg_jax.runtime import fileio
@@ -311,6 +311,7 @@ def _read_sizes(
 
     def read_size(example: Example) -> Size | None:
         try:
+            check_name(example)
             height, width = image_io.image_size(example.image)
             if height * width > MAX_READ_PIXELS:
                 raise UserError(

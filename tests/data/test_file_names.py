@@ -1,6 +1,8 @@
 """Images and masks are paired by name, whatever the case of the endings or the form of accents."""
 
 import itertools
+import json
+import os
 import unicodedata
 
 import numpy as np
@@ -8,8 +10,18 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from semiseg_jax.data.dataset import IMAGE_SUFFIXES, pairs
+from semiseg_jax.data import load, splits
+from semiseg_jax.data.dataset import (
+    IMAGE_SUFFIXES,
+    MAX_NAME_BYTES,
+    Example,
+    check_name,
+    pairs,
+)
+from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.logger import capture_lines
+from semiseg_jax.serving import inputs, prediction_writer
+from tests.errors import raises_code
 
 MASK = Image.fromarray(np.eye(8, dtype=np.uint8))
 
@@ -117,3 +129,55 @@ def test_folders_of_images_that_share_masks_through_a_link(root):
     (root / "masks/b").symlink_to(root / "masks/a")
     examples, _ = paired(root)
     assert [e.mask for e in examples] == [f"{root}/masks/{name}/x.png" for name in "ab"]
+
+
+# --- Names that files cannot be named after
+
+
+def bad_names():
+    """Names that are not UTF-8, and names that are too long, as the bytes of the file system."""
+    for encoding in ("latin-1", "utf-16-le"):
+        yield "café".encode(encoding).replace(b"\0", b"\xff"), "image-name-not-utf8"
+    yield "日本".encode("shift-jis"), "image-name-not-utf8"
+    for name in ("a" * 236, "é" * 118, "車" * 79, "x" * 251):
+        yield name.encode(), "image-name-too-long"
+
+
+@pytest.mark.parametrize(("name", "code"), list(bad_names()))
+@pytest.mark.parametrize("folder", ["images/train", "images/val", "more"])
+def test_bad_names_are_found_before_training(folder_config, folder_data, folder, name, code):
+    (folder_data / "more").mkdir()
+    content = (folder_data / "images/train/000.png").read_bytes()
+    (folder_data / "more/a.png").write_bytes(content)
+    (folder_data / folder / os.fsdecode(name + b".png")).write_bytes(content)
+    folder_config.data.unlabeled_dir = "more"
+    with raises_code(code) as error:
+        load.plan_dataset(folder_config)
+    str(error.value).encode()
+    assert any(str(error.value) in line for line in splits.examine_config(folder_config).errors)
+
+
+def test_the_longest_names_are_written(tmp_path):
+    for name in ("a" * MAX_NAME_BYTES, "é" * (MAX_NAME_BYTES // 2), "車" * (MAX_NAME_BYTES // 3)):
+        check_name(Example(f"folder/{name}", "x.png", None))
+        fileio.write_bytes(tmp_path / f"{name}.png", b"content")
+
+
+def test_lines_and_tables_with_such_names_are_printed(folder_config, folder_data, capsys):
+    (folder_data / "images/train" / os.fsdecode(b"caf\xe9.gif")).touch()
+    load.plan_dataset(folder_config)
+    assert "caf\\udce9.gif" in capsys.readouterr().out
+
+
+def test_predict_names_such_files_and_reads_the_others(tmp_path):
+    names = [name for name, _ in bad_names()]
+    for name in (b"a", *names):
+        MASK.save(tmp_path / os.fsdecode(name + b".png"), format="PNG")
+    images = inputs.Images(tmp_path, tmp_path / "output")
+    errors = {}
+    sizes = prediction_writer._read_sizes(
+        images.examples, lambda example, error: errors.update({example.image: str(error)})
+    )
+    assert sizes == {str(tmp_path / "a.png"): (8, 8)}
+    assert len(errors) == len(names)
+    json.dumps(errors).encode()

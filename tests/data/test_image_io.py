@@ -8,7 +8,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from semiseg_jax.data import image_io
 from semiseg_jax.runtime import fileio
@@ -315,3 +315,28 @@ def test_remove_leftovers_removes_only_dead_temporaries(tmp_path, monkeypatch):
     fileio.remove_leftovers(folder)
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(other_files)
     fileio.remove_leftovers(tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_soft_masks_of_two_classes_point_to_another_file(tmp_path, suffix, quality):
+    """A mask of 0 and 255, saved as JPEG or blurred."""
+    rows, columns = np.mgrid[:64, :64]
+    mask = Image.fromarray(
+        np.where((rows - 32) ** 2 + (columns - 30) ** 2 < 500, 255, 0).astype(np.uint8)
+    )
+    if suffix == ".png":
+        mask = mask.filter(ImageFilter.GaussianBlur(quality / 60))
+    mask.save(tmp_path / f"m{suffix}", quality=quality)
+    reason = "it is a JPEG" if suffix == ".jpg" else "soft edges"
+    keys = "PNG of 0 and 255 alone, and read it with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+    for ignore_ids in ((255,), ()):
+        with raises_code("mask-values-unknown", reason, keys):
+            image_io.read_mask(tmp_path / f"m{suffix}", image_io.id_table(2, ignore_ids))
+
+
+def test_a_jpeg_of_class_ids_points_to_its_source(tmp_path):
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 5, (32, 32), np.uint8) * 9)
+    mask.save(tmp_path / "m.jpg")
+    with raises_code("mask-values-unknown", "it is a JPEG", "from its source"):
+        image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(5))

@@ -1,5 +1,6 @@
 """Loading, splitting and checking the data sets of the sources."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -384,3 +385,32 @@ def test_impossible_unlabeled_ratio_raises(folder_config, ratio, count):
     folder_config.data.unlabeled_ratio = ratio
     with raises_code("unlabeled-ratio-too-large", f"{count} unlabelled images for 4", "are 8"):
         load.load_dataset(folder_config)
+
+
+@pytest.mark.parametrize("masks", [1, 2, 3, 4])
+@pytest.mark.parametrize("holdout", [0.2, 0.01, 9.0])
+def test_few_masks_and_the_default_holdout(folder_config, folder_data, masks, holdout):
+    for kind in ("images", "masks"):
+        for path in (folder_data / kind / "val").iterdir():
+            path.unlink()
+        (folder_data / kind / "val").rmdir()
+    for path in sorted((folder_data / "masks/train").iterdir())[masks:]:
+        path.unlink()
+    folder_config.data.labels = 0.0
+    folder_config.data.holdout = holdout
+    if masks == 1:
+        with raises_code("holdout-of-one-image", "only image with a mask", "000.png"):
+            load.plan_dataset(folder_config)
+        return
+    if holdout == 0.2 and masks > 2:
+        assert len(load.plan_dataset(folder_config)[0].evaluation) == 1
+        return
+    with raises_code("subset-size-invalid", f"of {masks} training images") as error:
+        load.plan_dataset(folder_config)
+    sentence = str(error.value)
+    # What the sentence proposes is accepted.
+    share = float(sentence.partition("at least ")[2].partition(",")[0])
+    counts = [int(n) for n in re.findall(r"(?:from|to|the count) (\d+)", sentence)]
+    for amount in (share, *counts):
+        folder_config.data.holdout = amount
+        assert load.plan_dataset(folder_config)[0].evaluation
