@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -10,11 +10,10 @@ from etils import epath
 from jaxtyping import Int16
 
 from semiseg_jax.data import split_lists
-from semiseg_jax.runtime.errors import UserError, read_error
+from semiseg_jax.data.folder_walk import walk_files
+from semiseg_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-
-# Prints a line for the user.
 
 # "true": a mask of the data set, in its own mask values. "pseudo": a label map that a teacher
 # predicted, whose values are class ids.
@@ -107,24 +106,10 @@ class Layout:
     masks_of_lists: bool = True
 
 
-def inside(folder: epath.Path) -> list[epath.Path]:
-    """Returns the paths in a folder, sorted by name.
-
-    Raises:
-        UserError: the folder is not readable.
-    """
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise read_error(
-            f"The folder {folder}", error, "make it readable, or take it out of what is read"
-        ) from error
-
-
 def files_below(
     folder: epath.Path, skip_folder: Callable[[epath.Path], bool] = lambda folder: False
-) -> Iterator[epath.Path]:
-    """Yields every file below a folder at any depth, sorted by path; skips hidden files.
+) -> list[epath.Path]:
+    """Returns every file below a folder as `walk_files` does, but skips hidden files and folders.
 
     Args:
         folder: the folder to walk.
@@ -133,14 +118,8 @@ def files_below(
     Raises:
         UserError: a folder is not readable.
     """
-    for path in inside(folder):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if not skip_folder(path):
-                yield from files_below(path, skip_folder)
-        else:
-            yield path
+    files = walk_files(folder, lambda path: path.name.startswith(".") or skip_folder(path))
+    return [path for path in files if not path.name.startswith(".")]
 
 
 def pairs(

@@ -22,7 +22,8 @@ import scipy.io
 from etils import epath
 
 from semiseg_jax.data import image_io
-from semiseg_jax.data.dataset import Example, Layout, inside
+from semiseg_jax.data.dataset import Example, Layout
+from semiseg_jax.data.folder_walk import inside
 from semiseg_jax.data.split_lists import read_list
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
