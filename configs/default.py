@@ -46,6 +46,9 @@ def data() -> ConfigDict:
     # images unchanged. Smaller copies are written once to the cache, images antialiased, masks by
     # nearest neighbour.
     data.downscale = 1
+    # Largest number of pixels of an image or mask, at least 1; files with more are refused by their
+    # header, because a small file may decode to any size. Decoding takes about 10 bytes a pixel.
+    data.max_image_pixels = 2**28
 
     # Source `folder`: folders of images and masks, relative to the root or absolute. A mask has the
     # name of its image, with `mask_suffix` in place of the image's ending.

@@ -96,6 +96,7 @@ RULES: dict[str, Rule] = {
     "data.classes": _NAMES,
     "data.ignore_ids": _BYTES,
     "data.downscale": _at_least(1),
+    "data.max_image_pixels": _at_least(1),
     "data.unlabeled_ratio": _at_least(0),
     "data.labels": _at_least(0),
     "data.split_seed": _at_least(0),

@@ -17,6 +17,12 @@ _FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model,
 _IMAGES = flags.DEFINE_string(
     "images", None, "A folder with photographs to compare on; built-in scenes by default."
 )
+_MAX_IMAGE_PIXELS = flags.DEFINE_integer(
+    "max_image_pixels",
+    None,
+    "Largest number of pixels of a photograph (default 268,435,456).",
+    lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -33,12 +39,14 @@ def main(argv: list[str]) -> None:
     from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
     import jax
 
+    from semiseg_jax.data import image_header
     from semiseg_jax.runtime.errors import UserError
     from semiseg_jax.serving import exporters
 
     # On the CPU, because accelerators compute float32 products with less precision, which would
     # hide differences between the exported model and the network.
     jax.config.update("jax_platforms", "cpu")
+    image_header.set_max_pixels(_MAX_IMAGE_PIXELS.value or image_header.DEFAULT_MAX_PIXELS)
     try:
         exporters.export(
             Path(workdir), Path(output), format_, Path(_IMAGES.value) if _IMAGES.value else None

@@ -34,6 +34,12 @@ _BATCH = flags.DEFINE_integer("batch", None, "Largest number of images per batch
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "Pixels that a device processes at a time; larger images are tiled."
 )
+_MAX_IMAGE_PIXELS = flags.DEFINE_integer(
+    "max_image_pixels",
+    None,
+    "Largest number of pixels of an image (default 268,435,456); larger ones are not decoded.",
+    lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -138,9 +144,11 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     from rich import progress as bars
 
     from semiseg_jax import mesh
+    from semiseg_jax.data import file_warnings, image_header
     from semiseg_jax.runtime.logger import logger
     from semiseg_jax.serving import inputs, model_bundle, prediction_writer
 
+    image_header.set_max_pixels(_MAX_IMAGE_PIXELS.value or image_header.DEFAULT_MAX_PIXELS)
     bundle = model_bundle.load(_WORKDIR.value)
     images = inputs.Images(_INPUT.value, _OUTPUT.value)
     devices = mesh.make_mesh()
@@ -154,6 +162,10 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     )
     if images.others:
         logger.info(f"{images.others} files below {_INPUT.value} are no images and left alone")
+    for folder in images.skipped_folders:
+        logger.info(f"{folder} holds predictions, by its {inputs.RECORD}, and is left out")
+    for warning in file_warnings.find(images.examples):
+        logger.info(f"Warning: {warning}")
     writer = prediction_writer.PredictionWriter(
         bundle, protocol, devices, _OUTPUT.value, _OVERLAYS.value, _PROBABILITIES.value
     )

@@ -47,7 +47,7 @@ from semiseg_jax.stages import DONE
 # Keys that configs/default.py declared after the first workdirs were written, each with the value
 # that equals the behaviour of the older code. A config.json without the key has this value, and
 # `config_hash` omits the key at this value.
-ADDED_KEYS = {"rounds.teacher_from": ""}
+ADDED_KEYS = {"rounds.teacher_from": "", "data.max_image_pixels": 2**28}
 
 # Keys that every such file has; later versions added more.
 _REQUIRED_KEYS = {
@@ -154,6 +154,7 @@ RESUME_SAFE_KEYS = frozenset(
         "data.cache_dir",
         "data.prefetch",
         "data.threads",
+        "data.max_image_pixels",
         "data.palette",
         "train.log_every",
         "train.checkpoint_every",

@@ -195,6 +195,7 @@ def photos(tmp_path):
     (folder / "empty.jpg").write_bytes(b"")
     content = (folder / "same.tif").read_bytes()
     (folder / "cut.tif").write_bytes(content[: len(content) // 2])
+    os.mkfifo(folder / "pipe.png")
     (folder / "notes.txt").write_text("no image")
     return folder
 
@@ -205,8 +206,11 @@ def test_all_image_formats_are_predicted_and_unreadable_files_listed(
     _, workdir = few
     output = photos / "predicted"
     error = get_error(monkeypatch, *flags(workdir, photos, output))
-    assert error.startswith("Error: 3 files could not be predicted, all others are written:\n")
-    for line in ("cut.tif cannot be decoded", "empty.jpg is not an image", "sixteen.png has more"):
+    assert error.startswith("Error: 4 files could not be predicted, all others are written:\n")
+    for line in (
+        *("cut.tif cannot be decoded", "empty.jpg is not an image", "sixteen.png has more"),
+        "pipe.png is a named pipe",
+    ):
         assert f"\n  {photos}/{line}" in error
     assert "1 files below" in capsys.readouterr().out
     label_maps = read_maps(output)
@@ -220,7 +224,7 @@ def test_all_image_formats_are_predicted_and_unreadable_files_listed(
     for name in equal:
         np.testing.assert_array_equal(label_maps[name], label_maps["deep/plain.png"], err_msg=name)
     record = json.loads((output / "predictions.json").read_text())
-    assert record["images"] == 7 and len(record["broken"]) == 3 and record["ended"]
+    assert record["images"] == 7 and len(record["broken"]) == 4 and record["ended"]
     # A second call ignores the predictions in the input folder and writes the same files.
     files = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     get_error(monkeypatch, *flags(workdir, photos, output))
@@ -348,4 +352,16 @@ def test_files_that_are_not_predictions_are_not_overwritten(photos, tmp_path):
     with raises_code("output-holds-other-files", "masks/grey.png"):
         inputs.Images(photos, photos / "masks")
     (photos / "masks" / "predictions.json").write_text("{}")
-    assert len(inputs.Images(photos, photos / "masks").examples) == 10
+    images = inputs.Images(photos, photos / "masks")
+    assert len(images.examples) == 11 and images.skipped_folders == []
+    # Predictions of another command are left out, and the command says so.
+    images = inputs.Images(photos, photos / "predicted")
+    assert len(images.examples) == 11 and images.skipped_folders == [photos / "masks"]
+
+
+def test_links_that_form_cycles_add_no_images(photos, tmp_path):
+    before = [e.id for e in inputs.Images(photos, tmp_path / "out").examples]
+    (photos / "itself").symlink_to(photos)
+    (photos / "deep" / "up").symlink_to(tmp_path)
+    (photos / "deep" / "across").symlink_to(photos / "deep")
+    assert [e.id for e in inputs.Images(photos, tmp_path / "out").examples] == before

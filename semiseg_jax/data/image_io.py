@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16, UInt8
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from semiseg_jax.data.image_header import ImageFile, check_regular
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.runtime.errors import UserError, first_line, read_error
 
@@ -102,75 +103,14 @@ def generated_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 
 # --- Image and label map files -------------------------------------------------------------------
 
-# Data sets may hold images that Pillow would reject as decompression bombs.
-Image.MAX_IMAGE_PIXELS = None
-
-
-class _ImageFile:
-    """An opened image file whose header is read; the image is upright by its EXIF orientation.
-
-    Attributes:
-        image: Pillow's image, not decoded before `decode`.
-        raw_mode: the file's pixel format, such as "RGB;16B".
-    """
-
-    def __init__(self, stream: Any):
-        self.image = Image.open(stream)
-        tiles = self.image.tile
-        self.raw_mode = str(tiles[0].args) if tiles else self.image.mode
-        self._orientation = _exif_orientation(self.image)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the upright image in pixels."""
-        width, height = self.image.size
-        return (width, height) if self._orientation >= 5 else (height, width)
-
-    @property
-    def has_more_than_8_bits(self) -> bool:
-        """Whether a channel has more than 256 levels; Pillow cuts some such files to 8 bits."""
-        return self.image.mode.startswith(("I", "F")) or "16" in self.raw_mode
-
-    def decode(self) -> Image.Image:
-        """Returns the decoded, upright image."""
-        self.image.load()
-        transpose = _TRANSPOSE_BY_ORIENTATION.get(self._orientation)
-        return self.image if transpose is None else self.image.transpose(transpose)
-
-
-# The operation that turns an image upright, by its EXIF orientation. Pillow's exif_transpose also
-# rewrites the EXIF data, which fails if an unrelated tag is malformed.
-_TRANSPOSE_BY_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation 1..8 of an undecoded image; from 5 on, its sides are swapped.
-
-    Returns 1 for TIFF, which Pillow turns upright itself. In a PNG only chunks before the pixels
-    count, because Pillow would decode the whole image to read the chunks after them.
-    """
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises many types of exception for damaged EXIF data.
-        return 1  # The pixels may still be sound.
-    return orientation if orientation in range(1, 9) else 1
-
 
 @contextlib.contextmanager
 def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
     """Turns exceptions about an image file into UserErrors; {} in `message` is the reason."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: restore it or take it out of its list.",
@@ -188,31 +128,45 @@ def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
         ) from error
 
 
-def _decode(path: epath.PathLike) -> tuple[_ImageFile, Image.Image]:
+def _decode(path: epath.PathLike) -> tuple[ImageFile, Image.Image]:
     """Returns an image file and its decoded image; raises a UserError as `read_image` does."""
     message = (
         "cannot be decoded ({}): it is truncated, corrupt or not an image; replace it or take it "
         "out of its list."
     )
     with _image_errors(path, message):
-        file = _ImageFile(io.BytesIO(epath.Path(path).read_bytes()))
+        check_regular(path)
+        file = ImageFile(path, io.BytesIO(epath.Path(path).read_bytes()))
         return file, file.decode()
+
+
+@contextlib.contextmanager
+def open_header(path: epath.PathLike) -> Iterator[ImageFile]:
+    """Opens an image or mask and reads only its header.
+
+    Raises:
+        UserError: the file is missing, not an image, or has too many pixels.
+    """
+    message = "is not an image ({}): replace it or take it out of its list."
+    with _image_errors(path, message):
+        check_regular(path)
+        with epath.Path(path).open("rb") as stream:
+            yield ImageFile(path, stream)
 
 
 def image_size(path: epath.PathLike) -> tuple[int, int]:
     """Returns (height, width) of the upright image in pixels; reads only the file's header.
 
     Raises:
-        UserError: the file is missing, not an image, or has more than 8 bits a channel.
+        UserError: the file is missing, not an image, has too many pixels, or has more than 8 bits
+            a channel.
     """
-    message = "is not an image ({}): replace it or take it out of its list."
-    with _image_errors(path, message), epath.Path(path).open("rb") as stream:
-        file = _ImageFile(stream)
-    _check_bit_depth(path, file)
-    return file.size
+    with open_header(path) as file:
+        _check_bit_depth(path, file)
+        return file.size
 
 
-def _check_bit_depth(path: epath.PathLike, file: _ImageFile) -> None:
+def _check_bit_depth(path: epath.PathLike, file: ImageFile) -> None:
     if file.has_more_than_8_bits:
         raise UserError(
             f"{path} has more than 8 bits a channel (mode {file.raw_mode}): convert it to 8 bits, "
@@ -225,21 +179,25 @@ def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the upright RGB image of a file in any mode; grey is repeated, alpha dropped.
 
     Raises:
-        UserError: the file is missing or damaged, or has more than 8 bits a channel.
+        UserError: the file is missing or damaged, or has too many pixels or more than 8 bits a
+            channel.
     """
     file, image = _decode(path)
+    # Before the conversion, which would cut the values to 8 bits.
     _check_bit_depth(path, file)
-    return np.asarray(image.convert("RGB"))
-
-
-# Pillow multiplies the values of grey images of less than 8 bits by these factors.
-_GREY_SCALE_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+    # A conversion from RGB to RGB would copy the image.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
     """Returns the values stored in a mask file: palette indices or grey levels."""
     file, image = _decode(path)
     values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if file.grey_scale is not None and image.mode in ("1", "L", "I"):
+        largest, shown = file.grey_scale
+        values = ((values.astype(np.int64) * largest + shown // 2) // shown).astype(values.dtype)
+    if file.inverts_stored_values:
+        values = (file.grey_scale or (255, 255))[0] - values
     # Some TIFF files hold signed integers. Cut to 8 bits, -1 would become IGNORE.
     if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
         values = values.astype(np.uint8)
@@ -249,8 +207,7 @@ def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
             "ids are expected: save masks as palette or grey PNGs whose values are the class ids.",
             code="mask-mode-unsupported",
         )
-    factor = _GREY_SCALE_FACTORS.get(file.raw_mode)
-    return values // factor if factor else values
+    return values
 
 
 def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16
 
-from semiseg_jax.data import image_io, split_lists
+from semiseg_jax.data import file_warnings, image_header, image_io, split_lists
 from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs, safe_id
 from semiseg_jax.data.sources import camvid, cityscapes, folder, pascal_voc, streets, tfds
 from semiseg_jax.data.sources.downscale import downscale_dataset
@@ -82,6 +82,7 @@ def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
     Raises:
         UserError: a folder or list is missing, or the config asks for more images than exist.
     """
+    image_header.set_max_pixels(config.data.max_image_pixels)
     name = config.data.name
     layout_of = tfds.layout if name.startswith(tfds.PREFIX) else LAYOUTS[name]
     with multihost.main_first("data"):
@@ -378,6 +379,9 @@ def check(dataset: Dataset) -> int:
             "masks' values, data.ignore_ids and data.id_map.",
             code="eval-masks-without-class",
         )
+    files = (*dataset.labeled, *dataset.evaluation, *dataset.selection, *dataset.unlabeled)
+    for warning in file_warnings.find(files):
+        logger.info(f"Warning: {warning}")
     present = set(np.flatnonzero(counts).tolist())
     absent = [name for i, name in enumerate(dataset.classes) if i not in present]
     if absent:

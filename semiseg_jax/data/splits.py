@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from semiseg_jax.data import image_io, split_lists
+from semiseg_jax.data import file_warnings, image_header, image_io, split_lists
 from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below
 from semiseg_jax.data.split_lists import Entry
 from semiseg_jax.runtime import cli
@@ -233,6 +233,7 @@ def _check_files(
             if image is not None and mask.exists()
         ]
         _count_pixels(name, existing, np.arange(256, dtype=np.int16), report)
+        report.warnings += file_warnings.find(existing)
     _check_learnt_classes(report)
 
 
@@ -342,6 +343,8 @@ def examine_config(config: Any) -> SplitReport:
         if unmasked:
             report.errors.append(f"{_abbreviate(unmasked)} in the {name} set without a mask.")
         _count_pixels(name, [e for e in sets[name] if e.mask], dataset.table, report)
+    files = (*dataset.labeled, *dataset.evaluation, *dataset.selection, *dataset.unlabeled)
+    report.warnings += file_warnings.find(files)
     missing = [e.image for e in dataset.unlabeled if not os.path.exists(e.image)]
     if missing:
         report.errors.append(f"The unlabeled set has {_abbreviate(missing)}, not there.")
@@ -412,6 +415,12 @@ def run() -> None:
             for name, kind in zip(LIST_NAMES, kinds, strict=True)
         ),
         flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
+        flags.DEFINE_integer(
+            "max_image_pixels",
+            image_header.DEFAULT_MAX_PIXELS,
+            "Largest number of pixels of an image, with lists.",
+            lower_bound=1,
+        ),
     ]
     # --help lists the flags of the module that was started.
     for holder in holders:
@@ -435,6 +444,7 @@ def main(argv: list[str]) -> None:
             sys.exit(f"Error: {error}")
         report = examine_config(values.config)
     elif any(paths.values()):
+        image_header.set_max_pixels(values["max_image_pixels"].value)
         report = examine_lists(paths, values.root)
     else:
         sys.exit("Error: Say what to look at: --labeled=F --unlabeled=F --val=F, or --config=….")

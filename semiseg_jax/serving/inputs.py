@@ -20,6 +20,7 @@ class Images:
     Attributes:
         examples: the images; `id` is the name of the output file without its suffix.
         others: number of skipped files, whose names have no image suffix.
+        skipped_folders: folders below the source that hold predictions, and no images.
     """
 
     def __init__(self, source: epath.PathLike, output: epath.PathLike):
@@ -50,11 +51,19 @@ class Images:
                 f"{folder} holds predictions, by its {RECORD}: give a folder of images.",
                 code="input-holds-predictions",
             )
-        if source.is_dir():
+        self.skipped_folders: list[epath.Path] = []
+
+        def holds_predictions(path: epath.Path) -> bool:
             # Earlier predictions, in this output folder or in another, are not input.
-            files = list(
-                files_below(folder, lambda f: _is_same_path(f, output) or (f / RECORD).exists())
-            )
+            if _is_same_path(path, output):
+                return True
+            if (path / RECORD).exists():
+                self.skipped_folders.append(path)
+                return True
+            return False
+
+        if source.is_dir():
+            files = files_below(folder, holds_predictions)
             images = [f for f in files if is_image(f.name)]
         else:
             files = images = [source]

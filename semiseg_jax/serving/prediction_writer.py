@@ -38,8 +38,6 @@ from semiseg_jax.serving.model_bundle import ModelBundle
 from semiseg_jax.shape_buckets import ShapeBuckets, Size
 
 OVERLAYS, PROBABILITIES = "overlays", "probabilities"
-# A damaged header may contain any size; cameras and scanners make no larger images.
-MAX_READ_PIXELS = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,18 +309,10 @@ def _read_sizes(
 
     def read_size(example: Example) -> Size | None:
         try:
-            height, width = image_io.image_size(example.image)
-            if height * width > MAX_READ_PIXELS:
-                raise UserError(
-                    f"{example.image} is {width}x{height} by its header, more than the "
-                    f"{MAX_READ_PIXELS:,} pixels that are read: cut it into parts, if it is no "
-                    "damage.",
-                    code="image-too-large",
-                )
+            return image_io.image_size(example.image)
         except UserError as error:
             on_read_error(example, error)
             return None
-        return height, width
 
     with futures.ThreadPoolExecutor() as pool:
         sizes = zip(examples, pool.map(read_size, examples), strict=True)

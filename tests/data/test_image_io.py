@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semiseg_jax.data import image_io
+from semiseg_jax.data import image_header, image_io
 from semiseg_jax.runtime import fileio
 from tests.errors import raises_code
 
@@ -183,8 +183,9 @@ def test_malformed_tag_does_not_affect_orientation(tmp_path):
     assert image_io.read_image(tmp_path / "i.jpg").shape == (8, 4, 3)
 
 
-def test_any_decoder_exception_becomes_user_error(tmp_path):
+def test_any_decoder_exception_becomes_user_error(tmp_path, monkeypatch):
     """A width that overflows the decoder's integers raises neither OSError nor ValueError."""
+    monkeypatch.setattr(image_header, "_max_pixels", 2**40)
     path = tmp_path / "i.bmp"
     Image.new("RGB", (8, 4)).save(path)
     content = bytearray(path.read_bytes())

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from semiseg_jax.data.dataset import Example, Layout, pairs, safe_id
+from semiseg_jax.data.image_header import FORMATS
 from semiseg_jax.data.sources import cityscapes
 from semiseg_jax.data.sources.folder import classes_from_config
 from semiseg_jax.runtime import fileio
@@ -270,7 +271,7 @@ def _encode_png(array: np.ndarray, feature: str) -> bytes:
 def _file_suffix(content: bytes, feature: str) -> str:
     """Returns the suffix for an encoded image; raises a UserError for unsupported formats."""
     try:
-        kind = Image.open(io.BytesIO(content)).format or ""
+        kind = Image.open(io.BytesIO(content), formats=FORMATS).format or ""
     except UnidentifiedImageError:
         kind = ""
     if kind not in SUFFIXES:
