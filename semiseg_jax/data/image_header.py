@@ -214,7 +214,7 @@ def check_regular(path: epath.PathLike) -> None:
     )
 
 
-def _pixel_format(image: Image.Image) -> tuple[str, tuple[int, int] | None]:
+def _pixel_format(image: Any) -> tuple[str, tuple[int, int] | None]:
     """Returns the file's pixel format and `ImageFile.grey_scale` of an undecoded image."""
     # The arguments of Pillow's decoders: the pixel format or, in a tuple, first the pixel format
     # and then numbers such as the bytes of a row or an offset in the file.

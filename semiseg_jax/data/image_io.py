@@ -185,12 +185,20 @@ def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     file, image = _decode(path)
     # Before the conversion, which would cut the values to 8 bits.
     _check_bit_depth(path, file)
+    if image.mode == "La":  # Pillow converts grey with premultiplied alpha to LA alone.
+        image = image.convert("LA")
     # A conversion from RGB to RGB would copy the image.
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
-    """Returns the values stored in a mask file: palette indices or grey levels."""
+def _read_mask_values(
+    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns the values of a mask file: palette indices or grey levels.
+
+    Grey levels of less than 8 bits are returned as they are stored or, if only that fits the table
+    (see `id_table`), as they are shown.
+    """
     file, image = _decode(path)
     values = np.asarray(image.convert("L") if image.mode == "1" else image)
     if file.grey_scale is not None and image.mode in ("1", "L", "I"):
@@ -207,7 +215,30 @@ def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
             "ids are expected: save masks as palette or grey PNGs whose values are the class ids.",
             code="mask-mode-unsupported",
         )
+    if file.grey_scale is not None and image.mode in ("1", "L"):
+        return _shown_if_table_says(values, file.grey_scale, table)
     return values
+
+
+def _shown_if_table_says(
+    values: UInt8[np.ndarray, "h w"],
+    grey_scale: tuple[int, int],
+    table: Int16[np.ndarray, "256"],
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns stored grey values spread over 0..255 if the table has classes for those alone.
+
+    A mask of one bit holds 0 and 1, and most programs show 0 and 255: an id map may be for either.
+    """
+    present = np.flatnonzero(_histogram(values))
+    unknown = table[present] == UNKNOWN
+    if not unknown.any():
+        return values
+    largest, shown = grey_scale
+    spread = np.rint(np.arange(256) / largest * shown).clip(max=255).astype(np.uint8)
+    class_ids = table[spread[present]]
+    if (class_ids == UNKNOWN).any() or (class_ids[unknown] == IGNORE).any():
+        return values
+    return spread[values]
 
 
 def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
@@ -221,7 +252,7 @@ def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np
         UserError: the file is missing or damaged, or holds colours, or holds a value that is
             neither a class nor ignored.
     """
-    values = _read_mask_values(path)
+    values = _read_mask_values(path, table)
     if (table == UNKNOWN).any():
         _check_values_known(path, _histogram(values), table)
     return table.astype(np.uint8)[values]
@@ -238,7 +269,7 @@ def count_classes(
     Raises:
         UserError: as `read_mask`.
     """
-    values = _read_mask_values(path)
+    values = _read_mask_values(path, table)
     value_counts = _histogram(values)
     _check_values_known(path, value_counts, table)
     class_counts = np.zeros(256, np.int64)

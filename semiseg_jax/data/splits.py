@@ -444,7 +444,7 @@ def main(argv: list[str]) -> None:
             sys.exit(f"Error: {error}")
         report = examine_config(values.config)
     elif any(paths.values()):
-        image_header.set_max_pixels(values["max_image_pixels"].value)
+        image_header.set_max_pixels(values.max_image_pixels)
         report = examine_lists(paths, values.root)
     else:
         sys.exit("Error: Say what to look at: --labeled=F --unlabeled=F --val=F, or --config=….")

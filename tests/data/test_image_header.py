@@ -94,6 +94,32 @@ def test_grey_maps_hold_the_values_of_a_mask(tmp_path, magic, largest):
     np.testing.assert_array_equal(image_io.read_mask(tmp_path / "m.png", ALL_VALUES), values)
 
 
+@pytest.mark.parametrize(
+    ("format_", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        *(("TIFF", {"compression": name}) for name in ("raw", "tiff_lzw", "group4")),
+    ],
+)
+def test_an_id_map_may_be_for_0_and_1_or_for_0_and_255(tmp_path, format_, options):
+    """The same masks of one bit, with tables for what is stored and for what is shown."""
+    classes = np.random.default_rng(0).integers(0, 2, (5, 20)).astype(np.uint8)
+    path = tmp_path / "m.png"
+    path.write_bytes(saved(Image.fromarray(classes == 1), format_, **options))
+    for table in (
+        image_io.id_table(2),
+        image_io.id_table(2, ignore_ids=(), id_map=((0, 0), (1, 1))),
+        image_io.id_table(2, ignore_ids=(), id_map=((0, 0), (255, 1))),
+    ):
+        np.testing.assert_array_equal(image_io.read_mask(path, table), classes)
+        counts, _ = image_io.count_classes(path, table)
+        assert counts[1] == classes.sum()
+    # Pixels that no entry names are not ignored silently because 255 means that.
+    with raises_code("mask-values-unknown", "values 1,"):
+        image_io.read_mask(path, image_io.id_table(2, id_map=((0, 0), (7, 1))))
+
+
 def tiff(values, bits, photometric=1, order="<", fill_order=1, software="", pages=()):
     """Returns an uncompressed grey TIFF of one row, assembled here.
 
@@ -136,6 +162,8 @@ def test_tiff_masks_hold_the_stored_values(tmp_path, bits, order, fill_order):
     values = np.arange(16, dtype=np.uint8) % min(2**bits, 16)
     path = tmp_path / "m.tif"
     for photometric, software in itertools.product((0, 1), ("", "tifffile.py")):
+        if (bits, fill_order, photometric) == (8, 2, 0):  # Pillow cannot decode it.
+            continue
         path.write_bytes(tiff(values, bits, photometric, order, fill_order, software))
         read = image_io.read_mask(path, ALL_VALUES)[0]
         # Programs other than tifffile invert the values if 0 is white. They declare that with one
@@ -145,6 +173,18 @@ def test_tiff_masks_hold_the_stored_values(tmp_path, bits, order, fill_order):
         warnings = file_warnings.find([Example("m", os.fspath(path), os.fspath(path))])
         assert len(warnings) == (photometric == 0 and not software)
         assert all("m.tif" in w and "0 is declared to be white" in w for w in warnings)
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_grey_tiff_with_alpha_is_read(tmp_path, alpha):
+    """Alpha is premultiplied (1) or not (2); opaque pixels are the same in both."""
+    grey = np.arange(8, dtype=np.uint8)[None]
+    content = saved(Image.fromarray(np.dstack([grey, np.full_like(grey, 255)])), "TIFF")
+    extra_samples = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
+    assert content.count(extra_samples) == 1
+    content = content.replace(extra_samples, struct.pack("<HHIHH", 338, 3, 1, alpha, 0))
+    (tmp_path / "i.tif").write_bytes(content)
+    np.testing.assert_array_equal(image_io.read_image(tmp_path / "i.tif")[..., 0], grey)
 
 
 def test_pillow_reads_back_masks_that_it_was_told_to_invert(tmp_path):
