@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from semiseg_jax import workdir
-from semiseg_jax.data import split_lists
 from semiseg_jax.data.dataset import Dataset
 
 # By value of eval.select: the selection that a protocol names.
@@ -65,7 +64,7 @@ class EvalProtocol:
             split=dataset.evaluated_on,
             pad_to=pad_to,
             split_hash=dataset.split_hash,
-            evaluation_hash=split_lists.split_hash([[e.id for e in dataset.evaluation]]),
+            evaluation_hash=dataset.evaluation_hash,
             seed=config.seed,
             config_hash=workdir.config_hash(config),
             **_configured(config.eval),

@@ -4,11 +4,12 @@ Source: ICCV 2021, section 2.1: arg max of the teacher's class probabilities on 
 averaged over scales and mirror images.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -66,6 +67,7 @@ class Labeler:
             pad_value: RGB of the padding.
         """
         self._dataset = dataset
+        self._examples: Sequence[Example] = dataset.unlabeled
         self._config = config.pseudo
         self._config_hash = workdir.config_hash(config)
         self._mesh = mesh
@@ -91,6 +93,7 @@ class Labeler:
         teacher: str,
         folder: epath.PathLike,
         progress: Callable[[int, int], None],
+        left_out: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Writes the label map of each unlabelled image, and then the manifest.
 
@@ -103,16 +106,20 @@ class Labeler:
             teacher: name of the teacher for the manifest, such as "round_0/teacher, step 500".
             folder: folder of the label maps.
             progress: called with (number of labelled images, number of images).
+            left_out: ids of unlabelled images that are lost or not decodable, with the reasons.
 
         Returns:
             The manifest: the teacher and the settings; and for each image the hash of its label
-            map, its size, the number of pixels of each label, and its mean confidence.
+            map, its size, the number of pixels of each label, and its mean confidence. If images
+            were left out, also their ids and reasons.
 
         Raises:
             UserError: the folder contains the labels of another teacher or of other settings.
             Preempted: the run must stop; all label maps so far are on disk.
         """
         folder = epath.Path(folder)
+        left_out = left_out or self._dataset.left_out
+        self._examples = [e for e in self._dataset.unlabeled if e.id not in left_out]
         variables = inference_variables(variables)
         provenance = self._provenance(variables, teacher)
         stamp = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
@@ -131,15 +138,19 @@ class Labeler:
         self._label(variables, unlabeled, folder, stamp, progress)
         multihost.barrier(f"labels of {teacher}")
         with futures.ThreadPoolExecutor() as pool:
-            examples = multihost.local_shard(self._dataset.unlabeled)
+            examples = multihost.local_shard(self._examples)
             local = list(pool.map(lambda e: (e.id, _manifest_entry(folder, e)), examples))
         entries = dict(multihost.all_gather_shards("descriptions of the labels", local))
+        # From now on the unlabelled images are those of the manifest, see `restrict_to_labeled`.
+        left_out = manifest.get("left_out", {}) if manifest else left_out
         manifest = provenance | {
             "stamp": stamp,
             "code_version": workdir.code_version(),
             "config_hash": self._config_hash,
             "images": entries,
         }
+        if left_out:
+            manifest["left_out"] = dict(left_out)
         if multihost.is_main():
             fileio.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
@@ -160,7 +171,7 @@ class Labeler:
                 not self._config.keep_confidence or _has_confidence(folder, example)
             )
 
-        examples = self._dataset.unlabeled
+        examples = self._examples
         with futures.ThreadPoolExecutor() as pool:
             local = list(pool.map(is_labeled, multihost.local_shard(examples)))
         labeled = multihost.all_gather_shards("label maps that are there", local)
@@ -169,7 +180,7 @@ class Labeler:
     @functools.cached_property
     def _pad_to(self) -> int:
         """The padding multiple; computed lazily, because a run without students labels nothing."""
-        return pad_multiple(image_sizes(self._dataset.unlabeled), self._config_pad_to)
+        return pad_multiple(image_sizes(self._examples), self._config_pad_to)
 
     def _provenance(self, variables: Variables, teacher: str) -> dict[str, Any]:
         """Returns everything that determines the labels except the images."""
@@ -195,7 +206,7 @@ class Labeler:
         progress: Callable[[int, int], None],
     ) -> None:
         """Labels images; reading, computation and writing overlap."""
-        total = len(self._dataset.unlabeled)
+        total = len(self._examples)
         num_labeled = total - len(examples)
         batches = image_batches(
             examples, self._dataset, self._batch_size, self._pad_to, self._pad_value
@@ -274,6 +285,55 @@ class Labeler:
         png = image_io.encode_mask(classes, self._dataset.palette, text)
         # Not synced: `_find_unlabeled` finds a label map that a power cut damaged.
         fileio.write_bytes(folder / f"{name}.png", png, sync=False)
+
+
+def restrict_to_labeled(dataset: Dataset, folder: epath.Path) -> Dataset:
+    """Returns a data set whose unlabelled images are those of a manifest; unchanged without one.
+
+    Images that were left out when the others were labelled stay out, even if they are restored.
+
+    Args:
+        dataset: the data set as its files are now.
+        folder: the folder of the first label maps of the run.
+
+    Raises:
+        UserError: an image that was labelled is lost or damaged.
+    """
+    manifest = multihost.broadcast_from_main(
+        "labelled images",
+        lambda: _labeled_ids(fileio.read_json(folder / MANIFEST, "images")),
+    )
+    if manifest is None:
+        return dataset
+    labeled = set(manifest)
+    for id_, error in dataset.left_out.items():
+        if id_ in labeled:
+            raise UserError(
+                f"{error.removesuffix('.')}; it was pseudo-labelled before: restore the image, or "
+                "give another --workdir.",
+                code="pseudo-labeled-image-lost",
+            )
+    excluded = {
+        e.id: "It was left out when the other images were labelled."
+        for e in dataset.unlabeled
+        if e.id not in labeled
+    }
+    if excluded:
+        logger.info(
+            f"{len(excluded)} unlabelled images, {min(excluded)} first, stay left out: the others "
+            "were labelled without them."
+        )
+    return dataclasses.replace(
+        dataset,
+        unlabeled=tuple(e for e in dataset.unlabeled if e.id in labeled),
+        left_out={**dataset.left_out, **excluded},
+    )
+
+
+def _labeled_ids(manifest: Manifest | None) -> list[str] | None:
+    """Returns the ids of the images in a manifest; None if it has none."""
+    images = manifest["images"] if manifest else None
+    return sorted(images) if isinstance(images, dict) and images else None
 
 
 def variables_hash(variables: Variables) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -198,6 +198,21 @@ class Results:
             rows[replaced[0]] = row
         else:
             rows.append(row)
+        if multihost.is_main():
+            text = json.dumps(_to_json(self._content), indent=1) + "\n"
+            write_bytes(self._path, text.encode())
+
+    def remove(self, is_outdated: Callable[[ResultRow], bool]) -> None:
+        """Removes the rows that are outdated, and writes the file if there were any.
+
+        Args:
+            is_outdated: returns whether to remove a row.
+        """
+        outdated = [row for row in (*self.rows, *self.curve) if is_outdated(row)]
+        if not outdated:
+            return
+        for name, rows in self._content.items():
+            self._content[name] = [row for row in rows if row not in outdated]
         if multihost.is_main():
             text = json.dumps(_to_json(self._content), indent=1) + "\n"
             write_bytes(self._path, text.encode())

@@ -32,10 +32,11 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
+from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS
+from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
 from semiseg_jax.reporting import artifacts, page
-from semiseg_jax.results import Results, print_table
+from semiseg_jax.results import ResultRow, Results, print_table
 from semiseg_jax.runtime import fileio, metric_writer, multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import log_prefix, logger
@@ -96,6 +97,7 @@ def open_run(config: Any, workdir: epath.Path) -> "SelfTraining":
     training.check_pretrained()
     training.check_fits_memory()
     # Only now: a run that cannot start leaves the folder to its corrected config.
+    training.remove_outdated_rows()
     if multihost.is_main():
         workdir_lib.write_config(workdir, config)
         workdir_lib.write_data(workdir, training.dataset)
@@ -118,10 +120,12 @@ class SelfTraining:
         # Not functools.cache, which would keep every run of a sweep until its end.
         self._models: dict[str, CompiledModel] = {}
         self._console = Console(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
-        self.dataset = load.load_dataset(config)
+        self._recorded = self._read_record()
+        self.dataset = load.load_dataset(config, self._recorded)
         multihost.broadcast_from_main(
             "data known", lambda: workdir_lib.check_data(workdir, self.dataset)
         )
+        self.dataset = restrict_to_labeled(self.dataset, self._first_labels)
         if stages.takes_pseudo_labels(config) and not self.dataset.unlabeled:
             raise UserError(
                 "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
@@ -132,6 +136,62 @@ class SelfTraining:
         self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
         self.stages = stages.schedule(config, workdir, self._earlier_controls())
         self._log_start()
+
+    @property
+    def _first_labels(self) -> epath.Path:
+        """The folder of the teacher's label maps, whose manifest names the unlabelled images."""
+        return self._workdir / "round_0" / "teacher" / PSEUDO_LABELS
+
+    def _read_record(self) -> DataRecord | None:
+        """The files of the workdir's data at its first start; None in new and in old workdirs."""
+
+        def read() -> Any:
+            record = workdir_lib.read_record(self._workdir)
+            return record and record.to_json()
+
+        content = multihost.broadcast_from_main("files of the data", read)
+        return None if content is None else DataRecord.from_json(content)
+
+    def remove_outdated_rows(self) -> None:
+        """Removes the result rows of evaluation files that were changed since; logs the first.
+
+        Raises:
+            UserError: the weights of the stages were selected by these results.
+        """
+        before, now = self._recorded, self.dataset.record
+        evaluated = self.dataset.evaluation_hash
+        if before is None or now is None or evaluated not in before.evaluation:
+            return
+        if before.evaluation[evaluated] == now.evaluation[evaluated]:
+            return
+        changed = before.first_change(now, ("evaluation", "holdout")) or "a file"
+        if self._config.eval.select == "reported" and self.results.rows + self.results.curve:
+            raise UserError(
+                f"{changed} of the evaluation set was changed since {self._workdir} was begun, and "
+                "eval.select is reported, so that weights were selected by it: restore it, or give "
+                "another --workdir.",
+                code="selecting-evaluation-file-changed",
+            )
+        logger.info(
+            f"Warning: {changed} of the evaluation set was changed since the last start: all "
+            "stages are evaluated again."
+        )
+        splits = self.dataset.split_hash
+
+        def is_outdated(row: ResultRow) -> bool:
+            name = row.protocol.evaluation_hash
+            return row.protocol.split_hash == splits if name is None else name == evaluated
+
+        self.results.remove(is_outdated)
+
+    def _verify_files(self) -> None:
+        """Refuses files that were changed during the run; leaves out lost unlabelled images.
+
+        Raises:
+            UserError: as `load.verify`, or a pseudo-labelled image is lost.
+        """
+        verified = load.verify(self.dataset, self._config.data.cache_dir)
+        self.dataset = restrict_to_labeled(verified, self._first_labels)
 
     @property
     def results(self) -> Results:
@@ -228,6 +288,7 @@ class SelfTraining:
             teacher: the stage that it starts from; None for the first stage.
             pseudo_labels: the folder of its pseudo-labels; None where it takes none.
         """
+        self._verify_files()
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
             if stage.kind == "teacher" and self._config.rounds.teacher_from:
@@ -316,9 +377,12 @@ class SelfTraining:
                 logger.info(f"{done}/{total} images")
 
         with log_prefix(student.labeling_log_prefix):
+            self._verify_files()
             step = self._evaluator.weights_step(stage)
             name = f"round_{stage.round}/{stage.kind}, step {step}"
-            manifest = teacher.model.label(teacher.variables, name, folder, log_progress)
+            manifest = teacher.model.label(
+                teacher.variables, name, folder, log_progress, self.dataset.left_out
+            )
             earlier = None
             if stage.kind == "student":
                 before = next(s for s in self.stages if s.round == stage.round - 1)

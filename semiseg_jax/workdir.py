@@ -2,7 +2,8 @@
 
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
-      data.json              the training images: counts, hash of the ids, number of pixels
+      data.json              the training images: counts, hash of the ids, number of pixels, and
+                             the hashes of all files
       run.json, gallery/     versions, devices and thumbnails for the report
       results.json           one row per evaluated stage
       report.html            the report
@@ -36,6 +37,7 @@ from flax import traverse_util
 
 from semiseg_jax import __version__
 from semiseg_jax.data import load
+from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.data.split_lists import split_hash
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError, read_error, write_error
@@ -63,7 +65,33 @@ def write_config(workdir: epath.PathLike, config: Any) -> None:
 
 def write_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
     """Writes data.json: from then on the workdir belongs to these training images."""
-    _write_if_changed(epath.Path(workdir) / "data.json", _describe_images(dataset))
+    folder = epath.Path(workdir)
+    content, recorded = _describe_images(dataset), read_record(folder)
+    if recorded is not None and dataset.record is not None:
+        # What was recorded at the first start stays: files may have been lost since.
+        content["files"] = recorded.completed(dataset.record).to_json()
+        old = read_fingerprint(folder, "data.json") or {}
+        content["pixels"] = old.get("pixels", dataset.pixels)
+    _write_if_changed(folder / "data.json", content)
+
+
+def read_record(workdir: epath.Path) -> DataRecord | None:
+    """Returns the record of the files in data.json; None in a new workdir and in older ones.
+
+    Raises:
+        UserError: as `read_fingerprint`, or the record is damaged.
+    """
+    content = read_fingerprint(workdir, "data.json")
+    if content is None or "files" not in content:
+        return None
+    try:
+        return DataRecord.from_json(content["files"])
+    except ValueError as error:
+        raise UserError(
+            f"{workdir / 'data.json'} cannot be read ({error}): restore it, or give another "
+            "--workdir.",
+            code="data-record-damaged",
+        ) from error
 
 
 def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
@@ -127,14 +155,16 @@ def _to_dict(config: Any) -> dict[str, Any]:
 
 def _describe_images(dataset: load.Dataset) -> dict[str, Any]:
     """Returns the content of data.json for a data set."""
-    ids = [[e.id for e in examples] for examples in (dataset.labeled, dataset.unlabeled)]
-    return {
+    # With the unlabelled images that are left out: they belong to the split.
+    unlabeled = dataset.unlabeled_ids
+    content = {
         "data": dataset.name,
         "labeled": len(dataset.labeled),
-        "unlabeled": len(dataset.unlabeled),
-        "ids_hash": split_hash(ids),
+        "unlabeled": len(unlabeled),
+        "ids_hash": split_hash([[e.id for e in dataset.labeled], unlabeled]),
         "pixels": dataset.pixels,
     }
+    return content | ({"files": dataset.record.to_json()} if dataset.record else {})
 
 
 def _write_if_changed(path: epath.Path, content: dict[str, Any]) -> None:
@@ -207,14 +237,19 @@ def check_config(workdir: epath.PathLike, config: Any) -> None:
 
 
 def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
-    """Rejects a workdir that belongs to other training images.
+    """Rejects a workdir that belongs to other training images, or to other content of them.
 
     Raises:
-        UserError: with the old and the new counts of images.
+        UserError: with the old and the new counts of images, or the first file that was changed.
     """
-    old, new = read_fingerprint(epath.Path(workdir), "data.json"), _describe_images(dataset)
-    # A data.json of older code has no "pixels".
-    if old is not None and old != {key: new[key] for key in new if key in old}:
+    workdir = epath.Path(workdir)
+    old, new = read_fingerprint(workdir, "data.json"), _describe_images(dataset)
+    recorded = read_record(workdir)
+    # A data.json of older code has no "pixels" and no "files". The files are compared below; the
+    # number of pixels of an image that is or was left out is not known.
+    is_complete = not dataset.left_out and (recorded is None or recorded.is_complete)
+    compared = new.keys() - {"files"} - (set() if is_complete else {"pixels"})
+    if old is not None and any(old[key] != new[key] for key in compared & old.keys()):
         same_ids = all(old[key] == new[key] for key in ("labeled", "unlabeled", "ids_hash"))
         sizes = ", of other sizes" if same_ids and old["data"] == new["data"] else ""
         raise UserError(
@@ -223,6 +258,14 @@ def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
             f"{new['unlabeled']} of {new['data']} now{sizes}): restore it, or give "
             "another --workdir.",
             code="data-changed",
+        )
+    if recorded is None or dataset.record is None:
+        return
+    if changed := recorded.first_change(dataset.record):
+        raise UserError(
+            f"{os.path.join(dataset.root, changed)} was changed since {workdir} was begun: restore "
+            "it, or give another --workdir to train on what it is now.",
+            code="training-file-changed",
         )
 
 
@@ -261,7 +304,9 @@ def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> st
     keys = ["data", "labeled"]
     if images is not None and images["unlabeled"] == here["unlabeled"]:
         keys.append("ids_hash")
-    if images is None or any(images[key] != here[key] for key in keys):
+    recorded = read_record(workdir)
+    is_changed = recorded and dataset.record and recorded.first_change(dataset.record, ["labeled"])
+    if images is None or is_changed or any(images[key] != here[key] for key in keys):
         raise UserError(
             f"rounds.teacher_from is {workdir}, whose teacher was trained on other images: name "
             "another workdir, or train a teacher with rounds.teacher_from=''.",

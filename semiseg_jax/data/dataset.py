@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ from etils import epath
 from jaxtyping import Int16
 
 from semiseg_jax.data import split_lists
+from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.runtime.errors import UserError, read_error
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -61,6 +62,10 @@ class Dataset:
         selection: labelled images held out to select the weights of a stage; usually empty.
         pixels: number of pixels of the labelled and the unlabelled images, before any
             downscaling; 0 until `load.check` has counted them.
+        left_out: unlabelled images that are lost or not decodable and therefore not in
+            `unlabeled`: the reason by id. They still belong to the split.
+        record: the content of all files; None until `load.check` has read them.
+        root: the folder that the paths in `record` are relative to.
     """
 
     name: str
@@ -73,13 +78,26 @@ class Dataset:
     evaluated_on: str = "val"
     selection: tuple[Example, ...] = ()
     pixels: int = 0
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    record: DataRecord | None = None
+    root: str = ""
+
+    @property
+    def unlabeled_ids(self) -> list[str]:
+        """The ids of the unlabelled images of the split, those in `left_out` included."""
+        return [*(e.id for e in self.unlabeled), *self.left_out]
 
     @property
     def split_hash(self) -> str:
         """A hash of the ids of all sets (see `split_lists.split_hash`)."""
-        sets = [self.labeled, self.unlabeled, self.evaluation]
-        sets += [self.selection] if self.selection else []
-        return split_lists.split_hash([[e.id for e in examples] for examples in sets])
+        sets = [[e.id for e in self.labeled], self.unlabeled_ids, [e.id for e in self.evaluation]]
+        sets += [[e.id for e in self.selection]] if self.selection else []
+        return split_lists.split_hash(sets)
+
+    @property
+    def evaluation_hash(self) -> str:
+        """A hash of the ids of the evaluated images (see `split_lists.split_hash`)."""
+        return split_lists.split_hash([[e.id for e in self.evaluation]])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16
 
-from semiseg_jax.data import image_io, split_lists
+from semiseg_jax.data import content_check, file_content, image_io, split_lists
+from semiseg_jax.data.data_record import DataRecord, ExampleRecord, FileRecord, relative_path
 from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs, safe_id
+from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.data.sources import camvid, cityscapes, folder, pascal_voc, streets, tfds
 from semiseg_jax.data.sources.downscale import downscale_dataset
 from semiseg_jax.runtime import multihost
@@ -58,22 +60,29 @@ LAYOUTS: dict[str, Callable[[Any], Layout]] = {
 }
 
 
-def load_dataset(config: Any) -> Dataset:
+def load_dataset(config: Any, recorded: DataRecord | None = None) -> Dataset:
     """Returns the data set of a config, split and checked.
 
     Args:
         config: the whole config; `data`, `eval.split` and `eval.select` are read.
+        recorded: the record of an earlier start with the same config. If a file in it is lost, the
+            split is that of the record, because a draw from fewer images would be another split.
 
     Raises:
         UserError: a folder, list or file is missing, a list is empty, a labelled image has no
             mask or a mask of another size, a mask has unknown values, or sets overlap.
     """
-    dataset, root = plan_dataset(config)
-    dataset = dataclasses.replace(dataset, pixels=check(dataset))
+    layout = _layout(config)
+    if recorded is not None and _is_file_lost(recorded, layout.root):
+        dataset = _recorded_split(config, layout, recorded)
+    else:
+        dataset = _split(config, layout)
+    cache = file_content.open_cache(config.data.cache_dir, layout.root)
+    dataset = check(dataset, layout.root, cache, is_first_start=recorded is None)
     if config.data.downscale == 1:
         return dataset
     with multihost.main_first("smaller images"):
-        return downscale_dataset(dataset, root, config.data)
+        return downscale_dataset(dataset, layout.root, config.data)
 
 
 def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
@@ -82,22 +91,72 @@ def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
     Raises:
         UserError: a folder or list is missing, or the config asks for more images than exist.
     """
+    layout = _layout(config)
+    return _split(config, layout), layout.root
+
+
+def _layout(config: Any) -> Layout:
     name = config.data.name
     layout_of = tfds.layout if name.startswith(tfds.PREFIX) else LAYOUTS[name]
     with multihost.main_first("data"):
-        layout = layout_of(config)
-    return _split(config, layout), layout.root
+        return layout_of(config)
+
+
+def _is_file_lost(recorded: DataRecord, root: epath.Path) -> bool:
+    """Returns whether a file of the record is missing; the same in every process."""
+    paths = [
+        os.fspath(root / file.path)
+        for name, _, example in recorded.examples()
+        for file in example.files
+        if name != "evaluation"
+    ]
+    with futures.ThreadPoolExecutor() as pool:
+        local = pool.map(file_content.file_state, multihost.local_shard(paths))
+        is_lost = any(state is None for state in local)
+    return any(multihost.all_gather("files lost", is_lost))
+
+
+def _recorded_split(config: Any, layout: Layout, recorded: DataRecord) -> Dataset:
+    """Returns the split of a record, with its lost files."""
+
+    def examples(name: str) -> tuple[Example, ...]:
+        return tuple(
+            Example(
+                id_,
+                os.fspath(layout.root / example.image.path),
+                os.fspath(layout.root / example.mask.path) if example.mask else None,
+            )
+            for id_, example in recorded.sets.get(name, {}).items()
+        )
+
+    evaluation = _given_evaluation(config.data, layout)
+    return Dataset(
+        name=layout.name,
+        classes=layout.classes,
+        palette=layout.palette,
+        table=layout.table,
+        labeled=examples("labeled"),
+        unlabeled=examples("unlabeled"),
+        evaluation=evaluation or examples("holdout"),
+        evaluated_on=config.eval.split if evaluation else "holdout",
+        selection=examples("selection"),
+    )
+
+
+def _given_evaluation(data: Any, layout: Layout) -> tuple[Example, ...]:
+    """Returns the images of `data.evaluation_list` or of `eval.split`; none without either."""
+    if not data.evaluation_list:
+        return layout.evaluation
+    # For images with the same id, the later one takes precedence: that of the evaluation set.
+    return _read_listed(data.evaluation_list, layout, (*layout.train, *layout.evaluation))
 
 
 def _split(config: Any, layout: Layout) -> Dataset:
     """Splits the examples of a layout by lists or by the seeded draw."""
     data = config.data
-    evaluation, evaluated_on = layout.evaluation, config.eval.split
+    evaluation, evaluated_on = _given_evaluation(data, layout), config.eval.split
     evaluation_paths: set[str] = set()
     if data.evaluation_list:
-        # For images with the same id, the later one takes precedence: that of the evaluation set.
-        known = (*layout.train, *layout.evaluation)
-        evaluation = _read_listed(data.evaluation_list, layout, known)
         # These may be training images, which are then neither labelled nor unlabelled.
         evaluation_paths = {_real_path(e) for e in evaluation}
     candidates = _label_candidates(data, layout, evaluation_paths)
@@ -342,35 +401,138 @@ def _without_leading_folders(
     return entry
 
 
-def check(dataset: Dataset) -> int:
+@dataclasses.dataclass(frozen=True)
+class _PairContent:
+    """The content of an image and of its mask; `mask` is None for an unlabelled image."""
+
+    image: FileContent
+    mask: FileContent | None
+
+
+def check(
+    dataset: Dataset, root: epath.Path, cache: FileCache, is_first_start: bool = True
+) -> Dataset:
     """Checks a data set before training for mistakes that would corrupt an experiment.
 
-    Reads all masks, and the headers of all images; each process reads its shard.
+    Decodes every file that changed since it was last decoded; each process reads its shard.
 
     Args:
         dataset: the data set to check.
+        root: the folder of the data set.
+        cache: the remembered contents of its files.
+        is_first_start: refuse missing images, which a list names by mistake. Later they are lost.
 
     Returns:
-        The number of pixels of the labelled and unlabelled images.
+        The data set with `pixels` and `record`, and without the unlabelled images that are lost or
+        not decodable (`left_out`).
 
     Raises:
-        UserError: see `load`.
+        UserError: see `load_dataset`.
     """
     _check_disjoint_sets(dataset)
+    try:
+        contents: dict[str, list[_PairContent]] = {
+            name: _read_pairs(name, getattr(dataset, name), dataset.table, cache)
+            for name in ("labeled", "evaluation", "selection")
+        }
+        left_out_codes = {"image-undecodable"} if is_first_start else _LEFT_OUT_CODES
+        unlabeled = _read_unlabeled(dataset.unlabeled, cache, left_out_codes)
+    finally:
+        cache.save()  # After an error in one file, the next start does not read the others again.
+    readable = [
+        (e, c) for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if not isinstance(c, str)
+    ]
+    contents["unlabeled"] = [_PairContent(c, None) for _, c in readable]
+    left_out = {
+        e.id: c for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if isinstance(c, str)
+    }
+    checked = dataclasses.replace(
+        dataset, unlabeled=tuple(e for e, _ in readable), left_out=left_out, root=os.fspath(root)
+    )
+    _report_left_out(left_out, len(dataset.unlabeled))
+    counts = _check_contents(checked, contents)
+    sizes = [content.size for _, content in readable]
+    sizes += [_header_size(e.image) for e in dataset.unlabeled if e.id in left_out]
+    return dataclasses.replace(
+        checked,
+        pixels=int(counts.sum()) + sum(map(math.prod, sizes)),
+        record=_record(dataset, checked, contents),
+    )
+
+
+def _read_pairs(
+    name: str, examples: Sequence[Example], table: Int16[np.ndarray, "256"], cache: FileCache
+) -> list[_PairContent]:
+    """Reads images and masks, and checks each pair."""
     with futures.ThreadPoolExecutor() as pool:
-        check_pair = functools.partial(_check_pair, table=dataset.table)
-        labeled = multihost.local_shard(dataset.labeled)
-        counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
-        evaluation = multihost.local_shard(dataset.evaluation)
-        evaluated = sum(pool.map(check_pair, evaluation), np.zeros(256, np.int64))
-        for _ in pool.map(check_pair, multihost.local_shard(dataset.selection)):
-            pass
-        unlabeled = multihost.local_shard(dataset.unlabeled)
-        sizes = pool.map(lambda e: image_io.image_size(e.image), unlabeled)
-        unlabeled_pixels = sum(math.prod(size) for size in sizes)
-    local = np.concatenate([counts, evaluated, [unlabeled_pixels]])
-    *class_counts, unlabeled_pixels = multihost.all_reduce_sum("data checked", local).tolist()
-    counts, evaluated = np.reshape(class_counts, (2, 256))
+        read = functools.partial(_check_pair, table=table, cache=cache)
+        local = [
+            [content.to_json() for content in pair]
+            for pair in pool.map(read, multihost.local_shard(examples))
+        ]
+    return [
+        _PairContent(FileContent.from_json(image), FileContent.from_json(mask))
+        for image, mask in multihost.all_gather_shards(f"{name} images read", local)
+    ]
+
+
+# Of these errors of an unlabelled image, it is left out. Others concern all images alike, such as
+# too many bits, or can be corrected in place, such as missing permissions.
+_LEFT_OUT_CODES = frozenset({"image-missing", "image-undecodable"})
+
+
+def _read_unlabeled(
+    examples: Sequence[Example], cache: FileCache, left_out_codes: Collection[str]
+) -> list[FileContent | str]:
+    """Reads unlabelled images; returns the error message of those with an error of these codes."""
+
+    def read(example: Example) -> list[Any] | str:
+        try:
+            return cache.image(example.image).to_json()
+        except UserError as error:
+            if error.code not in left_out_codes:
+                raise
+            return str(error)
+
+    with futures.ThreadPoolExecutor() as pool:
+        local = list(pool.map(read, multihost.local_shard(examples)))
+    return [
+        content if isinstance(content, str) else FileContent.from_json(content)
+        for content in multihost.all_gather_shards("unlabeled images read", local)
+    ]
+
+
+def _report_left_out(left_out: Mapping[str, str], total: int) -> None:
+    for error in list(left_out.values())[:_MAX_NAMED]:
+        logger.info(f"Warning: an unlabelled image is left out: {error}")
+    if len(left_out) > _MAX_NAMED:
+        logger.info(f"Warning: {len(left_out)} of {total} unlabelled images are left out.")
+
+
+# So many of several images with the same error are named.
+_MAX_NAMED = 3
+
+
+def _header_size(path: str) -> tuple[int, int]:
+    """Returns (height, width) of an image that is not decodable; (0, 0) if its header is not."""
+    try:
+        return image_io.image_size(path)
+    except UserError:
+        return 0, 0
+
+
+def _check_contents(
+    dataset: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+) -> Int[np.ndarray, "256"]:
+    """Checks the contents of all files together, and logs warnings.
+
+    Returns:
+        The number of labelled pixels of each class id and of IGNORE.
+    """
+    counts, evaluated, selected = (
+        _class_counts([c.mask for c in contents[name] if c.mask], dataset.table)
+        for name in ("labeled", "evaluation", "selection")
+    )
     check_several_classes(counts, dataset.classes)
     if not evaluated[: len(dataset.classes)].any():
         raise UserError(
@@ -378,13 +540,151 @@ def check(dataset: Dataset) -> int:
             "masks' values, data.ignore_ids and data.id_map.",
             code="eval-masks-without-class",
         )
+    images = {
+        name: [
+            (e.image, c.image) for e, c in zip(getattr(dataset, name), contents[name], strict=True)
+        ]
+        for name in contents
+    }
+    training = (*images["labeled"], *images["selection"], *images["unlabeled"])
+    if pair := content_check.images_in_both(training, images["evaluation"]):
+        raise UserError(
+            f"{pair[0]} is trained on and has the same pixels as {pair[1]} of the evaluation set: "
+            "take it out of one.",
+            code="eval-image-content-in-training",
+        )
     present = set(np.flatnonzero(counts).tolist())
     absent = [name for i, name in enumerate(dataset.classes) if i not in present]
     if absent:
         logger.info(
             f"No labelled pixel of {', '.join(absent)}: the teacher cannot learn what it never saw."
         )
-    return int(counts.sum()) + unlabeled_pixels
+    masks = [
+        (e.mask, c.mask)
+        for name in ("labeled", "selection", "evaluation")
+        for e, c in zip(getattr(dataset, name), contents[name], strict=True)
+        if e.mask and c.mask
+    ]
+    for warning in (
+        *content_check.class_warnings(evaluated, dataset.classes, "evaluation", "the mIoU"),
+        *content_check.class_warnings(
+            selected, dataset.classes, "held-out", "the choice of the weights"
+        ),
+        *content_check.mask_warnings(masks, dataset.table),
+    ):
+        logger.info(f"Warning: {warning}")
+    return counts
+
+
+def _class_counts(
+    masks: Sequence[FileContent], table: Int16[np.ndarray, "256"]
+) -> Int[np.ndarray, "256"]:
+    """Returns the number of pixels of each class id and of IGNORE."""
+    counts = np.zeros(256, np.int64)
+    for mask in masks:
+        for value, count in mask.values.items():
+            counts[table[value]] += count
+    return counts
+
+
+def _record(
+    planned: Dataset, checked: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+) -> DataRecord:
+    """Returns the record of a data set.
+
+    Args:
+        planned: the data set with the images that are left out.
+        checked: the data set without them.
+        contents: the contents of its files.
+    """
+    root = epath.Path(checked.root)
+
+    def file_record(path: str, content: FileContent | None) -> FileRecord:
+        hashes = (content.file_hash, content.pixel_hash) if content else ()
+        return FileRecord(relative_path(path, root), *hashes)
+
+    def records(name: str) -> Iterator[tuple[str, ExampleRecord]]:
+        by_id = {e.id: c for e, c in zip(getattr(checked, name), contents[name], strict=True)}
+        for example in getattr(planned, name):
+            content = by_id.get(example.id)
+            image = file_record(example.image, content.image if content else None)
+            mask = None
+            if example.mask:
+                mask = file_record(example.mask, content.mask if content else None)
+            yield example.id, ExampleRecord(image, mask)
+
+    sets = {name: dict(records(name)) for name in ("labeled", "selection", "unlabeled")}
+    evaluation = dict(records("evaluation"))
+    sets["holdout" if planned.evaluated_on == "holdout" else "evaluation"] = evaluation
+    return DataRecord(sets, {planned.evaluation_hash: content_hash(evaluation)})
+
+
+def content_hash(examples: Mapping[str, ExampleRecord]) -> str:
+    """Returns a hash of the content of a set of examples, 16 hex digits.
+
+    It is of the bytes of images, so that it does not depend on the decoder, and of the pixels of
+    masks, which may be encoded in several ways.
+    """
+    lines = [
+        f"{id_} {e.image.file_hash} {e.mask.pixel_hash if e.mask else ''}"
+        for id_, e in sorted(examples.items())
+    ]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def verify(dataset: Dataset, cache_folder: str) -> Dataset:
+    """Checks that the files of a data set are still those that `check` read.
+
+    Decodes only files whose size, times or inode changed. Each process checks its shard.
+
+    Args:
+        dataset: the data set.
+        cache_folder: `data.cache_dir`.
+
+    Returns:
+        The data set without the unlabelled images that have been lost since (`left_out`).
+
+    Raises:
+        UserError: a file was changed, or a labelled image, an evaluation image or a mask is lost.
+    """
+    if dataset.record is None:
+        return dataset
+    cache = file_content.open_cache(cache_folder, dataset.root)
+    root = epath.Path(dataset.root)
+
+    def verify_example(name: str, id_: str, example: ExampleRecord) -> str:
+        """Returns the error message of an unlabelled image that is lost, else ""."""
+        for file, read in zip(example.files, (cache.image, cache.mask), strict=False):
+            path = os.fspath(root / file.path)
+            try:
+                content = read(path)
+            except UserError as error:
+                if name != "unlabeled" or error.code not in _LEFT_OUT_CODES:
+                    raise
+                return str(error)
+            if not file.is_same(FileRecord(path, content.file_hash, content.pixel_hash)):
+                raise UserError(
+                    f"{path} was changed after the run was started: restore it, or give another "
+                    "--workdir; after a change of an evaluation image or mask, start again.",
+                    code="file-changed-during-run",
+                )
+        return ""
+
+    examples = list(dataset.record.examples())
+    try:
+        with futures.ThreadPoolExecutor() as pool:
+            local = list(pool.map(lambda e: verify_example(*e), multihost.local_shard(examples)))
+    finally:
+        cache.save()
+    errors = multihost.all_gather_shards("files verified", local)
+    lost = {id_: error for (_, id_, _), error in zip(examples, errors, strict=True) if error}
+    lost = {id_: error for id_, error in lost.items() if id_ not in dataset.left_out}
+    _report_left_out(lost, len(dataset.unlabeled))
+    return dataclasses.replace(
+        dataset,
+        unlabeled=tuple(e for e in dataset.unlabeled if e.id not in lost),
+        left_out={**dataset.left_out, **lost},
+    )
 
 
 def check_several_classes(counts: Int[np.ndarray, "256"], classes: Sequence[str]) -> None:
@@ -447,15 +747,19 @@ def _check_disjoint_sets(dataset: Dataset) -> None:
         )
 
 
-def _check_pair(example: Example, table: Int16[np.ndarray, "256"]) -> np.ndarray:
-    """Checks the size and the values of a mask; returns its pixel counts by class id."""
+def _check_pair(
+    example: Example, table: Int16[np.ndarray, "256"], cache: FileCache
+) -> tuple[FileContent, FileContent]:
+    """Checks the size and the values of a mask; returns the contents of image and mask."""
     if example.mask is None:
         raise UserError(
             f"{example.image} has no mask: add one, or take it out of its list.",
             code="mask-missing",
         )
-    size = image_io.image_size(example.image)
-    counts, mask_size = image_io.count_classes(example.mask, table)
+    image, mask = cache.image(example.image), cache.mask(example.mask)
+    if any(table[value] == image_io.UNKNOWN for value in mask.values):
+        image_io.count_classes(example.mask, table)  # Raises an error that names the values.
+    size, mask_size = image.size, mask.size
     if size != mask_size:
         hint = (
             "; the image is shown as its EXIF orientation says, and its mask must be too"
@@ -467,4 +771,4 @@ def _check_pair(example: Example, table: Int16[np.ndarray, "256"]) -> np.ndarray
             f"{mask_size[1]}x{mask_size[0]}: they must be of one size{hint}.",
             code="mask-size-differs",
         )
-    return counts
+    return image, mask

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, Int16
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from semiseg_jax.data import image_io, split_lists
+from semiseg_jax.data import content_check, file_content, image_io, split_lists
 from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below
+from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.data.split_lists import Entry
 from semiseg_jax.runtime import cli
 from semiseg_jax.runtime.errors import UserError
@@ -77,6 +78,8 @@ class SplitReport:
         notes: sentences with further information.
         classes: pixel counts by class id or mask value, of the labelled and of the val masks.
         names: class names in id order; empty if unknown.
+        images: (path, content) of the readable images of each set.
+        checked_masks: (path, content) of the readable masks of all sets.
     """
 
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -86,6 +89,8 @@ class SplitReport:
     notes: list[str] = dataclasses.field(default_factory=list)
     classes: dict[str, Int[np.ndarray, "256"]] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
+    images: dict[str, list[content_check.File]] = dataclasses.field(default_factory=dict)
+    checked_masks: list[content_check.File] = dataclasses.field(default_factory=list)
 
 
 def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
@@ -212,6 +217,8 @@ def _check_files(
         report.errors.append(f"The data folder {root} is missing: correct --root.")
         return
     find = _ImageFinder(root)
+    cache = file_content.open_cache("", root)
+    table = np.arange(256, dtype=np.int16)
     for name, list_entries in entries.items():
         missing = [e.image for e in list_entries if find(e.image) is None]
         if missing:
@@ -219,21 +226,21 @@ def _check_files(
                 f"The {name} list has {_abbreviate(missing)}, not there below {root}."
             )
         # The masks of unlabelled images are never read.
-        pairs = [
-            (find(e.image), root / e.mask) for e in list_entries if e.mask and name != "unlabeled"
-        ]
-        missing_masks = [os.fspath(mask) for _, mask in pairs if not mask.exists()]
+        masks = {e.image: root / e.mask for e in list_entries if e.mask and name != "unlabeled"}
+        missing_masks = [os.fspath(mask) for mask in masks.values() if not mask.exists()]
         if missing_masks:
             report.errors.append(
                 f"The {name} list has {_abbreviate(missing_masks)}, a mask that is not there."
             )
-        existing = [
-            Example(os.fspath(image), os.fspath(image), os.fspath(mask))
-            for image, mask in pairs
-            if image is not None and mask.exists()
-        ]
-        _count_pixels(name, existing, np.arange(256, dtype=np.int16), report)
-    _check_learnt_classes(report)
+        existing = []
+        for entry in list_entries:
+            image, mask = find(entry.image), masks.get(entry.image)
+            if image is not None and (mask is None or mask.exists()):
+                path = os.fspath(image)
+                existing.append(Example(path, path, None if mask is None else os.fspath(mask)))
+        _read_files(name, existing, table, cache, report)
+    cache.save()
+    _check_contents(table, report)
 
 
 class _ImageFinder:
@@ -254,39 +261,68 @@ class _ImageFinder:
         return self._by_id.get(image_id(image))
 
 
-def _count_pixels(
-    name: str, examples: Sequence[Example], table: Int[np.ndarray, "256"], report: SplitReport
+def _read_files(
+    name: str,
+    examples: Sequence[Example],
+    table: Int16[np.ndarray, "256"],
+    cache: FileCache,
+    report: SplitReport,
 ) -> None:
-    """Adds the pixel counts of each class, and errors for unusable pairs of image and mask."""
-    if not examples:
-        return
+    """Decodes the files of a set; adds their contents, pixel counts and errors to the report."""
 
-    def count(example: Example) -> Int[np.ndarray, "256"] | str:
-        """Returns the counts of a mask or an error message."""
+    def read(example: Example) -> tuple[FileContent, FileContent | None] | str:
+        """Returns the contents of the image and the mask, or an error message."""
         try:
-            assert example.mask is not None
-            counts, size = image_io.count_classes(example.mask, table)
-            image_size = image_io.image_size(example.image)
+            mask = None
+            if example.mask is not None:
+                mask = cache.mask(example.mask)
+                if any(table[value] == image_io.UNKNOWN for value in mask.values):
+                    image_io.count_classes(example.mask, table)  # Raises an error with the values.
+            image = cache.image(example.image)
         except UserError as error:
             return str(error)
-        if size != image_size:
+        if mask is not None and image.size != mask.size:
             return f"{example.image} and its mask {example.mask} differ in size."
-        return counts
+        return image, mask
 
     total = np.zeros(256, np.int64)
-    errors = []
+    images, errors = report.images.setdefault(name, []), []
     with futures.ThreadPoolExecutor() as pool:
-        for result in pool.map(count, examples):
+        for example, result in zip(examples, pool.map(read, examples), strict=True):
             if isinstance(result, str):
                 errors.append(result)
-            else:
-                total += result
-    report.classes[name] = total
+                continue
+            image, mask = result
+            images.append((example.image, image))
+            if mask is not None and example.mask is not None:
+                report.checked_masks.append((example.mask, mask))
+                for value, count in mask.values.items():
+                    total[table[value]] += count
+    if any(example.mask for example in examples):
+        report.classes[name] = total
     report.errors += errors[:MAX_NAMED]
     if len(errors) > MAX_NAMED:
         report.errors.append(
-            f"{len(errors) - MAX_NAMED} further pairs of {name} images are as bad."
+            f"{len(errors) - MAX_NAMED} further {name} images or their masks are as bad."
         )
+
+
+def _check_contents(table: Int16[np.ndarray, "256"], report: SplitReport) -> None:
+    """Adds errors and warnings that the contents of several files together show."""
+    for name in ("labeled", "unlabeled"):
+        training, evaluation = report.images.get(name, ()), report.images.get("val", ())
+        if pair := content_check.images_in_both(training, evaluation):
+            report.errors.append(
+                f"{pair[0]} is {name} and has the same pixels as {pair[1]} of the evaluation set: "
+                "the score would be that of images trained on."
+            )
+    _check_learnt_classes(report)
+    evaluated = report.classes.get("val")
+    if evaluated is not None and report.names:
+        report.warnings += content_check.class_warnings(
+            evaluated, report.names, "evaluation", "the mIoU"
+        )
+    report.warnings += content_check.mask_warnings(report.checked_masks, table)
 
 
 def _check_learnt_classes(report: SplitReport) -> None:
@@ -316,7 +352,7 @@ def examine_config(config: Any) -> SplitReport:
     report = SplitReport()
     try:
         with capture_lines() as lines:
-            dataset, _ = load.plan_dataset(config)
+            dataset, root = load.plan_dataset(config)
         report.notes.extend(lines)
     except UserError as error:
         report.errors.append(str(error))
@@ -337,15 +373,19 @@ def examine_config(config: Any) -> SplitReport:
     _check_duplicates(by_path, report)
     by_id = {name: tuple(Entry(e.id, None) for e in examples) for name, examples in sets.items()}
     _identify_split(by_id, report)
+    cache = file_content.open_cache(config.data.cache_dir, root)
     for name in ("labeled", "val"):
         unmasked = [e.image for e in sets[name] if e.mask is None]
         if unmasked:
             report.errors.append(f"{_abbreviate(unmasked)} in the {name} set without a mask.")
-        _count_pixels(name, [e for e in sets[name] if e.mask], dataset.table, report)
+        _read_files(name, [e for e in sets[name] if e.mask], dataset.table, cache, report)
     missing = [e.image for e in dataset.unlabeled if not os.path.exists(e.image)]
     if missing:
         report.errors.append(f"The unlabeled set has {_abbreviate(missing)}, not there.")
-    _check_learnt_classes(report)
+    existing = [e for e in dataset.unlabeled if os.path.exists(e.image)]
+    _read_files("unlabeled", existing, dataset.table, cache, report)
+    cache.save()
+    _check_contents(dataset.table, report)
     learnt = report.classes.get("labeled")
     if learnt is not None and learnt.any():
         try:
