@@ -20,6 +20,7 @@ from semiseg_jax import results, self_training
 from semiseg_jax import stages as stages_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.data import load
+from semiseg_jax.data.data_record import SETS, DataRecord
 from semiseg_jax.experiments import paper_tables, tables
 from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
 from semiseg_jax.runtime import fileio, multihost
@@ -124,6 +125,29 @@ class Trial:
             f"{self.name} has a result",
             lambda: any(row.stage_key == key for row in self.results()["rows"]),
         )
+
+    def has_changed_files(self) -> bool:
+        """Returns whether an image or mask was changed since the workdir was last written.
+
+        False in a workdir of older code, which has no record of the files. True if a file cannot be
+        read: the run itself reports it.
+        """
+
+        def read() -> Any:
+            record = workdir_lib.read_record(self.workdir)
+            return record and record.to_json()
+
+        content = multihost.broadcast_from_main(f"files of {self.name}", read)
+        if content is None:
+            return False
+        recorded = DataRecord.from_json(content)
+        try:
+            with capture_lines():
+                dataset = load.load_dataset(self.config, recorded)
+        except UserError:
+            return True
+        assert dataset.record is not None
+        return recorded.first_change(dataset.record, SETS) is not None
 
     def num_labels(self) -> int:
         """Returns the number of images that its teacher has labelled.
@@ -274,7 +298,8 @@ class Sweep:
         """
         failures: dict[str, str] = {}
         for number, trial in enumerate(self.trials, 1):
-            if not all(trial.is_done(stage) for stage in trial.stages):
+            is_done = all(trial.is_done(stage) for stage in trial.stages)
+            if not is_done or trial.has_changed_files():
                 self._console.rule(f"{number}/{len(self.trials)}: {trial.title}")
                 try:
                     self._run_trial(trial)
@@ -320,7 +345,8 @@ class Sweep:
         for count in trial.counts:
             if not all(trial.is_trained(stage) for stage in trial.stages if stage.round <= count):
                 self_training.run(trial.config_with(count, teacher_from), trial.workdir)
-        if not all(trial.is_done(stage) for stage in trial.stages):
+        is_done = all(trial.is_done(stage) for stage in trial.stages)
+        if not is_done or trial.has_changed_files():
             self_training.run(trial.config_with(trial.counts[-1]), trial.workdir)
 
     def _shared_teacher(self, trial: Trial) -> str:

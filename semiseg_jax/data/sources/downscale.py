@@ -13,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from semiseg_jax.data import image_io
+from semiseg_jax.data.data_record import relative_path
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.paths import cache_dir
@@ -21,11 +22,11 @@ from semiseg_jax.runtime.paths import cache_dir
 def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
     """Returns the data set with every side divided by `data.downscale`.
 
-    Images are resized bilinearly with antialiasing, masks by nearest neighbour. A cached file has
-    the modification time of its source and is written again when the two differ.
+    Images are resized bilinearly with antialiasing, masks by nearest neighbour. The name of a
+    cached file contains the hash of its source's pixels, so that a changed source has another.
 
     Args:
-        dataset: the data set to downscale.
+        dataset: the data set to downscale, with its record.
         root: the folder of the source; paths in the cache are relative to it.
         data_config: `config.data`; `downscale` and `cache_dir` are read.
     """
@@ -35,22 +36,29 @@ def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> D
     digest = hashlib.sha256(repr(cache_key).encode()).hexdigest()[:12]
     folder = cache_dir(data_config) / f"{dataset.name}-{digest}-by{factor}"
 
+    assert dataset.record is not None
+    hashes = {f.path: f.pixel_hash for _, _, e in dataset.record.examples() for f in e.files}
+
+    def cached_file(kind: str, source: str) -> epath.Path:
+        pixel_hash = hashes[relative_path(source, dataset.root)]
+        return folder / kind / f"{_cache_path(source, root)}-{pixel_hash}.png"
+
     def downscale_example(example: Example) -> Example:
-        image = folder / "images" / f"{_cache_path(example.image, root)}.png"
-        if _is_outdated(image, example.image):
+        image = cached_file("images", example.image)
+        if not image.exists():
             pixels = Image.fromarray(image_io.read_image(example.image))
             small = pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
             buffer = io.BytesIO()
             small.save(buffer, "PNG", compress_level=1)
-            _write_with_mtime_of(example.image, image, buffer.getvalue())
+            fileio.write_bytes(image, buffer.getvalue(), sync=False)
         if example.mask is None:
             return dataclasses.replace(example, image=os.fspath(image))
-        mask = folder / "masks" / f"{_cache_path(example.mask, root)}.png"
-        if _is_outdated(mask, example.mask):
+        mask = cached_file("masks", example.mask)
+        if not mask.exists():
             ids = Image.fromarray(image_io.read_mask(example.mask, dataset.table))
             small = ids.resize(shrunk(ids.size, factor), Image.Resampling.NEAREST)
             png = image_io.encode_mask(np.asarray(small), dataset.palette)
-            _write_with_mtime_of(example.mask, mask, png)
+            fileio.write_bytes(mask, png, sync=False)
         return dataclasses.replace(example, image=os.fspath(image), mask=os.fspath(mask))
 
     with futures.ThreadPoolExecutor() as pool:
@@ -81,17 +89,6 @@ def _cache_path(path: str, root: epath.Path) -> str:
         return relative
     folder = hashlib.sha256(os.path.realpath(os.path.dirname(path)).encode()).hexdigest()[:12]
     return os.path.join(f"outside-{folder}", os.path.basename(path))
-
-
-def _is_outdated(cached: epath.Path, source: str) -> bool:
-    return not cached.exists() or os.stat(cached).st_mtime_ns != os.stat(source).st_mtime_ns
-
-
-def _write_with_mtime_of(source: str, path: epath.Path, content: bytes) -> None:
-    """Writes a file and gives it the modification time of `source`."""
-    fileio.write_bytes(path, content, sync=False)
-    mtime = os.stat(source).st_mtime_ns
-    os.utime(path, ns=(mtime, mtime))
 
 
 def shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:
