@@ -288,9 +288,10 @@ class Labeler:
 
 
 def restrict_to_labeled(dataset: Dataset, folder: epath.Path) -> Dataset:
-    """Returns a data set whose unlabelled images are those of a manifest; unchanged without one.
+    """Returns a data set without the unlabelled images that a manifest leaves out.
 
     Images that were left out when the others were labelled stay out, even if they are restored.
+    Without a manifest the data set is unchanged.
 
     Args:
         dataset: the data set as its files are now.
@@ -299,41 +300,34 @@ def restrict_to_labeled(dataset: Dataset, folder: epath.Path) -> Dataset:
     Raises:
         UserError: an image that was labelled is lost or damaged.
     """
-    manifest = multihost.broadcast_from_main(
-        "labelled images",
-        lambda: _labeled_ids(fileio.read_json(folder / MANIFEST, "images")),
-    )
-    if manifest is None:
-        return dataset
-    labeled = set(manifest)
+
+    def read() -> list[list[str]]:
+        manifest = fileio.read_json(folder / MANIFEST) or {}
+        parts = (manifest.get(name) for name in ("images", "left_out"))
+        return [sorted(part) if isinstance(part, dict) else [] for part in parts]
+
+    ids = multihost.broadcast_from_main("labelled images", read)
+    labeled_ids, left_out_ids = (set(part) for part in ids)
     for id_, error in dataset.left_out.items():
-        if id_ in labeled:
+        if id_ in labeled_ids:
             raise UserError(
                 f"{error.removesuffix('.')}; it was pseudo-labelled before: restore the image, or "
                 "give another --workdir.",
                 code="pseudo-labeled-image-lost",
             )
-    excluded = {
-        e.id: "It was left out when the other images were labelled."
-        for e in dataset.unlabeled
-        if e.id not in labeled
-    }
-    if excluded:
-        logger.info(
-            f"{len(excluded)} unlabelled images, {min(excluded)} first, stay left out: the others "
-            "were labelled without them."
-        )
+    restored = [e for e in dataset.unlabeled if e.id in left_out_ids]
+    if not restored:
+        return dataset
+    logger.info(
+        f"{len(restored)} unlabelled images, {restored[0].image} first, stay left out: the others "
+        "were labelled without them."
+    )
+    reason = "It was left out when the others were labelled."
     return dataclasses.replace(
         dataset,
-        unlabeled=tuple(e for e in dataset.unlabeled if e.id in labeled),
-        left_out={**dataset.left_out, **excluded},
+        unlabeled=tuple(e for e in dataset.unlabeled if e.id not in left_out_ids),
+        left_out={**dataset.left_out, **{e.id: reason for e in restored}},
     )
-
-
-def _labeled_ids(manifest: Manifest | None) -> list[str] | None:
-    """Returns the ids of the images in a manifest; None if it has none."""
-    images = manifest["images"] if manifest else None
-    return sorted(images) if isinstance(images, dict) and images else None
 
 
 def variables_hash(variables: Variables) -> str:

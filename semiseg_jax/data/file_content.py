@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import PIL
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from semiseg_jax.data import image_io
@@ -198,6 +199,10 @@ def _hash(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+def _pixel_hash(pixels: UInt8[np.ndarray, "h w *channels"]) -> str:
+    return _hash(repr(pixels.shape).encode(), np.ascontiguousarray(pixels))
+
+
 def _read_image(path: str) -> FileContent:
     try:
         pixels = image_io.read_image(path)
@@ -206,9 +211,8 @@ def _read_image(path: str) -> FileContent:
         raise
     first = pixels[:1, :1]
     is_blank = bool((pixels[:1] == first).all() and (pixels == first).all())
-    size = pixels.shape[:2]
-    pixel_hash = _hash(repr(size).encode(), np.ascontiguousarray(pixels))
-    return FileContent(_hash(_bytes(path)), pixel_hash, size, is_blank)
+    height, width = pixels.shape[:2]
+    return FileContent(_hash(_bytes(path)), _pixel_hash(pixels), (height, width), is_blank)
 
 
 def _read_mask(path: str) -> FileContent:
@@ -217,9 +221,10 @@ def _read_mask(path: str) -> FileContent:
     # Pillow counts bytes several times faster than NumPy.
     counts = Image.fromarray(pixels).histogram()
     values = {value: count for value, count in enumerate(counts) if count}
-    pixel_hash = _hash(repr(pixels.shape).encode(), np.ascontiguousarray(pixels))
     colors = _palette_colors(content, values)
-    return FileContent(_hash(content), pixel_hash, pixels.shape, False, values, colors)
+    height, width = pixels.shape
+    size = (height, width)
+    return FileContent(_hash(content), _pixel_hash(pixels), size, False, values, colors)
 
 
 def _bytes(path: str) -> bytes:

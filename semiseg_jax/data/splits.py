@@ -286,7 +286,8 @@ def _read_files(
         return image, mask
 
     total = np.zeros(256, np.int64)
-    images, errors = report.images.setdefault(name, []), []
+    images = report.images.setdefault(name, [])
+    errors: list[str] = []
     with futures.ThreadPoolExecutor() as pool:
         for example, result in zip(examples, pool.map(read, examples), strict=True):
             if isinstance(result, str):

@@ -180,7 +180,7 @@ def test_an_image_lost_before_labelling_is_left_out(folder_config, begun, damage
     assert data.labeled == first.labeled and list(data.left_out) == [lost.id]
     assert data.split_hash == first.split_hash
     # Once the others are labelled, it stays out.
-    manifest = {"images": {e.id: {} for e in data.unlabeled}}
+    manifest = {"images": {e.id: {} for e in data.unlabeled}, "left_out": dict(data.left_out)}
     (folder / "labels").mkdir()
     (folder / "labels" / MANIFEST).write_text(json.dumps(manifest))
     assert continued(folder_config, folder).unlabeled == data.unlabeled
@@ -320,7 +320,7 @@ def mask_content(tmp_path, number, values, colors=None):
 BLACK, RED, GREEN = (0, 0, 0), (200, 0, 0), (0, 200, 0)
 
 
-@pytest.mark.parametrize("order", itertools.permutations((BLACK, RED, GREEN)))
+@pytest.mark.parametrize("order", [*itertools.permutations((BLACK, RED, GREEN))])
 @pytest.mark.parametrize("used", [(0, 1), (0, 2), (0, 1, 2)])
 def test_palettes_that_contradict_each_other(tmp_path, order, used):
     """In each pair the second mask uses one of the colours of the first for another value."""
