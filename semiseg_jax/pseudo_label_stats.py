@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from semiseg_jax.data import image_io
 from semiseg_jax.data.load import Dataset
 from semiseg_jax.pseudo_labels import MANIFEST
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import fileio, hashes, multihost
 
 STATS_FILE = "health.json"
 # A class is reported as collapsing if its share of the pixels is less than this fraction of its
@@ -77,9 +77,12 @@ def write_stats(
 
 def _previous_manifest(folder: epath.Path) -> dict[str, Any] | None:
     """Returns the manifest of the previous round; None if it is missing or damaged."""
-    return multihost.broadcast_from_main(
-        "label maps of the round before", lambda: fileio.read_json(folder / MANIFEST)
-    )
+
+    def read() -> dict[str, Any] | None:
+        manifest = fileio.read_json(folder / MANIFEST)
+        return manifest if manifest and hashes.is_intact(manifest) else None
+
+    return multihost.broadcast_from_main("label maps of the round before", read)
 
 
 def class_shares(manifest: Mapping[str, Any], num_classes: int) -> Float[np.ndarray, " classes"]:

@@ -17,22 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 from PIL import Image
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir
-from semiseg_jax.data import image_io
+from semiseg_jax.data import image_io, label_maps
 from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.inference import Predictor, pipelined_map
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import fileio, hashes, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.shape_buckets import pad_multiple
-from semiseg_jax.train_state import Variables, inference_variables
+from semiseg_jax.train_state import Variables, inference_variables, variables_hash
 
 # Folder of a stage's label maps, and the file in it that describes them.
 PSEUDO_LABELS = "pseudo_labels"
@@ -106,7 +105,8 @@ class Labeler:
 
         Returns:
             The manifest: the teacher and the settings; and for each image the hash of its label
-            map, its size, the number of pixels of each label, and its mean confidence.
+            map, its size, the number of pixels of each label, and its mean confidence; and a hash
+            of all that.
 
         Raises:
             UserError: the folder contains the labels of another teacher or of other settings.
@@ -134,12 +134,15 @@ class Labeler:
             examples = multihost.local_shard(self._dataset.unlabeled)
             local = list(pool.map(lambda e: (e.id, _manifest_entry(folder, e)), examples))
         entries = dict(multihost.all_gather_shards("descriptions of the labels", local))
-        manifest = provenance | {
-            "stamp": stamp,
-            "code_version": workdir.code_version(),
-            "config_hash": self._config_hash,
-            "images": entries,
-        }
+        manifest = hashes.sealed(
+            provenance
+            | {
+                "stamp": stamp,
+                "code_version": workdir.code_version(),
+                "config_hash": self._config_hash,
+                "images": entries,
+            }
+        )
         if multihost.is_main():
             fileio.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
@@ -271,19 +274,9 @@ class Labeler:
             "mean_confidence": repr(mean_confidence),
             "histogram": json.dumps({str(i): int(counts[i]) for i in np.flatnonzero(counts)}),
         }
-        png = image_io.encode_mask(classes, self._dataset.palette, text)
+        png = label_maps.encode(classes, self._dataset.palette, name, text)
         # Not synced: `_find_unlabeled` finds a label map that a power cut damaged.
         fileio.write_bytes(folder / f"{name}.png", png, sync=False)
-
-
-def variables_hash(variables: Variables) -> str:
-    """Returns a hash of the names and the bytes of all variables, 16 hex digits."""
-    digest = hashlib.sha256()
-    flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(flat[name]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest | None:
@@ -294,7 +287,7 @@ def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest |
     """
     manifest = fileio.read_json(folder / MANIFEST)
     if manifest is None:
-        return None  # A damaged manifest is computed again from the label maps.
+        return None
     for key, value in provenance.items():
         if manifest.get(key) != value:
             raise UserError(
@@ -302,16 +295,17 @@ def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest |
                 f"run has {value!r}: remove that folder to make them again.",
                 code="pseudo-labels-of-another-run",
             )
-    return manifest
+    # A damaged manifest is computed again from the label maps.
+    return manifest if hashes.is_intact(manifest) else None
 
 
 def _has_stamp(folder: epath.Path, example: Example, stamp: str) -> bool:
-    """Returns whether the image has an undamaged label map with this stamp."""
+    """Returns whether the image has an unchanged label map of its own with this stamp."""
     path = folder / f"{example.id}.png"
     if not path.exists():
         return False
     try:
-        return image_io.read_png_text(path).get("stamp") == stamp
+        return label_maps.read_text(path, example.id).get("stamp") == stamp
     except UserError:
         return False
 
@@ -354,7 +348,7 @@ def _has_confidence(folder: epath.Path, example: Example) -> bool:
 def _manifest_entry(folder: epath.Path, example: Example) -> dict[str, Any]:
     """Returns the entry of an image in the manifest, read from its label map."""
     path = folder / f"{example.id}.png"
-    text = image_io.read_png_text(path)
+    text = label_maps.read_text(path, example.id)
     return {
         "sha256": _digest(path),
         "size": list(image_io.image_size(path)),

@@ -13,9 +13,10 @@ from rich.table import Table
 from semiseg_jax import metrics
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.evaluate import Score
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import hashes, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
 from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.logger import logger
 from semiseg_jax.stages import stage_name
 
 
@@ -120,16 +121,55 @@ class ResultRow:
         return key == other_key and self.protocol.is_comparable(other.protocol)
 
 
+# Beside results.json: {hash of a row: hash of the weights that the row is of}. A row whose hash is
+# not there was changed after it was written. Workdirs of older code have no such file.
+ROW_HASHES = "row_hashes.json"
+
+
 def read(path: epath.Path) -> dict[str, list[ResultRow]]:
-    """The content of a results.json (see `Results`); empty if there is none.
+    """The content of a results.json (see `Results`) without changed rows; empty if there is none.
+
+    A row that was changed after it was written is left out with a warning.
+
+    Raises:
+        UserError: the file, or ROW_HASHES beside it, is damaged.
+    """
+    rows_by_name = _read_rows(path, read_row_hashes(path))
+    return {name: [row for row in rows if row] for name, rows in rows_by_name.items()}
+
+
+def read_row_hashes(path: epath.Path) -> dict[str, str] | None:
+    """The content of ROW_HASHES beside a results.json; None in workdirs of older code.
 
     Raises:
         UserError: the file is damaged.
     """
+    path = path.parent / ROW_HASHES
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+    except OSError as error:
+        raise read_error(path, error, "make it readable") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it, or remove it and results.json beside "
+            "it, and start again to evaluate every stage anew.",
+            code="row-hashes-damaged",
+        ) from error
+
+
+def _read_rows(
+    path: epath.Path, hashes_of_rows: Mapping[str, str] | None
+) -> dict[str, list[ResultRow | None]]:
+    """The rows of a results.json, None in the place of a changed one; with a warning for each."""
     if not path.exists():
         return {"rows": [], "curve": []}
     try:
-        return parse(json.loads(path.read_text()))
+        rows_by_name = parse(json.loads(path.read_text()))
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
     except ValueError as error:
@@ -138,6 +178,23 @@ def read(path: epath.Path) -> dict[str, list[ResultRow]]:
             "anew.",
             code="results-damaged",
         ) from error
+    if hashes_of_rows is None:
+        return dict(rows_by_name)
+
+    def checked(row: ResultRow) -> ResultRow | None:
+        if _row_hash(row) in hashes_of_rows:
+            return row
+        logger.info(
+            f"Warning: {path}: the row of {row.stage_name}, step {row.step}, was changed after it "
+            "was written: it is not used; the run's own command evaluates again."
+        )
+        return None
+
+    return {name: [checked(row) for row in rows] for name, rows in rows_by_name.items()}
+
+
+def _row_hash(row: ResultRow) -> str:
+    return hashes.hash_json(row.to_json())
 
 
 def parse(content: Any) -> dict[str, list[ResultRow]]:
@@ -148,6 +205,9 @@ def parse(content: Any) -> dict[str, list[ResultRow]]:
     """
     if not isinstance(content, dict) or "rows" not in content:
         raise ValueError("it has no rows")
+    if unknown := content.keys() - {"rows", "curve"}:
+        # The name of a list with a damaged character; the list itself must not get lost.
+        raise ValueError(f"{min(unknown)!r} is no list of rows")
     rows_by_name: dict[str, list[ResultRow]] = {}
     for name in ("rows", "curve"):
         rows = content.get(name, [])
@@ -164,7 +224,8 @@ class Results:
     """The rows of a workdir, kept on disk; without clock times, so that reruns are identical.
 
     The file is {"rows": [...], "curve": [...]}: `rows` has the end of each stage, `curve` the
-    evaluations inside stages, rows of the same form.
+    evaluations inside stages, rows of the same form. ROW_HASHES beside it ties each row to its
+    weights. A row that was changed in the file is dropped; its stage is evaluated again.
 
     Raises:
         UserError: the file is damaged.
@@ -172,39 +233,67 @@ class Results:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
-        content = multihost.broadcast_from_main("results", lambda: _to_json(read(self._path)))
-        self._content = parse(content)
+
+        def read_files() -> list[Any]:
+            hashes_of_rows = read_row_hashes(self._path)
+            return [_to_json(_read_rows(self._path, hashes_of_rows)), hashes_of_rows]
+
+        content, hashes_of_rows = multihost.broadcast_from_main("results", read_files)
+        # None in the place of a changed row, so that the row that is made again takes its place.
+        self._content: dict[str, list[ResultRow | None]] = {
+            name: [row and ResultRow.from_json(row) for row in rows]
+            for name, rows in content.items()
+        }
+        # In a workdir of older code a row may be of any weights, as "" says.
+        self._weights_by_row = hashes_of_rows or {_row_hash(row): "" for row in self._all_rows()}
+
+    def _all_rows(self) -> list[ResultRow]:
+        return [*self.rows, *self.curve]
 
     @property
     def rows(self) -> list[ResultRow]:
         """The ends of stages, in the order in which they were first written."""
-        return self._content["rows"]
+        return [row for row in self._content["rows"] if row]
 
     @property
     def curve(self) -> list[ResultRow]:
         """The evaluations inside stages."""
-        return self._content["curve"]
+        return [row for row in self._content["curve"] if row]
 
-    def add(self, row: ResultRow, final: bool) -> None:
+    def is_of(self, row: ResultRow, weights_hash: str | None) -> bool:
+        """Whether a row is of the weights with this hash; None for any weights."""
+        return weights_hash is None or self._weights_by_row[_row_hash(row)] in ("", weights_hash)
+
+    def add(self, row: ResultRow, final: bool, weights_hash: str = "") -> None:
         """Adds a row, or replaces the one that it `replaces`, and writes the file.
 
         Args:
             row: the result.
             final: it is of the end of a stage.
+            weights_hash: `variables_hash` of the evaluated weights; empty if unknown.
         """
+        # With the row that is replaced: results.json is written later, and may stay as it is.
+        known = {_row_hash(old) for old in self._all_rows()}
+        weights_by_row = {k: v for k, v in self._weights_by_row.items() if k in known}
+        self._weights_by_row = weights_by_row | {_row_hash(row): weights_hash}
         rows = self._content["rows" if final else "curve"]
-        replaced = [i for i, old in enumerate(rows) if row.replaces(old)]
-        if replaced:
-            rows[replaced[0]] = row
+        places = [i for i, old in enumerate(rows) if old and row.replaces(old)]
+        places += [i for i, old in enumerate(rows) if old is None and final]
+        if places:
+            rows[places[0]] = row
         else:
             rows.append(row)
         if multihost.is_main():
-            text = json.dumps(_to_json(self._content), indent=1) + "\n"
-            write_bytes(self._path, text.encode())
+            _write_json(self._path.parent / ROW_HASHES, self._weights_by_row)
+            _write_json(self._path, _to_json({"rows": self.rows, "curve": self.curve}))
 
 
-def _to_json(content: Mapping[str, Sequence[ResultRow]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: [row.to_json() for row in rows] for name, rows in content.items()}
+def _write_json(path: epath.Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _to_json(content: Mapping[str, Sequence[ResultRow | None]]) -> dict[str, list[Any]]:
+    return {name: [row and row.to_json() for row in rows] for name, rows in content.items()}
 
 
 def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Console) -> None:

@@ -65,7 +65,7 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
         for stage in later:
             start_from = first_teacher if stage.kind == "control" else teacher
-            trained = training.restore_stage(stage)
+            trained = training.restore_stage(stage, start_from)
             if trained is None:
                 labels = training.label(start_from, stage) if stage.needs_pseudo_labels else None
                 trained = training.train_stage(stage, start_from, labels)
@@ -78,11 +78,12 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStage:
-    """A finished stage and its reported weights."""
+    """A finished stage and its reported weights; `weights_hash` is the hash of these."""
 
     stage: Stage
     variables: Variables
     model: CompiledModel
+    weights_hash: str
 
 
 def open_run(config: Any, workdir: epath.Path) -> "SelfTraining":
@@ -201,19 +202,37 @@ class SelfTraining:
             self._models[backbone] = model
         return self._models[backbone]
 
-    def restore_stage(self, stage: Stage) -> TrainedStage | None:
-        """A stage that was trained before, or None; writes its result row if that is missing."""
+    def restore_stage(
+        self, stage: Stage, teacher: TrainedStage | None = None
+    ) -> TrainedStage | None:
+        """A stage that was trained before, or None; writes its result row if that is missing.
+
+        Args:
+            stage: to restore.
+            teacher: the stage that it starts from; None for the first stage.
+
+        Raises:
+            UserError: its weights are not those that it ended with, or its teacher's are not those
+                that it was trained from.
+        """
         if not multihost.broadcast_from_main(f"{stage.name} looked for", lambda: stage.is_done):
             return None
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
-            variables = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
-            if variables is None:
+            marker = _read_marker(stage)
+            if marker is None:
+                logger.info(f"its {stages.DONE} is damaged: it goes on at its last checkpoint")
+                return None
+            last = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
+            if last is None:
                 logger.info(f"its checkpoint of step {stage.steps} is missing: it is trained again")
                 return None
+            variables = self._evaluator.reported_weights(stage, model, last)
+            found = _describe_end(stage, last, variables, teacher)
+            _check_marker(marker, found, stage)
             logger.info("done before")
-            variables = self._evaluator.ensure_evaluated(stage, model, variables)
-        return TrainedStage(stage, variables, model)
+            self._evaluator.ensure_evaluated(stage, model, variables, found.reported)
+        return TrainedStage(stage, variables, model, found.reported)
 
     def train_stage(
         self,
@@ -231,17 +250,18 @@ class SelfTraining:
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
             if stage.kind == "teacher" and self._config.rounds.teacher_from:
-                variables = self._import_teacher(stage, model)
+                last = variables = self._import_teacher(stage, model)
             else:
                 logger.info(f"{stage.steps} steps")
                 last = self._train(stage, model, teacher, pseudo_labels)
                 variables = self._evaluator.evaluate_final(stage, model, last)
+        marker = _describe_end(stage, last, variables, teacher)
         multihost.barrier(f"end of {stage.name}")
         if multihost.is_main():
             # The marker is the last thing that a stage writes.
-            fileio.write_bytes(stage.folder / stages.DONE, b"")
+            stage.write_marker(marker)
             page.write(self._workdir)
-        return TrainedStage(stage, variables, model)
+        return TrainedStage(stage, variables, model, marker.reported)
 
     def _train(
         self,
@@ -361,11 +381,13 @@ class SelfTraining:
         source_stage = dataclasses.replace(stage, folder=source / "round_0" / "teacher")
         with workdir_lib.locked(source):
             program = source_model.program("teacher", stage.steps)
-            variables = train.restore(source_stage, program, self._mesh)
-            if variables is None:
+            marker = _read_marker(source_stage)
+            last = variables = train.restore(source_stage, program, self._mesh)
+            if marker is None or last is None or variables is None:
+                lost = f"no checkpoint of step {stage.steps}" if marker else "a damaged DONE"
                 raise UserError(
-                    f"The teacher in {source} (rounds.teacher_from) has no checkpoint of step "
-                    f"{stage.steps}: run its own command again, or name another workdir.",
+                    f"The teacher in {source} (rounds.teacher_from) has {lost}: run its own "
+                    "command again, or name another workdir.",
                     code="teacher-checkpoint-missing",
                 )
             selected = None
@@ -373,6 +395,7 @@ class SelfTraining:
                 best = checkpoints.BestWeights(source_stage.folder, self._config.eval.every)
                 selected = best.load(source_model.shapes, self._mesh)
                 variables = selected.variables
+            _check_marker(marker, _describe_end(source_stage, last, variables), source_stage)
             variables = train_state.match_norm_kind(variables, model.shapes)
             self._copy_teacher_files(stage, source_stage, variables, model)
         logger.info(f"taken from {source_stage.folder}")
@@ -386,7 +409,7 @@ class SelfTraining:
         tx = model.program("teacher", stage.steps).tx
         state = train_state.create_train_state(variables, tx, self._mesh)
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
-        with checkpoints.Checkpoints(stage.folder / "checkpoints") as manager:
+        with checkpoints.Checkpoints(stage.folder / "checkpoints", stage.seed) as manager:
             manager.save(stage.steps, dataclasses.replace(state, step=step))
         metric_writer.copy_metrics(source.folder, stage.folder)
         unlabeled = self.dataset.unlabeled if stages.takes_pseudo_labels(self._config) else ()
@@ -420,7 +443,8 @@ class SelfTraining:
             )
             folder = self._workdir / model_bundle.FOLDER
             weights = train_state.inference_variables(final.variables)
-            checkpoints.save_weights(folder / model_bundle.WEIGHTS, weights, description)
+            digest = checkpoints.save_weights(folder / model_bundle.WEIGHTS, weights, description)
+            description[model_bundle.WEIGHTS_HASH] = digest
             content = json.dumps(description, indent=1) + "\n"
             fileio.write_bytes(folder / model_bundle.DESCRIPTION, content.encode())
             page.write(self._workdir)
@@ -430,3 +454,70 @@ class SelfTraining:
         protocol = self._evaluator.protocol(self._model("teacher"))
         rows = [row for row in self.results.rows if row.protocol.is_comparable(protocol)]
         print_table(rows, self.dataset.classes, self._console)
+
+
+def _read_marker(stage: Stage) -> stages.Marker | None:
+    """The marker of a finished stage, alike in all processes; None if it is damaged."""
+
+    def read() -> dict[str, Any] | None:
+        marker = stage.read_marker()
+        return marker and dataclasses.asdict(marker)
+
+    content = multihost.broadcast_from_main(f"marker of {stage.name}", read)
+    return stages.Marker(**content | {"seed": tuple(content["seed"])}) if content else None
+
+
+def _describe_end(
+    stage: Stage, last: Variables, reported: Variables, teacher: TrainedStage | None = None
+) -> stages.Marker:
+    """The marker of a stage that has these weights, alike in all processes.
+
+    Args:
+        stage: that has ended.
+        last: the weights after its last step.
+        reported: its reported weights; `last` itself unless they are selected.
+        teacher: the stage that it starts from; None for the first stage.
+    """
+
+    def hash_weights() -> list[str]:
+        of_last = train_state.variables_hash(last)
+        return [of_last, of_last if reported is last else train_state.variables_hash(reported)]
+
+    hashes = multihost.broadcast_from_main(f"weights of {stage.name}", hash_weights)
+    seed = tuple(int(number) for number in stage.seed)
+    return stages.Marker(seed, *hashes, teacher.weights_hash if teacher else "")
+
+
+def _check_marker(marker: stages.Marker, found: stages.Marker, stage: Stage) -> None:
+    """Refuses a finished stage whose weights are not those that it ended with.
+
+    Args:
+        marker: of the stage; one of older code is not compared.
+        found: what the marker would be for the weights that are there.
+        stage: the stage.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if marker.is_of_older_code or marker == found:
+        return
+    if marker.seed != found.seed:
+        raise UserError(
+            f"{stage.folder} is of a run with another seed, or of another stage: put the stage's "
+            "own folder in its place, or remove it, and the stage is trained again.",
+            code="stage-of-another-run",
+        )
+    if (marker.weights, marker.reported) != (found.weights, found.reported):
+        is_last = marker.weights != found.weights
+        name = f"checkpoints/{stage.steps}" if is_last else checkpoints.BEST_WEIGHTS
+        raise UserError(
+            f"{stage.folder / name} does not hold the weights that {stage.name} ended with: "
+            f"restore it, or remove {stage.folder}, and the stage is trained again.",
+            code="stage-weights-changed",
+        )
+    raise UserError(
+        f"{stage.folder} was trained from other weights of the stage before it than the workdir "
+        f"holds now: restore these, or remove {stage.folder} and the rounds after it, which are "
+        "trained again.",
+        code="stage-of-another-teacher",
+    )

@@ -7,6 +7,7 @@ reports and the sweeps over seeds take it from `schedule`.
 """
 
 import dataclasses
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -15,10 +16,34 @@ from etils import epath
 from jaxtyping import Int
 
 from semiseg_jax.data.batch_layout import BatchSpec
+from semiseg_jax.runtime import fileio, hashes
 
 KINDS = ("teacher", "student", "control")
 # The file that a finished stage has in its folder, written last.
 DONE = "DONE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """The content of DONE: what a finished stage ended with, so that no other weights pass for it.
+
+    Attributes:
+        seed: `Stage.seed`; empty in a marker of older code, which holds nothing.
+        weights: `variables_hash` of the weights after the last step.
+        reported: the same of the reported weights; others than `weights` with `eval.select`.
+        teacher: the same of the reported weights of the stage that this one starts from or takes
+            its pseudo-labels from; empty for the first stage.
+    """
+
+    seed: tuple[int, ...] = ()
+    weights: str = ""
+    reported: str = ""
+    teacher: str = ""
+
+    @property
+    def is_of_older_code(self) -> bool:
+        """Whether the marker says only that the stage is finished."""
+        return not self.seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +90,27 @@ class Stage:
     def is_done(self) -> bool:
         """Whether the stage was trained to its end; read from the disk."""
         return (self.folder / DONE).exists()
+
+    def write_marker(self, marker: Marker) -> None:
+        """Marks the stage as finished, atomically."""
+        content = hashes.sealed(dataclasses.asdict(marker))
+        fileio.write_bytes(self.folder / DONE, (json.dumps(content) + "\n").encode())
+
+    def read_marker(self) -> Marker | None:
+        """Returns the marker of a finished stage; None if it is missing or damaged.
+
+        Raises:
+            UserError: the file is not readable.
+        """
+        path = self.folder / DONE
+        if path.exists() and not path.stat().length:
+            return Marker()
+        content = fileio.read_json(path, hashes.SEAL)
+        if content is None or not hashes.is_intact(content):
+            return None
+        known = {field.name for field in dataclasses.fields(Marker)}
+        values = {key: value for key, value in content.items() if key in known}
+        return Marker(**values | {"seed": tuple(content.get("seed", ()))})
 
 
 def schedule(

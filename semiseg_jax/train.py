@@ -74,7 +74,7 @@ def run(
         return bool(eval_every) and 0 < step < stage.steps and step % eval_every == 0
 
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
-    with Checkpoints(stage.folder / "checkpoints") as checkpoints:
+    with Checkpoints(stage.folder / "checkpoints", stage.seed) as checkpoints:
         newest = checkpoints.restore_newest(state_shapes(program, mesh))
         if newest:
             first, state = newest
@@ -121,7 +121,7 @@ def restore(stage: Stage, program: StageProgram, mesh: Mesh) -> Variables | None
         program: for the shapes of its state.
         mesh: to put the variables on.
     """
-    with Checkpoints(stage.folder / "checkpoints") as checkpoints:
+    with Checkpoints(stage.folder / "checkpoints", stage.seed) as checkpoints:
         newest = checkpoints.restore_newest(state_shapes(program, mesh))
     return newest[1].variables if newest and newest[0] == stage.steps else None
 

@@ -5,13 +5,16 @@
       data.json              the training images: counts, hash of the ids, number of pixels
       run.json, gallery/     versions, devices and thumbnails for the report
       results.json           one row per evaluated stage
+      row_hashes.json        a hash of each row, and of the weights that it is of
       report.html            the report
       .lock                  the process that uses the workdir; exists only meanwhile
       model/                 the final weights with the weak norm only, and all that inference needs
       round_0/teacher/       the first stage; then round_1/student/ and so on, round_N/control/
-        checkpoints/         train states, metrics.jsonl and TensorBoard events beside them
+        checkpoints/         train states with their hashes; metrics.jsonl and TensorBoard events
+                             are beside the folder
         pseudo_labels/       manifest.json, health.json and a label map per unlabelled image
-        DONE                 marks a finished stage; written last, atomically
+        DONE                 marks a finished stage; written last, atomically; holds the hashes of
+                             its weights and of its teacher's, with which they are compared
 
 The same command continues in the workdir where it stopped: it skips the stages with DONE and
 restores the last checkpoint of the others. Therefore a workdir must never mix the results of two
@@ -37,6 +40,7 @@ from flax import traverse_util
 from semiseg_jax import __version__
 from semiseg_jax.data import load
 from semiseg_jax.data.split_lists import split_hash
+from semiseg_jax.models.dsbn import NORM_KINDS
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError, read_error, write_error
 from semiseg_jax.runtime.fileio import has_rename, write_bytes
@@ -74,11 +78,17 @@ def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
         name: "config.json" or "data.json".
 
     Raises:
-        UserError: the file is not readable, or damaged in a workdir that has stages.
+        UserError: the file is not readable; or it is damaged, or missing beside checkpoints.
     """
     path = workdir / name
     if not path.exists():
-        return None
+        if not _has_checkpoints(workdir):
+            return None
+        raise UserError(
+            f"{path} is missing, so that nothing says what the stages beside it were trained with: "
+            "restore it, or give another --workdir.",
+            code="fingerprint-missing",
+        )
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not content.keys() >= _REQUIRED_KEYS[name]:
@@ -93,6 +103,11 @@ def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
             f"{path} cannot be read ({error}): restore it, or give another --workdir.",
             code="fingerprint-damaged",
         ) from error
+
+
+def _has_checkpoints(workdir: epath.Path) -> bool:
+    """Returns whether a stage of the workdir has begun to train."""
+    return any(True for _ in workdir.glob("round_*/*/checkpoints"))
 
 
 def config_hash(config: Any) -> str:
@@ -249,7 +264,10 @@ def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> st
             code="teacher-unfinished",
         )
     old, new = _flatten(recorded), _flatten(_to_dict(config))
-    if differences := _differences(teacher_keys(old), teacher_keys(new)):
+    differences = _differences(teacher_keys(old), teacher_keys(new))
+    if old["model.norm"] not in NORM_KINDS:  # It may differ otherwise.
+        differences["model.norm"] = f"model.norm: {old['model.norm']!r} there"
+    if differences:
         raise UserError(
             f"rounds.teacher_from is {workdir}, whose teacher was trained with another config "
             f"({'; '.join(differences.values())}): name another workdir, or train a teacher with "

@@ -333,11 +333,23 @@ def encode_mask(
     return buffer.getvalue()
 
 
+def read_png(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "..."], dict[str, str]]:
+    """Returns the stored values and the text chunks of a PNG written by `encode_mask`.
+
+    The values are [h, w] unless another program has written the file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    _, image = _decode(path)
+    text = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    return np.asarray(image).astype(np.uint8), text
+
+
 def read_png_text(path: epath.PathLike) -> dict[str, str]:
     """Returns the text chunks of a label map written by `encode_mask`; decodes the whole image.
 
     Raises:
         UserError: the file is missing or damaged.
     """
-    _, image = _decode(path)
-    return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    return read_png(path)[1]

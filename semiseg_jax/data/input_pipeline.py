@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
-from semiseg_jax.data import image_io, sda, weak_augment
+from semiseg_jax.data import image_io, label_maps, sda, weak_augment
 from semiseg_jax.data.batch_layout import BatchLayout, BatchSpec, lay_out_batch
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.runtime import multihost
@@ -235,7 +235,11 @@ class _Reader:
             image = image_io.read_image(example.image)
             if example.mask is None or example.label_kind is None:
                 return image, np.full(image.shape[:2], image_io.IGNORE, np.uint8)
-            label = image_io.read_mask(example.mask, self._tables[example.label_kind])
+            table = self._tables[example.label_kind]
+            if example.label_kind == "pseudo":
+                label = label_maps.read(example.mask, example.id, table)
+            else:
+                label = image_io.read_mask(example.mask, table)
             if label.shape != image.shape[:2]:
                 raise UserError(
                     f"{example.mask} and {example.image} differ in size: they must be of one size.",

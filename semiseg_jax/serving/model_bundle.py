@@ -4,6 +4,7 @@ No other file of the run is read, so that a copy of the folder works without the
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -27,6 +28,10 @@ from semiseg_jax.train_state import Variables, inference_variables, variable_sha
 FOLDER = "model"
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
+# Entries of model.json that people may edit, and the one that only the file itself can hold; all
+# others are also in the header of the weights, and must agree.
+EDITABLE = ("classes", "palette")
+WEIGHTS_HASH = "weights_sha256"
 # Format number of model.json; increased if a reader of the earlier format would misread the file.
 FORMAT = 1
 
@@ -202,9 +207,10 @@ def _read_weights(folder: epath.Path, shapes: Variables, description: dict[str, 
     """
     path = folder / WEIGHTS
     file = weight_files.read(path)
-    # Users may edit the class names and colours in model.json, so these are not compared.
-    for key in ("model", "protocol", "miou"):
-        if file.description.get(key) != description[key]:
+    _check_hash(path, description.get(WEIGHTS_HASH))
+    keys = dict.fromkeys(("model", "protocol", "miou", *file.description))
+    for key in (key for key in keys if key not in EDITABLE):
+        if file.description.get(key) != description.get(key):
             raise UserError(
                 f"{path} and {DESCRIPTION} beside it are of two models, which differ in {key}: "
                 "start the run's command again, which writes both anew.",
@@ -222,7 +228,30 @@ def _read_weights(folder: epath.Path, shapes: Variables, description: dict[str, 
                 f"{required}: start the run's command again, which writes both anew.",
                 code="model-weights-of-another-shape",
             )
+        if stored.startswith(("float", "bfloat")) and not np.isfinite(file.tensors[name]).all():
+            raise UserError(
+                f"{path} holds values as {name} that are not finite, with which every pixel would "
+                "be of the first class: train again with a lower learning rate, or restore the "
+                "weights.",
+                code="model-weights-not-finite",
+            )
     return traverse_util.unflatten_dict(dict(file.tensors), sep="/")
+
+
+def _check_hash(path: epath.Path, expected: str | None) -> None:
+    """Refuses weights that are not those that model.json was written for.
+
+    Args:
+        path: of the weights.
+        expected: their SHA-256; None in a model.json of older code.
+    """
+    if expected not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise UserError(
+            f"{path} was changed or damaged after it was written (its SHA-256 is not that in "
+            f"{DESCRIPTION}): restore it, or start the run's command again, which writes both "
+            "anew.",
+            code="model-weights-changed",
+        )
 
 
 # Default of the number of pixels that a device processes at a time, padding included. It is larger
