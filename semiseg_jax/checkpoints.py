@@ -344,7 +344,7 @@ class BestWeights:
 
     def write(self, candidate: Candidate) -> None:
         """Writes weights as the best so far, without a comparison."""
-        description = {"step": candidate.step, "miou": candidate.miou}
+        description: dict[str, Any] = {"step": candidate.step, "miou": candidate.miou}
         description["hash"] = _best_hash(description, variables_hash(candidate.variables))
         save_weights(self.folder / BEST_WEIGHTS, candidate.variables, description)
 

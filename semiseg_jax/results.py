@@ -178,11 +178,9 @@ def _read_rows(
             "anew.",
             code="results-damaged",
         ) from error
-    if hashes_of_rows is None:
-        return dict(rows_by_name)
 
     def checked(row: ResultRow) -> ResultRow | None:
-        if _row_hash(row) in hashes_of_rows:
+        if hashes_of_rows is None or _row_hash(row) in hashes_of_rows:
             return row
         logger.info(
             f"Warning: {path}: the row of {row.stage_name}, step {row.step}, was changed after it "

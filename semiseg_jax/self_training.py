@@ -461,7 +461,7 @@ def _read_marker(stage: Stage) -> stages.Marker | None:
 
     def read() -> dict[str, Any] | None:
         marker = stage.read_marker()
-        return marker and dataclasses.asdict(marker)
+        return dataclasses.asdict(marker) if marker else None
 
     content = multihost.broadcast_from_main(f"marker of {stage.name}", read)
     return stages.Marker(**content | {"seed": tuple(content["seed"])}) if content else None
@@ -483,9 +483,9 @@ def _describe_end(
         of_last = train_state.variables_hash(last)
         return [of_last, of_last if reported is last else train_state.variables_hash(reported)]
 
-    hashes = multihost.broadcast_from_main(f"weights of {stage.name}", hash_weights)
-    seed = tuple(int(number) for number in stage.seed)
-    return stages.Marker(seed, *hashes, teacher.weights_hash if teacher else "")
+    weights, of_reported = multihost.broadcast_from_main(f"weights of {stage.name}", hash_weights)
+    teacher_hash = teacher.weights_hash if teacher else ""
+    return stages.Marker(tuple(stage.seed.tolist()), weights, of_reported, teacher_hash)
 
 
 def _check_marker(marker: stages.Marker, found: stages.Marker, stage: Stage) -> None:
