@@ -1,17 +1,24 @@
 """A finished workdir: a bit flipped in every file in turn, and files of other runs in its place."""
 
+import contextlib
 import dataclasses
+import fnmatch
 import json
+import pathlib
+import random
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from flax import traverse_util
 from safetensors.numpy import load_file
 
 from semiseg_jax import checkpoints, self_training, stages, train
+from semiseg_jax.data import image_io, label_maps
 from semiseg_jax.runtime import hashes
+from semiseg_jax.runtime.errors import UserError
 from tests import test_workdir_integrity as fast
 from tests.errors import raises_code
 from tests.test_workdir_integrity import (  # noqa: F401 - fixtures
@@ -31,9 +38,57 @@ from tests.test_workdir_integrity import (  # noqa: F401 - fixtures
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
-def test_a_bit_flipped_in_any_file_is_found(config, whole, run, no_work):
+@pytest.fixture
+def training(config, whole):
+    return self_training.SelfTraining(config, epath.Path(whole))
+
+
+def restore(training, workdir, path, step=None):
+    """(step, state) of the newest checkpoint beside a file of one, or of the one of a step."""
+    folder = path.partition("/checkpoints/")[0]
+    kind = folder.rpartition("/")[2]
+    stage = next(stage for stage in training.stages if stage.kind == kind)
+    program = training._model(kind).program(kind, stage.steps)
+    like = train.state_shapes(program, training._mesh)
+    checkpoints_folder = epath.Path(workdir) / folder / "checkpoints"
+    with checkpoints.Checkpoints(checkpoints_folder, stage.seed) as manager:
+        return (step, manager.restore(step, like)) if step else manager.restore_newest(like)
+
+
+def check_checkpoint(path, training, run, whole):
+    """No other state is restored than was saved."""
+    fast.flip_bit(run / path, random.Random(path))
+    try:
+        restored = restore(training, run, path)
+    except UserError:
+        restored = None
+    if restored:
+        step, state = restored
+        _, expected = restore(training, whole, path, step)
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def check_label_map(path, run, whole):
+    """No other labels are read than were written."""
+    fast.flip_bit(run / path, random.Random(path))
+    name = pathlib.Path(path).stem
+    labels = label_maps.read(whole / path, name, image_io.id_table(3))
+    with contextlib.suppress(UserError):
+        read = label_maps.read(run / path, name, image_io.id_table(3))
+        np.testing.assert_array_equal(read, labels)
+
+
+def test_a_bit_flipped_in_any_file_is_found(config, whole, run, no_work, training):
+    """Files of which there are many by what reads them; the others by the run itself."""
     for path in fast.files_of(whole):
-        if fast.classify(path) != "people":
+        if "/checkpoints/" in path or fnmatch.fnmatch(path, "*/pseudo_labels/*.png"):
+            shutil.rmtree(run)
+            shutil.copytree(whole, run)
+            if path.endswith(".png"):
+                check_label_map(path, run, whole)
+            else:
+                check_checkpoint(path, training, run, whole)
+        elif fast.classify(path) != "people":
             fast.check_flip(path, 1, config, run, whole)
 
 
