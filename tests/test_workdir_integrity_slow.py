@@ -55,8 +55,8 @@ def restore(training, workdir, path, step=None):
         return (step, manager.restore(step, like)) if step else manager.restore_newest(like)
 
 
-def check_checkpoint(path, training, run, whole):
-    """No other state is restored than was saved."""
+def check_checkpoint(path, training, run, expected):
+    """No other state is restored than was saved; `expected` is the state of each step."""
     fast.flip_bit(run / path, random.Random(path))
     try:
         restored = restore(training, run, path)
@@ -64,8 +64,7 @@ def check_checkpoint(path, training, run, whole):
         restored = None
     if restored:
         step, state = restored
-        _, expected = restore(training, whole, path, step)
-        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        jax.tree.map(np.testing.assert_array_equal, state, expected[step])
 
 
 def check_label_map(path, run, whole):
@@ -78,18 +77,31 @@ def check_label_map(path, run, whole):
         np.testing.assert_array_equal(read, labels)
 
 
-def test_a_bit_flipped_in_any_file_is_found(config, whole, run, no_work, training):
-    """Files of which there are many by what reads them; the others by the run itself."""
+def test_a_bit_flipped_in_any_file_is_found(config, whole, run, no_work):
+    """Other than label maps and checkpoints, which have tests of their own."""
     for path in fast.files_of(whole):
-        if "/checkpoints/" in path or fnmatch.fnmatch(path, "*/pseudo_labels/*.png"):
-            shutil.rmtree(run)
-            shutil.copytree(whole, run)
-            if path.endswith(".png"):
-                check_label_map(path, run, whole)
-            else:
-                check_checkpoint(path, training, run, whole)
-        elif fast.classify(path) != "people":
+        is_of_many = "/checkpoints/" in path or fnmatch.fnmatch(path, "*/pseudo_labels/*.png")
+        if not is_of_many and fast.classify(path) != "people":
             fast.check_flip(path, 1, config, run, whole)
+
+
+def test_a_bit_flipped_in_any_label_map_is_found(whole, run):
+    paths = [p for p in fast.files_of(whole) if fnmatch.fnmatch(p, "*/pseudo_labels/*.png")]
+    assert len(paths) == 8
+    for path in paths:
+        check_label_map(path, run, whole)
+
+
+def test_a_bit_flipped_in_any_file_of_a_checkpoint_is_found(whole, run, training):
+    """All files of the newest checkpoint; test_checkpoints.py walks a small one, too."""
+    folder = f"{STUDENT}/checkpoints/4/"
+    paths = [path for path in fast.files_of(whole) if path.startswith(folder)]
+    assert len(paths) > 5
+    expected = {step: restore(training, whole, folder, step)[1] for step in (2, 4)}
+    for path in paths:
+        shutil.rmtree(run / STUDENT)
+        shutil.copytree(whole / STUDENT, run / STUDENT)
+        check_checkpoint(path, training, run, expected)
 
 
 def put_checkpoint(stage_folder, config, seed=None):
