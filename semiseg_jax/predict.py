@@ -151,6 +151,7 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     logger.info(
         f"{_WORKDIR.value}: {len(bundle.classes)} classes, {miou}; "
         + (f"here {' '.join(differences)} instead" if differences else "images are seen as there")
+        + f", downscaled by {bundle.downscale} as in training" * (bundle.downscale > 1)
     )
     if images.others:
         logger.info(f"{images.others} files below {_INPUT.value} are no images and left alone")

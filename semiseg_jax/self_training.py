@@ -129,6 +129,7 @@ class SelfTraining:
                 code="unlabeled-images-missing",
             )
         mesh_lib.check_batches(config, self._mesh.size)
+        stages.check_norm_values(config)
         self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
         self.stages = stages.schedule(config, workdir, self._earlier_controls())
         self._log_start()
@@ -417,6 +418,7 @@ class SelfTraining:
                 },
                 row,
                 sizes,
+                self._config.data.downscale,
             )
             folder = self._workdir / model_bundle.FOLDER
             weights = train_state.inference_variables(final.variables)

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Int
 
 from semiseg_jax.data.batch_layout import BatchSpec
+from semiseg_jax.runtime.errors import UserError
 
 KINDS = ("teacher", "student", "control")
 # The file that a finished stage has in its folder, written last.
@@ -138,6 +139,64 @@ def batch_spec(config: Any, kind: str) -> BatchSpec:
         batch_pseudo=config.train.batch_unlabeled,
         accum_steps=config.train.accumulate,
     )
+
+
+# A norm that computes its moments from one value a channel has variance 0: its output is the same
+# for every image, training cannot use it, and the running variance tends to 0.
+MIN_NORM_VALUES = 2
+
+
+def norm_values(config: Any, kind: str) -> dict[str, int]:
+    """The fewest values a channel from which the batch norms of a stage compute their moments.
+
+    Moments are taken over all devices, separately for each micro-batch and, with norms of their
+    own, for each stream. The norm behind the image pooling of a head has one value per image; those
+    of a head without image pooling have one per pixel of the last features.
+
+    Args:
+        config: the whole config; `data`, `train` and `model` are read.
+        kind: one of KINDS.
+
+    Returns:
+        The number of values by stream, "weak", "strong", or "weak and strong" if both share a norm;
+        empty if the norms are frozen.
+    """
+    spec, model = batch_spec(config, kind), config.model
+    if model.norm == "frozen":
+        return {}
+    values_per_image = 1
+    if model.head == "v2":
+        height, width = (-(-side // model.output_stride) for side in config.data.crop)
+        values_per_image = height * width
+    images = {name: spec.size(name) for name in ("weak", "strong") if spec.size(name)}
+    if model.norm == "shared":
+        images = {" and ".join(images): sum(images.values())}
+    return {name: n // spec.accum_steps * values_per_image for name, n in images.items()}
+
+
+def check_norm_values(config: Any) -> None:
+    """Raises an error for training batches whose batch norms would see too few values.
+
+    Raises:
+        UserError: names the keys of the batch.
+    """
+    for kind in trained_kinds(config):
+        spec = batch_spec(config, kind)
+        for streams, values in norm_values(config, kind).items():
+            if values >= MIN_NORM_VALUES:
+                continue
+            kinds = {k for name in streams.split(" and ") for k in getattr(spec, name)}
+            keys = {"labeled": "train.batch_labeled", "pseudo": "train.batch_unlabeled"}
+            sizes = {key: config.train[key[6:]] for k, key in keys.items() if k in kinds}
+            given = " and ".join(f"{key} is {size}" for key, size in sizes.items())
+            parts = f" in {spec.accum_steps} micro-batches" if spec.accum_steps > 1 else ""
+            raise UserError(
+                f"{given}{parts}: a batch norm of the {kind} would see at most 1 value a channel "
+                f"of the {streams} images, of which no variance follows; make "
+                f"{' or '.join(sizes)} at least {MIN_NORM_VALUES * spec.accum_steps}, or take "
+                "pretrained weights with model.norm=frozen.",
+                code="batch-norm-sees-one-value",
+            )
 
 
 def stage_name(kind: str, round_: int) -> str:

@@ -70,16 +70,21 @@ def one_device_mesh():
     return mesh.make_mesh(jax.devices()[:1])
 
 
-def run(folder, sizes):
-    """Runs a teacher with random weights on images of these sizes; returns (config, workdir)."""
+def run(folder, sizes, **changes):
+    """Runs a teacher with random weights on images of these sizes; returns (config, workdir).
+
+    Args:
+        folder: for the data and the workdir.
+        sizes: (height, width) of the images in turn.
+        changes: of the config, by dotted key with __ for the dot.
+    """
     make_data(folder / "data", sizes)
     config = tiny_config(
         data__root=str(folder / "data"),
         data__cache_dir=str(folder / "cache"),
         data__classes=CLASSES,
-        eval__batch=4,
-        eval__pad_to=16,
         rounds__count=0,
+        **{"eval__batch": 4, "eval__pad_to": 16} | changes,
     )
     write_random_weights(folder / "weights.safetensors", config.model)
     config.model.pretrained = str(folder / "weights.safetensors")

@@ -24,6 +24,7 @@ from semiseg_jax.models import (
     resnet,
     xception,
 )
+from semiseg_jax.runtime import rules
 from semiseg_jax.runtime.errors import UserError
 
 # By name: mean and standard deviation of each channel, for RGB values 0..255.
@@ -44,6 +45,46 @@ USUAL_NORMALIZATIONS = (
 )
 
 HEADS = ("v3plus", "v3plus_smp", "v2")
+
+_CHANNELS = rules.integer(1, 4096)
+# float32 has no smaller numbers.
+_EPSILON: rules.Rule = (lambda v: rules.is_number(v, 1e-30, 1000), "at most 1000 and above 0")
+# By key of `config.model`: the values it accepts; `check_multi_grid` has the constraint between
+# keys. `resolve` gives the keys a value that may be open, None or "auto".
+RULES: dict[str, rules.Rule] = {
+    "backbone": rules.one_of(*BACKBONES),
+    "head": rules.one_of(*HEADS),
+    "pretrained": rules.TEXT,
+    "output_stride": (lambda v: type(v) is int and v in (8, 16, 32), "8, 16 or 32"),
+    "first_dilation": rules.one_of("auto", *layers.FIRST_DILATIONS),
+    "multi_grid": rules.tuple_of(
+        rules.integer(1, 64), "a tuple of integers above 0 and at most 64, or ()"
+    ),
+    "norm": rules.one_of(*dsbn.NORM_KINDS),
+    "norm_momentum": rules.below(0, 1),
+    "norm_epsilon.backbone": rules.or_none(_EPSILON),
+    "norm_epsilon.head": rules.or_none(_EPSILON),
+    "head_features": _CHANNELS,
+    "low_level_features": _CHANNELS,
+    "aspp_rates": rules.tuple_of(
+        rules.integer(1, 256),
+        "a tuple of integers above 0 and at most 256, at most 16 of them, or ()",
+        longest=16,
+    ),
+    "dropout": rules.below(0, 1),
+    "align_corners": rules.or_none(rules.BOOL),
+    "input_normalization": rules.one_of("auto", *INPUT_NORMALIZATIONS),
+    "compute_dtype": rules.one_of("float32", "bfloat16"),
+    "remat": rules.BOOL,
+}
+# The same for a config whose open keys have values.
+RESOLVED_RULES = RULES | {
+    "first_dilation": rules.one_of(*layers.FIRST_DILATIONS),
+    "norm_epsilon.backbone": _EPSILON,
+    "norm_epsilon.head": _EPSILON,
+    "align_corners": rules.BOOL,
+    "input_normalization": rules.one_of(*INPUT_NORMALIZATIONS),
+}
 
 
 @flax.struct.dataclass

@@ -5,7 +5,8 @@
     OUTPUT/overlays/NAME.jpg           the image overlaid with its classes, with a legend
     OUTPUT/probabilities/NAME.npz      class probabilities (optional)
 
-NAME is the path of the image in the input folder, without its suffix.
+NAME is the path of the image in the input folder, without its suffix. The results have the size of
+the image, also where the network predicts a downscaled copy of it (`config.data.downscale`).
 """
 
 import dataclasses
@@ -29,10 +30,11 @@ from semiseg_jax import workdir
 from semiseg_jax.data import image_io, input_pipeline, visualize
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.data.input_pipeline import ImageBatch
+from semiseg_jax.data.sources.downscale import shrink_image, shrunk
 from semiseg_jax.inference import Predictor, pipelined_map
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.serving import model_bundle, tiling
+from semiseg_jax.serving import downscaling, model_bundle, tiling
 from semiseg_jax.serving.inputs import RECORD
 from semiseg_jax.serving.model_bundle import ModelBundle
 from semiseg_jax.shape_buckets import ShapeBuckets, Size
@@ -48,7 +50,7 @@ class _LargeImage:
 
     Attributes:
         id: name of the output files.
-        image: RGB.
+        image: RGB, downscaled.
         classes: class ids.
         levels: class probabilities as 0..255; without classes if they are not written.
     """
@@ -113,6 +115,8 @@ class PredictionWriter:
             window_stride=protocol.window_stride,
         )
         self._variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
+        # (height, width) of the images by id, before downscaling; of the present call.
+        self._file_sizes: dict[str, Size] = {}
         self._quantize = jax.jit(self._quantize_outputs)
 
     def __call__(
@@ -142,7 +146,10 @@ class PredictionWriter:
             errors[example.image] = str(error)
             progress(1)
 
-        image_sizes = _read_sizes(examples, on_read_error)
+        file_sizes = _read_sizes(examples, on_read_error)
+        self._file_sizes = {e.id: file_sizes[e.image] for e in examples if e.image in file_sizes}
+        factor = self._bundle.downscale
+        image_sizes = {image: shrunk(size, factor) for image, size in file_sizes.items()}
         buckets = model_bundle.make_shape_buckets(
             self._bundle, self._protocol, list(image_sizes.values()), self._mesh.size
         )
@@ -171,6 +178,7 @@ class PredictionWriter:
         content = {
             "classes": list(bundle.classes),
             "palette": [list(colour) for colour in bundle.palette],
+            "downscale": bundle.downscale,
             "protocol": dataclasses.asdict(self._protocol),
             "as_evaluated": self._protocol
             == model_bundle.evaluation_config(bundle, self._mesh.size),
@@ -199,6 +207,7 @@ class PredictionWriter:
             buckets.batch_size,
             bundle.pad_value,
             on_read_error,
+            bundle.downscale,
         )
 
     def _tile_batches(
@@ -211,10 +220,11 @@ class PredictionWriter:
         num_classes = len(self._bundle.classes) if self._probabilities else 0
         for example in examples:
             try:
-                image = image_io.read_image(example.image)
+                file_image = image_io.read_image(example.image)
             except UserError as error:
                 on_read_error(example, error)
                 continue
+            image = shrink_image(file_image, self._bundle.downscale)
             size = image.shape[:2]
             levels = np.zeros((*size, num_classes), np.uint8)
             source = _LargeImage(example.id, image, np.zeros(size, np.uint8), levels)
@@ -284,8 +294,12 @@ class PredictionWriter:
         classes: UInt8[np.ndarray, "h w"],
         levels: UInt8[np.ndarray, "h w _"],
     ) -> None:
-        """Writes the files of an image; the label map last."""
+        """Writes the files of an image in the size of its file; the label map last."""
         bundle = self._bundle
+        if bundle.downscale > 1:
+            size = self._file_sizes[name]
+            image = downscaling.enlarge_image(image, size)
+            classes, levels = (downscaling.enlarge(a, size) for a in (classes, levels))
         if self._overlays:
             picture = visualize.with_legend(image, classes, bundle.classes, bundle.palette)
             buffer = io.BytesIO()

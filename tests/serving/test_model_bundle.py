@@ -91,7 +91,7 @@ def use_weights_of_another_head(folder):
         (
             lambda m: change(m / "model.json", palette=[[0, 0]]),
             "model-bundle-format-unknown",
-            "ValueError",
+            "palette",
         ),
         (
             lambda m: change(m / "model.json", classes=["a", "b"]),

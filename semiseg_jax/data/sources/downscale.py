@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from semiseg_jax.data import image_io
 from semiseg_jax.data.dataset import Dataset, Example
-from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime import fileio, rules
 from semiseg_jax.runtime.paths import cache_dir
+
+# The factors that `data.downscale` accepts.
+DOWNSCALE = rules.integer(1, 64)
 
 
 def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
@@ -38,10 +42,9 @@ def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> D
     def downscale_example(example: Example) -> Example:
         image = folder / "images" / f"{_cache_path(example.image, root)}.png"
         if _is_outdated(image, example.image):
-            pixels = Image.fromarray(image_io.read_image(example.image))
-            small = pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
+            small = shrink_image(image_io.read_image(example.image), factor)
             buffer = io.BytesIO()
-            small.save(buffer, "PNG", compress_level=1)
+            Image.fromarray(small).save(buffer, "PNG", compress_level=1)
             _write_with_mtime_of(example.image, image, buffer.getvalue())
         if example.mask is None:
             return dataclasses.replace(example, image=os.fspath(image))
@@ -92,6 +95,17 @@ def _write_with_mtime_of(source: str, path: epath.Path, content: bytes) -> None:
     fileio.write_bytes(path, content, sync=False)
     mtime = os.stat(source).st_mtime_ns
     os.utime(path, ns=(mtime, mtime))
+
+
+def shrink_image(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "sh sw 3"]:
+    """Returns an RGB image with every side divided by `factor`; bilinear with antialiasing.
+
+    Training, evaluation and prediction all downscale by this function.
+    """
+    if factor == 1:
+        return image
+    pixels = Image.fromarray(image)
+    return np.asarray(pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR))
 
 
 def shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:
