@@ -443,6 +443,14 @@ def resolve(model_config: Any) -> Any:
     trained_with: Mapping[str, Any] = {}
     if open_keys and model_config.pretrained:
         trained_with = pretrained.inspect(model_config.pretrained).settings()
+        for key, value in trained_with.items():
+            if not rules.accepts(RESOLVED_RULES[key], value):
+                raise UserError(
+                    f"{model_config.pretrained} says that its network has {key} "
+                    f"{rules.shortened(value)}, which is not {RESOLVED_RULES[key][1]}: get the "
+                    "file again.",
+                    code="weights-description-invalid",
+                )
     resolved.update_from_flattened_dict(
         {key: trained_with.get(key, defaults[key]) for key in open_keys}
     )

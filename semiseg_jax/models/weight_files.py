@@ -5,10 +5,10 @@ import functools
 import importlib
 import io
 import json
+import math
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +17,8 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from semiseg_jax.runtime.errors import UserError, read_error
+from semiseg_jax.runtime import rules
+from semiseg_jax.runtime.errors import UserError, first_line, read_error
 
 # Names of counters and of optimiser variables, which are not weights.
 NO_WEIGHT = re.compile(
@@ -50,14 +51,11 @@ class File:
     description: Mapping[str, Any]
 
 
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    safetensors.SafetensorError,
-)
+# The largest compression of a file with more than this many bytes of tensors. Weights hardly shrink,
+# while a file of zeros, which would fill the memory, shrinks to a thousandth.
+_MAX_COMPRESSION, _FREE_BYTES = 64, 2**28
+# Older versions execute code from some files in spite of weights_only (CVE-2025-32434).
+_MIN_TORCH = (2, 6)
 
 
 def read(path: epath.PathLike) -> File:
@@ -111,10 +109,13 @@ def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Pat
         ) from error
     except PermissionError as error:
         raise read_error(path, error, "make it readable") from error
-    except _DAMAGED as error:
+    except UserError:
+        raise
+    # The readers of NumPy, zipfile, PyTorch and TensorFlow raise many types for damaged content.
+    except Exception as error:
         raise UserError(
-            f"{path} cannot be read ({error}): it is truncated, corrupt or no such file; get it "
-            "again.",
+            f"{path} cannot be read ({first_line(error)}): it is truncated, corrupt or no such "
+            "file; get it again.",
             code="weights-damaged",
         ) from error
 
@@ -124,36 +125,46 @@ def _placeholder(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarr
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _open_npz(file: Any) -> np.lib.npyio.NpzFile:
-    # Without pickles: loading a pickle executes code from the file.
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("one array instead of an archive of arrays")
-    return archive
-
-
 def _read_npz(path: epath.Path) -> File:
-    archive = _open_npz(io.BytesIO(path.read_bytes()))
-    return File({name: archive[name] for name in archive.files}, {})
+    content = path.read_bytes()
+    names = _read_npz_members(io.BytesIO(content))
+    # Without pickles: loading a pickle executes code from the file.
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        return File({name: archive[name] for name in names}, {})
 
 
 def _read_npz_header(path: epath.Path) -> File:
     with path.open("rb") as file:
-        _open_npz(file)
-        with zipfile.ZipFile(file) as archive:
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            return File({k: _npy_placeholder(archive, v) for k, v in members.items()}, {})
+        return File(_read_npz_members(file), {})
 
 
-def _npy_placeholder(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _read_npz_members(file: Any) -> dict[str, np.ndarray]:
+    """Returns placeholders for the arrays of a .npz archive by name, and checks their sizes."""
+    with zipfile.ZipFile(file) as archive:
+        placeholders = {
+            member.filename.removesuffix(".npy"): _npy_placeholder(archive, member)
+            for member in archive.infolist()
+        }
+        compressed = sum(member.compress_size for member in archive.infolist())
+    expanded = sum(tensor.nbytes for tensor in placeholders.values())
+    if expanded > max(_FREE_BYTES, _MAX_COMPRESSION * compressed):
+        raise ValueError(f"{compressed} bytes would expand to {expanded}")
+    return placeholders
+
+
+def _npy_placeholder(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Returns a placeholder for the array in one member of a .npz archive."""
-    with archive.open(name) as member:
+    with archive.open(info) as member:
         if np.lib.format.read_magic(member) == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(member)
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    # Compared before anything of the declared size is allocated.
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size > info.file_size:
+        raise ValueError(f"{info.filename} declares {shape} in {info.file_size} bytes")
     return _placeholder(shape, dtype)
 
 
@@ -178,18 +189,27 @@ def _read_safetensors_header(path: epath.Path) -> File:
     with path.open("rb") as file:
         header, data_size = _parse_safetensors_header(file)
     tensors = {}
-    end = 0
+    spans = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (_, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"the header has no dtype, shape and offsets of {name}") from error
         if dtype not in _SAFETENSORS_DTYPES:
             raise _numpy_lacks(path, dtype)
+        if not all(rules.is_integer(n, 0, 2**48) for n in (*shape, first, last)):
+            raise ValueError(f"the header has impossible numbers for {name}")
+        if math.prod(shape) * np.dtype(_SAFETENSORS_DTYPES[dtype]).itemsize != last - first:
+            raise ValueError(f"{name} has another size than its shape {shape}")
         tensors[name] = _placeholder(tuple(shape), _SAFETENSORS_DTYPES[dtype])
-        end = max(end, last)
+        spans.append((first, last))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(first, end)}")
+        end = last
     if end != data_size:
         raise ValueError(f"{data_size} bytes of tensors instead of {end}")
     return File(tensors, _safetensors_description(header))
@@ -214,7 +234,10 @@ def _parse_safetensors_header(file: Any) -> tuple[dict[str, Any], int]:
 
 def _safetensors_description(header: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the description that `checkpoints.save_weights` puts into the metadata."""
-    return json.loads(header.get("__metadata__", {}).get("description", "{}"))
+    description = json.loads(header.get("__metadata__", {}).get("description", "{}"))
+    if not isinstance(description, dict):
+        raise ValueError("the description in the header is not a JSON object")
+    return description
 
 
 def _read_torch(path: epath.Path) -> File:
@@ -231,6 +254,14 @@ def _read_torch(path: epath.Path) -> File:
             f"{path.name} {path.stem}.safetensors, and give that file.",
             code="torch-missing",
         ) from error
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < _MIN_TORCH:
+        raise UserError(
+            f"{path} is not read by torch {torch.__version__}, which may execute code from such a "
+            f"file: install torch {'.'.join(map(str, _MIN_TORCH))} or later, or give a "
+            ".safetensors file.",
+            code="torch-too-old",
+        )
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -356,7 +356,7 @@ def _is_own(file: File) -> bool:
 
 def _own_conventions(file: File) -> Conventions:
     model = file.description.get("model", {})
-    epsilon = model.get("norm_epsilon", {})
+    epsilon = model.get("norm_epsilon", {})  # Of hostile types too: `pretrained` catches the error.
     return Conventions(
         "semiseg_jax",
         input_normalization=model.get("input_normalization"),

@@ -93,7 +93,9 @@ def test_a_pytorch_file_is_read_once_while_it_is_unchanged(tmp_path, monkeypatch
         sizes.append(len(file.read()))
         return {}
 
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    monkeypatch.setitem(
+        sys.modules, "torch", types.SimpleNamespace(load=load, __version__="2.12.1")
+    )
     path = tmp_path / "weights.pth"
     for content in (b"one", b"three"):
         path.write_bytes(content)
