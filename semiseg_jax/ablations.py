@@ -17,7 +17,7 @@ _CONFIG = cli.define_config_flag("Data, network and recipe of every row")
 _TABLE = flags.DEFINE_enum(
     "table", None, list(paper_tables.TABLES), "Which of the paper's tables and figures."
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path_flag(
     "workdir",
     None,
     "The folder of the tables and their runs; the default is runs/ablations_NAME, such as "

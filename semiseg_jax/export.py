@@ -9,12 +9,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from semiseg_jax.runtime import cli
+from semiseg_jax.runtime import cli, interrupts
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a run that has ended.")
-_OUTPUT = flags.DEFINE_string("output", "", "The folder to create.")
+_WORKDIR = cli.define_path_flag("workdir", "", "Folder of a run that has ended.")
+_OUTPUT = cli.define_path_flag("output", "", "The folder to create.")
 _FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model, for TensorFlow.")
-_IMAGES = flags.DEFINE_string(
+_IMAGES = cli.define_path_flag(
     "images", None, "A folder with photographs to compare on; built-in scenes by default."
 )
 
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> None:
     # On the CPU, because accelerators compute float32 products with less precision, which would
     # hide differences between the exported model and the network.
     jax.config.update("jax_platforms", "cpu")
+    images = Path(_IMAGES.value) if _IMAGES.value else None
     try:
-        exporters.export(
-            Path(workdir), Path(output), format_, Path(_IMAGES.value) if _IMAGES.value else None
-        )
+        with interrupts.exit_on_signals():
+            exporters.export(Path(workdir), Path(output), format_, images)
     except UserError as error:
         sys.exit(f"Error: {error}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workdirs import same
+from tests.workdirs import metrics, same
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +104,7 @@ def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
     status, output = run(tmp_path, tmp_path / "killed")
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
 
 def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
@@ -117,3 +118,4 @@ def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
     status, output = run(tmp_path, tmp_path / "killed", "never", "", 1, "store")
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")

@@ -408,10 +408,10 @@ def run() -> None:
     kinds = ("labelled", "unlabelled", "evaluation")
     holders = [
         *(
-            flags.DEFINE_string(name, "", f"The list of {kind} images, a line each.")
+            cli.define_path_flag(name, "", f"The list of {kind} images, a line each.")
             for name, kind in zip(LIST_NAMES, kinds, strict=True)
         ),
-        flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
+        cli.define_path_flag("root", "", "The folder that the lists' paths are relative to."),
     ]
     # --help lists the flags of the module that was started.
     for holder in holders:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,26 @@ def define_config_flag(description: str) -> flags.FlagHolder:
     )
     # --help lists the flags of the module that was started.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parses a path; ~ at its beginning is the home folder."""
+
+    def parse(self, argument: str) -> str:
+        try:
+            return paths.expand_home(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    def flag_type(self) -> str:
+        return "string"
+
+
+def define_path_flag(name: str, default: str | None, description: str) -> flags.FlagHolder:
+    """Defines a flag whose value is a path of a file or folder, with arguments as DEFINE_string."""
+    holder = flags.DEFINE(_PathParser(), name, default, description)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     return holder
 
 
@@ -74,6 +95,7 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     Returns:
         The arguments that are not flags; the first is the program.
     """
+    argv = [_expand_config_path(argument) for argument in argv]
     files = _config_files(argv)
     _require_config_files(files)
     try:
@@ -86,7 +108,18 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {_format_flag_error(error, files[-1] if files else 'given')}")
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         sys.exit(f"Error: {_format_not_a_config(type(config).__name__)}")
+    try:
+        paths.expand_home_in_config(config)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
     return positional
+
+
+def _expand_config_path(argument: str) -> str:
+    """Returns an argument --config=~/…, which ml_collections would take as it is, without the ~."""
+    flag, equals, path = argument.partition("=")
+    is_config = flag in ("--config", "-config") and path.startswith("~")
+    return f"{flag}{equals}{os.path.expanduser(path)}" if is_config else argument
 
 
 def _config_files(argv: list[str]) -> list[str]:
@@ -199,10 +232,34 @@ def start_command(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-        # Orbax logs the failures of its threads here; the caller reports them in one sentence.
-        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        _silence_checkpoint_threads()
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+
+
+def _silence_checkpoint_threads() -> None:
+    """Turns off what orbax and tensorstore print when a checkpoint cannot be written.
+
+    Their threads print a traceback for each array. The caller receives the same failure, and
+    reports it in one sentence.
+    """
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    logging.get_absl_logger().addFilter(_is_no_failure_of_orbax)
+    # Writes that were under way end after the first failure has closed the event loop.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = report
+
+
+def _is_no_failure_of_orbax(record: python_logging.LogRecord) -> bool:
+    """Whether a record is anything but an error that orbax logs."""
+    in_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not (in_orbax and record.levelno >= python_logging.ERROR)
 
 
 def start_command_with_config(argv: list[str]) -> str:
@@ -244,6 +301,7 @@ def setup_run(config: Any, check: Callable[[Any], None]) -> Iterator[None]:
             xla.force_cpu()
         xla.enable_compilation_cache(paths.cache_dir(config.data) / "compiled")
         initialize_multihost(on_cpu)
+        xla.require_platform()
         yield
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from semiseg_jax.data.image_io import read_image
 from semiseg_jax.data.sources import streets
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
+from semiseg_jax.runtime import fileio, interrupts
 from semiseg_jax.runtime.errors import UserError, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.quiet_tensorflow import tf
@@ -168,8 +168,10 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            # A subfolder, because other users may not read the temporary folder itself.
+        # What an export left that was killed.
+        fileio.remove_leftover_folders(output)
+        scratch = fileio.temporary_name(output)
+        with interrupts.scratch_folder(scratch):
             folder = Path(scratch) / output.name
             folder.mkdir()
             yield folder
