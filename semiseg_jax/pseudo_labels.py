@@ -28,7 +28,7 @@ from semiseg_jax.data import image_io
 from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.inference import Predictor, pipelined_map
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import fileio, json_forms, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.shape_buckets import pad_multiple
@@ -42,6 +42,19 @@ CONFIDENCE = "pseudo_confidence"
 
 # Describes a set of label maps (see `Labeler.__call__`).
 Manifest = dict[str, Any]
+
+_LABELS = frozenset(map(str, range(image_io.IGNORE + 1)))
+_SIDE = json_forms.both(json_forms.is_count, lambda side: side > 0)
+_ENTRY = json_forms.record(
+    {
+        "sha256": json_forms.is_text,
+        "size": json_forms.list_of(_SIDE, range(2, 3)),
+        "mean_confidence": json_forms.is_number,
+        # By class id, and IGNORE, as text.
+        "histogram": json_forms.mapping_of(json_forms.is_count, lambda k: k in _LABELS),
+    }
+)
+_MANIFEST = json_forms.record({"images": json_forms.mapping_of(_ENTRY, json_forms.is_name)})
 
 
 class Labeler:
@@ -286,13 +299,22 @@ def variables_hash(variables: Variables) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_manifest(folder: epath.Path) -> Manifest | None:
+    """Returns the manifest of a folder; None if it is missing, damaged or of another form.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    return fileio.read_json(folder / MANIFEST, _MANIFEST)
+
+
 def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest | None:
     """Returns the manifest of a folder; None if it is missing or damaged.
 
     Raises:
         UserError: the labels are of another teacher or of other settings.
     """
-    manifest = fileio.read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest is None:
         return None  # A damaged manifest is computed again from the label maps.
     for key, value in provenance.items():

@@ -13,10 +13,26 @@ from rich.table import Table
 from semiseg_jax import metrics
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.evaluate import Score
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import json_forms, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
-from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.fileio import parse_json, write_bytes
 from semiseg_jax.stages import stage_name
+
+# The form of each field of a row in results.json.
+_FORMS: Mapping[str, json_forms.Form] = {
+    "stage": lambda value: value in ("teacher", "student", "control"),
+    "round": json_forms.is_count,
+    "step": json_forms.is_count,
+    "weights_step": json_forms.optional(json_forms.is_count),
+    "split": json_forms.is_text,
+    "miou": json_forms.is_number,
+    "iou": json_forms.list_of(json_forms.optional(json_forms.is_number), range(1, 256)),
+    "pixel_accuracy": json_forms.is_number,
+    "mean_class_accuracy": json_forms.is_number,
+    "pixels": json_forms.is_count,
+    "seed": json_forms.is_integer,
+    "protocol": json_forms.is_object,  # in detail by `EvalProtocol.from_json`
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +98,9 @@ class ResultRow:
         """The row that `to_json` gave.
 
         Raises:
-            ValueError: it is no object, or a key is missing.
+            ValueError: it is no object, a key is missing, or a value is of another form.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(content, Mapping) or not isinstance(content.get("protocol"), Mapping):
-            raise ValueError("a row has no protocol")
-        values = {"weights_step": None} | {k: v for k, v in content.items() if k in known}
-        if missing := known - values.keys():
-            raise ValueError(f"a row has no {min(missing)}")
+        values = json_forms.checked(content, _FORMS, {"weights_step": None}, "a row")
         protocol = EvalProtocol.from_json(content["protocol"])
         return cls(**values | {"iou": tuple(content["iou"]), "protocol": protocol})
 
@@ -129,7 +140,7 @@ def read(path: epath.Path) -> dict[str, list[ResultRow]]:
     if not path.exists():
         return {"rows": [], "curve": []}
     try:
-        return parse(json.loads(path.read_text()))
+        return parse(parse_json(path.read_text()))
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
     except ValueError as error:

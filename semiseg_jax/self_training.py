@@ -17,7 +17,6 @@ import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 from semiseg_jax import (
@@ -38,7 +37,7 @@ from semiseg_jax.reporting import artifacts, page
 from semiseg_jax.results import Results, print_table
 from semiseg_jax.runtime import fileio, metric_writer, multihost
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.runtime.logger import log_prefix, logger
+from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
 from semiseg_jax.serving import model_bundle
 from semiseg_jax.stage_evaluator import StageEvaluator
 from semiseg_jax.stages import Stage
@@ -117,7 +116,7 @@ class SelfTraining:
         self._mesh = mesh_lib.make_mesh()
         # Not functools.cache, which would keep every run of a sweep until its end.
         self._models: dict[str, CompiledModel] = {}
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
+        self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
         self.dataset = load.load_dataset(config)
         multihost.broadcast_from_main(
             "data known", lambda: workdir_lib.check_data(workdir, self.dataset)
@@ -240,7 +239,7 @@ class SelfTraining:
         if multihost.is_main():
             # The marker is the last thing that a stage writes.
             fileio.write_bytes(stage.folder / stages.DONE, b"")
-            page.write(self._workdir)
+            page.update(self._workdir)
         return TrainedStage(stage, variables, model)
 
     def _train(
@@ -423,7 +422,7 @@ class SelfTraining:
             checkpoints.save_weights(folder / model_bundle.WEIGHTS, weights, description)
             content = json.dumps(description, indent=1) + "\n"
             fileio.write_bytes(folder / model_bundle.DESCRIPTION, content.encode())
-            page.write(self._workdir)
+            page.update(self._workdir)
 
     def print_results(self) -> None:
         """Prints the rows of this run as a table."""

@@ -3,8 +3,12 @@
 import html.parser
 import io
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,7 +23,8 @@ from semiseg_jax.reporting import page as page_lib
 from semiseg_jax.reporting import plots as plots_lib
 from semiseg_jax.reporting.run import Run, StageReport
 from semiseg_jax.runtime import metric_writer
-from tests import workdirs
+from semiseg_jax.runtime.logger import capture_lines
+from tests import json_mutants, workdirs
 from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.rows import PROTOCOL, result_row
@@ -348,3 +353,51 @@ def test_norms_are_of_layers_from_the_first_to_the_last(domains):
     expected = ["stem", "entry1", "middle2", "exit2"]
     assert list(norms) == [f"backbone/{name}/norm" for name in expected]
     assert all(set(by_domain) == set(domains) for v in norms.values() for by_domain in v.values())
+
+
+def write_mutant(path, rng):
+    """Replaces a JSON file, or a line of a .jsonl file, by JSON of another form."""
+    text = path.read_text()
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    lines[0] = rng.choice(list(json_mutants.mutants(json.loads(lines[0]))))
+    path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+
+
+JSON_FILES = (
+    *("results.json", artifacts.RUN),
+    *("round_2/student/" + name for name in (artifacts.EVALUATION, artifacts.NORMS)),
+    *("round_0/teacher/" + name for name in (artifacts.EVALUATION, metric_writer.METRICS_FILE)),
+    f"round_1/student/{artifacts.PSEUDO_GALLERY}.json",
+    "round_1/student/pseudo_labels/health.json",
+)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_json_of_any_form_ends_no_report(run, copied, seed):
+    rng = random.Random(seed)
+    for name in JSON_FILES if seed % 2 else rng.choices(JSON_FILES):
+        write_mutant(copied / name, rng)
+    page_lib.write(copied)
+    Page((copied / page_lib.FILE).read_text())
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(copied):
+    (copied / "config.json").write_text("[]")
+    with capture_lines() as lines:
+        page_lib.update(copied)
+    assert len(lines) == 1 and lines[0].startswith(f"Warning: {copied}/report.html could not be")
+    with raises_code("report-config-missing", "config.json"):
+        page_lib.write(copied)
+
+
+@pytest.mark.parametrize("name", [r"$\foo$", "a_$^b", "$", r"\$x\$", "%\n{}"])
+def test_class_names_are_no_formulas(name):
+    svg = plots_lib.plot_confusion(np.eye(2, dtype=np.int64), [name, "other"])
+    assert svg.startswith(b"<?xml")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_any_backend_in_the_environment_is_ignored(backend):
+    code = "from semiseg_jax.runtime import plain_matplotlib"
+    environment = os.environ | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

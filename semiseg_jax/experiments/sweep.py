@@ -12,19 +12,17 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from rich import box
-from rich.console import Console
 from rich.table import Column
 from rich.table import Table as ConsoleTable
 
-from semiseg_jax import results, self_training
+from semiseg_jax import pseudo_labels, results, self_training
 from semiseg_jax import stages as stages_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.data import load
 from semiseg_jax.experiments import paper_tables, tables
-from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.runtime.logger import capture_lines
+from semiseg_jax.runtime.logger import RunConsole, capture_lines
 from semiseg_jax.stages import Stage
 
 
@@ -131,10 +129,10 @@ class Trial:
         0 while labelling is not complete, or if the manifest is damaged: the run itself inspects a
         damaged one and reports it.
         """
-        path = self.workdir / "round_0" / "teacher" / PSEUDO_LABELS / MANIFEST
+        folder = self.workdir / "round_0" / "teacher" / pseudo_labels.PSEUDO_LABELS
 
         def count() -> int:
-            return len((fileio.read_json(path, "images") or {"images": ()})["images"])
+            return len((pseudo_labels.read_manifest(folder) or {"images": ()})["images"])
 
         return multihost.broadcast_from_main(f"labels of {self.name} counted", count)
 
@@ -184,7 +182,7 @@ class Sweep:
         self._config = config
         self._seeds = list(seeds)
         self._workdir = epath.Path(workdir)
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
+        self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
         names = list(dict.fromkeys(row.run for row in self.table.rows))
         if unknown := [name for name in only if name not in names]:
             raise UserError(

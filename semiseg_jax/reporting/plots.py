@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
-from matplotlib import figure
 from PIL import Image
 
 from semiseg_jax.data import visualize
 from semiseg_jax.data.image_io import IGNORE
+from semiseg_jax.runtime.plain_matplotlib import default_style, figure
 
 # Colours that colour-blind people can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -58,6 +58,7 @@ def stage_colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+@default_style()
 def plot_curves(title: str, lines: Sequence[Curve], dots: bool = False) -> bytes:
     """Plots lines over the steps of the run as SVG.
 
@@ -90,6 +91,7 @@ def plot_curves(title: str, lines: Sequence[Curve], dots: bool = False) -> bytes
     return _svg(canvas)
 
 
+@default_style()
 def plot_confusion(matrix: Int64[np.ndarray, "classes classes"], classes: Sequence[str]) -> bytes:
     """Plots a confusion matrix as SVG, in percent of the pixels of each row; rows are labels."""
     percent = 100 * row_shares(matrix)
@@ -129,6 +131,7 @@ _PANELS = {
 }
 
 
+@default_style()
 def plot_norms(layer: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     """Plots the weak against the strong norm of a layer as PNG, with a dot per channel.
 
