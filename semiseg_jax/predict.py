@@ -7,11 +7,11 @@ from absl import app, flags
 
 from semiseg_jax.runtime import cli, malloc, preemption, xla
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path_flag(
     "workdir", None, "Folder of a run that has ended; its model/ is read."
 )
-_INPUT = flags.DEFINE_string("input", None, "A folder of images, nested or not, or one image.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write to.")
+_INPUT = cli.define_path_flag("input", None, "A folder of images, nested or not, or one image.")
+_OUTPUT = cli.define_path_flag("output", None, "The folder to write to.")
 _OVERLAYS = flags.DEFINE_boolean(
     "overlays", True, "Also write the images overlaid with their classes."
 )
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
             xla.force_cpu()
         xla.enable_compilation_cache(paths.default_cache_dir() / "compiled")
         with preemption.install_signal_handlers():
+            xla.require_platform()
             errors = _predict(changes)
     except UserError as error:
         sys.exit(f"Error: {error}")
@@ -138,7 +139,7 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     from rich import progress as bars
 
     from semiseg_jax import mesh
-    from semiseg_jax.runtime.logger import logger
+    from semiseg_jax.runtime.logger import RunConsole, logger
     from semiseg_jax.serving import inputs, model_bundle, prediction_writer
 
     bundle = model_bundle.load(_WORKDIR.value)
@@ -154,6 +155,11 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     )
     if images.others:
         logger.info(f"{images.others} files below {_INPUT.value} are no images and left alone")
+    if images.predictions:
+        folders = ", ".join(map(str, images.predictions[:3])) + ", …" * (
+            len(images.predictions) > 3
+        )
+        logger.info(f"folders of earlier predictions are left out of the input: {folders}")
     writer = prediction_writer.PredictionWriter(
         bundle, protocol, devices, _OUTPUT.value, _OVERLAYS.value, _PROBABILITIES.value
     )
@@ -164,6 +170,7 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
         bars.TimeElapsedColumn(),
         bars.TextColumn("left"),
         bars.TimeRemainingColumn(),
+        console=RunConsole(),
     ) as bar:
         task = bar.add_task("images", total=len(images.examples))
         errors = writer(images.examples, lambda count: bar.advance(task, count))

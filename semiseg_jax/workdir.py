@@ -25,7 +25,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +39,7 @@ from flax import traverse_util
 from semiseg_jax import __version__
 from semiseg_jax.data import load
 from semiseg_jax.data.split_lists import split_hash
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import multihost, paths
 from semiseg_jax.runtime.errors import UserError, read_error, write_error
 from semiseg_jax.runtime.fileio import has_rename, write_bytes
 from semiseg_jax.stages import DONE
@@ -281,8 +283,13 @@ def teacher_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"data.root": …} for {"data": {"root": …}}; ADDED_KEYS that are missing are added."""
-    return ADDED_KEYS | traverse_util.flatten_dict(config, sep=".")
+    """Returns {"data.root": …} for {"data": {"root": …}}; ADDED_KEYS that are missing are added.
+
+    A ~ in a path, which older code recorded as it was written, is replaced by the home folder.
+    """
+    flat = ADDED_KEYS | traverse_util.flatten_dict(config, sep=".")
+    recorded = {key: flat[key] for key in paths.PATH_KEYS if isinstance(flat.get(key), str)}
+    return flat | {key: os.path.expanduser(path) for key, path in recorded.items()}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -297,6 +304,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------- who holds it: one run at a time
 
 LOCK_FILE = ".lock"
+# The content of a lock file: nothing, or the process id and the host of the last holder.
+_HOLDER = re.compile(rb"(\d+ [^\n]*\n?)?")
 # Errors of file systems without locks. On these, as in stores such as gs://, nothing is locked.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -350,9 +359,20 @@ def _open_locked(folder: str, path: str) -> int:
         os.makedirs(folder or ".", exist_ok=True)
         # Python opens files as non-inheritable, so that a program which this process starts does
         # not hold the lock. A fork without exec would; this package does none.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            # Not through a link, and without waiting for another end, which a FIFO may need.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            if os.path.lexists(path) and not _is_lock_file(os.lstat(path)):
+                raise _foreign_lock(path) from error
+            raise
+        try:
+            if not _is_lock_file(os.fstat(descriptor)):
+                raise _foreign_lock(path)
             _flock(folder, descriptor)
+            if not _HOLDER.fullmatch(os.pread(descriptor, 300, 0)):
+                raise _foreign_lock(path)
             if _is_file_at(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -362,6 +382,19 @@ def _open_locked(folder: str, path: str) -> int:
             raise
         # Between open and lock, the previous holder removed the file: the lock excludes nobody.
         os.close(descriptor)
+
+
+def _is_lock_file(status: os.stat_result) -> bool:
+    """Whether a file is a regular one with a single name, so that to write it changes no other."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
+def _foreign_lock(path: str) -> UserError:
+    return UserError(
+        f"{path} is no lock of a run, but a file of something else: move it, or give another "
+        "--workdir.",
+        code="lock-of-something-else",
+    )
 
 
 def _flock(folder: str, descriptor: int) -> None:

@@ -21,6 +21,7 @@ from semiseg_jax import (
 from semiseg_jax.data import load, visualize
 from semiseg_jax.models import deeplab
 from semiseg_jax.runtime import preemption
+from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.serving import inputs, model_bundle, prediction_writer, tiling
 from tests import mains
 from tests.conftest import tiny_config
@@ -341,11 +342,90 @@ def test_invalid_arguments_print_one_sentence(few, photos, tmp_path, monkeypatch
         assert sentence in get_error(monkeypatch, *flags(workdir, photos, tmp_path / "o"), option)
 
 
-def test_files_that_are_not_predictions_are_not_overwritten(photos, tmp_path):
-    (photos / "masks").mkdir()
-    mask = photos / "masks" / "grey.png"
-    Image.new("L", (48, 40)).save(mask)
-    with raises_code("output-holds-other-files", "masks/grey.png"):
-        inputs.Images(photos, photos / "masks")
-    (photos / "masks" / "predictions.json").write_text("{}")
-    assert len(inputs.Images(photos, photos / "masks").examples) == 10
+@pytest.fixture
+def writer_into(pointwise):
+    """Returns a function that predicts images into a folder, with all kinds of files."""
+
+    def predict_into(images, output):
+        protocol = model_bundle.evaluation_config(pointwise, 1)
+        writer = prediction_writer.PredictionWriter(
+            pointwise, protocol, one_device_mesh(), output, probabilities=True
+        )
+        return writer(inputs.Images(images, output).examples)
+
+    return predict_into
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_files_that_no_prediction_wrote_are_not_overwritten(photos, tmp_path, writer_into):
+    photo, output = photos / "grey.png", tmp_path / "out"
+    writer_into(photo, output)
+    written = contents(output)
+    assert sorted(written) == [
+        *("grey.png", "overlays/grey.jpg", "predictions.json", "probabilities/grey.npz"),
+    ]
+    for name in written:
+        for other in (b"", b"mine", b"{}", b'{"ended": true}'):
+            # In a folder of its own, and in place of the file that was predicted.
+            for folder, files in ((tmp_path / "new", {}), (output, written)):
+                for path, content in (files | {name: other}).items():
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path).write_bytes(content)
+                before = contents(folder)
+                with pytest.raises(UserError) as error:
+                    writer_into(photo, folder)
+                assert error.value.code.startswith("output-") and name in str(error.value)
+                assert contents(folder) == before
+                (folder / name).unlink()
+    for path, content in written.items():
+        (output / path).write_bytes(content)
+    writer_into(photo, output)
+    assert contents(output) == written
+
+
+def test_predictions_of_several_commands_and_of_older_code_are_replaced(
+    photos, tmp_path, writer_into
+):
+    output = tmp_path / "out"
+    for name in ("grey.png", "same.png", "grey.png"):
+        writer_into(photos / name, output)
+    record = json.loads((output / "predictions.json").read_text())
+    assert len(record["files"]) == 6 and all(record["files"].values())
+    # Older code wrote no list of files, and a command that was killed knows no content.
+    del record["files"]
+    (output / "predictions.json").write_text(json.dumps(record))
+    for name in ("same.png", "grey.png"):
+        writer_into(photos / name, output)
+    record = json.loads((output / "predictions.json").read_text())
+    (output / "predictions.json").write_text(
+        json.dumps(record | {"ended": False, "files": dict.fromkeys(record["files"])})
+    )
+    (output / "grey.png").unlink()
+    (output / "same.png").write_bytes(b"half")
+    writer_into(photos / "same.png", output)
+
+
+def test_only_folders_of_predictions_are_left_out_of_the_input(
+    few, photos, tmp_path, writer_into, monkeypatch, capsys
+):
+    writer_into(photos / "same.png", photos / "deep" / "predicted")
+    (photos / "predictions.json").write_text('{"images": []}')
+    (photos / "deep" / "predictions.json").write_text("[]")
+    images = inputs.Images(photos, tmp_path / "out")
+    assert [os.path.relpath(f, photos) for f in images.predictions] == ["deep/predicted"]
+    assert "deep/plain" in [e.id for e in images.examples]
+    for folder, code in (
+        (photos / "deep" / "predicted", "input-holds-predictions"),
+        (photos, "output-is-input"),
+    ):
+        with raises_code(code, folder.name):
+            inputs.Images(folder, photos)
+    with raises_code("output-holds-images", "deep"):
+        inputs.Images(photos, photos / "deep")
+    get_error(monkeypatch, *flags(few[1], photos, tmp_path / "out"))
+    out = capsys.readouterr().out
+    assert "folders of earlier predictions are left out of the input: " in out
+    assert "deep/predicted" in out

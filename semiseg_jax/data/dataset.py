@@ -61,6 +61,9 @@ class Dataset:
         selection: labelled images held out to select the weights of a stage; usually empty.
         pixels: number of pixels of the labelled and the unlabelled images, before any
             downscaling; 0 until `load.check` has counted them.
+
+    Raises:
+        UserError: the id of an image is no path inside a folder.
     """
 
     name: str
@@ -73,6 +76,17 @@ class Dataset:
     evaluated_on: str = "val"
     selection: tuple[Example, ...] = ()
     pixels: int = 0
+
+    def __post_init__(self) -> None:
+        examples = (*self.labeled, *self.unlabeled, *self.evaluation, *self.selection)
+        for example in examples:
+            # A run names files after ids, which must not lie outside of their folder.
+            if any(part in ("", ".", "..") for part in example.id.split("/")):
+                raise UserError(
+                    f"{example.image} has the name {example.id!r}, which leads out of a folder of "
+                    "label maps: name it by a path below data.root.",
+                    code="image-id-unsafe",
+                )
 
     @property
     def split_hash(self) -> str:

@@ -211,6 +211,8 @@ def _unlabeled(data: Any, layout: Layout, used_paths: set[str]) -> tuple[Example
             )
         # Ids may collide with those of other images, and links may lead to labelled images.
         prefix = os.path.basename(os.path.normpath(data.unlabeled_dir))
+        if prefix in ("", ".", ".."):
+            prefix = os.path.basename(os.path.realpath(root)) or "unlabeled"
         known_paths = used_paths | {_real_path(e) for e in unlabeled}
         new = (e for e in examples if _real_path(e) not in known_paths)
         unlabeled += tuple(dataclasses.replace(e, id=f"{prefix}/{e.id}") for e in new)

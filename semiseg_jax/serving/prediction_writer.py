@@ -1,6 +1,6 @@
 """Predicts the label maps of images with the model of a run, and writes them.
 
-    OUTPUT/predictions.json            model, protocol and unreadable images
+    OUTPUT/predictions.json            model, protocol, unreadable images, and the files written
     OUTPUT/NAME.png                    class ids; palette PNG in the colours of the classes
     OUTPUT/overlays/NAME.jpg           the image overlaid with its classes, with a legend
     OUTPUT/probabilities/NAME.npz      class probabilities (optional)
@@ -32,12 +32,10 @@ from semiseg_jax.data.input_pipeline import ImageBatch
 from semiseg_jax.inference import Predictor, pipelined_map
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.serving import model_bundle, tiling
-from semiseg_jax.serving.inputs import RECORD
+from semiseg_jax.serving import model_bundle, output_folder, tiling
 from semiseg_jax.serving.model_bundle import ModelBundle
 from semiseg_jax.shape_buckets import ShapeBuckets, Size
 
-OVERLAYS, PROBABILITIES = "overlays", "probabilities"
 # A damaged header may contain any size; cameras and scanners make no larger images.
 MAX_READ_PIXELS = 2**29
 
@@ -104,6 +102,8 @@ class PredictionWriter:
         self._output = epath.Path(output)
         self._overlays = overlays
         self._probabilities = probabilities
+        # The hash of each file that predictions wrote, by its path in the output folder.
+        self._written: dict[str, str | None] = {}
         self._predictor = Predictor(
             bundle.model,
             mesh,
@@ -120,7 +120,7 @@ class PredictionWriter:
         examples: Sequence[Example],
         progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
-        """Predicts the images and writes the results, replacing files of an earlier call.
+        """Predicts the images and writes the results, replacing files of earlier predictions only.
 
         Args:
             examples: the images; their ids are the names of the output files.
@@ -131,10 +131,14 @@ class PredictionWriter:
             The error message of each unreadable image, by the path of its file.
 
         Raises:
-            UserError: the output folder cannot be written.
+            UserError: the output folder cannot be written, or a file of the user is in the way.
             Preempted: the command must stop; the files written so far remain.
         """
-        self._write_record({"ended": False})
+        names = {name for e in examples for name in self._file_names(e.id)}
+        self._written = output_folder.claim_files(self._output, names)
+        # If the command is killed, the next one knows that these files are predictions.
+        planned = self._written | dict.fromkeys(names)
+        self._write_record({"ended": False, "files": planned})
         fileio.remove_leftovers(self._output)
         errors: dict[str, str] = {}
 
@@ -162,7 +166,8 @@ class PredictionWriter:
             progress(int(tile_batch.is_last))
         # Sorted, because the reading threads report errors in any order.
         errors = dict(sorted(errors.items()))
-        self._write_record({"ended": True, "images": len(examples) - len(errors), "broken": errors})
+        outcome = {"ended": True, "images": len(examples) - len(errors), "broken": errors}
+        self._write_record(outcome | {"files": dict(sorted(self._written.items()))})
         return errors
 
     def _write_record(self, progress: dict[str, Any]) -> None:
@@ -178,7 +183,18 @@ class PredictionWriter:
             "code_version": workdir.code_version(),
         }
         text = json.dumps(content | progress, indent=1) + "\n"
-        fileio.write_bytes(self._output / RECORD, text.encode())
+        fileio.write_bytes(self._output / output_folder.RECORD, text.encode())
+
+    def _file_names(self, name: str) -> list[str]:
+        """Returns the files of an image, relative to the output folder; the label map last."""
+        overlays = [f"{output_folder.OVERLAYS}/{name}.jpg"] * self._overlays
+        probabilities = [f"{output_folder.PROBABILITIES}/{name}.npz"] * self._probabilities
+        return [*overlays, *probabilities, f"{name}.png"]
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        """Writes a file of the output folder, and remembers it for the record."""
+        fileio.write_bytes(self._output / name, content, sync=False)
+        self._written[name] = output_folder.content_hash(content)
 
     def _image_batches(
         self,
@@ -290,18 +306,13 @@ class PredictionWriter:
             picture = visualize.with_legend(image, classes, bundle.classes, bundle.palette)
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=90)
-            fileio.write_bytes(
-                self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue(), sync=False
-            )
+            self._write_file(f"{output_folder.OVERLAYS}/{name}.jpg", buffer.getvalue())
         if self._probabilities:
             buffer = io.BytesIO()
             names = np.array(bundle.classes)
             np.savez_compressed(buffer, probabilities=levels, classes=names)
-            fileio.write_bytes(
-                self._output / PROBABILITIES / f"{name}.npz", buffer.getvalue(), sync=False
-            )
-        png = image_io.encode_mask(classes, bundle.palette)
-        fileio.write_bytes(self._output / f"{name}.png", png, sync=False)
+            self._write_file(f"{output_folder.PROBABILITIES}/{name}.npz", buffer.getvalue())
+        self._write_file(f"{name}.png", image_io.encode_mask(classes, bundle.palette))
 
 
 def _read_sizes(

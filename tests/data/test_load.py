@@ -1,5 +1,7 @@
 """Loading, splitting and checking the data sets of the sources."""
 
+import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +330,28 @@ def test_list_names_files_with_blanks(folder_config, folder_data):
     (folder_data / "l.txt").write_text(content)
     folder_config.data.labeled_list = "l.txt"
     assert [e.id for e in load.load_dataset(folder_config).labeled] == ["a b", "001"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "more/..", "more/../../more", "./more/", "/"])
+def test_no_id_leads_out_of_the_folder_of_label_maps(folder_config, folder_data, name):
+    outside = folder_data.parent / "more"
+    for folder in (folder_data / "more", outside):
+        folder.mkdir()
+        Image.new("RGB", (40, 32)).save(folder / "x.png")
+    # An absolute folder whose own name is empty, as that of the root of the file system.
+    folder_config.data.unlabeled_dir = f"{outside}/./" if name == "/" else name
+    dataset = load.plan_dataset(folder_config)[0]
+    labels = folder_data / "labels"
+    for example in dataset.unlabeled:
+        path = os.path.normpath(labels / f"{example.id}.png")
+        assert path.startswith(f"{labels}/"), example.id
+
+
+@pytest.mark.parametrize("id_", ["../x", "/x", "a/../../x", "", ".", "a//b"])
+def test_a_data_set_with_an_unsafe_id_is_refused(folder_config, id_):
+    dataset, _ = load.plan_dataset(folder_config)
+    with raises_code("image-id-unsafe", repr(id_)):
+        dataclasses.replace(dataset, unlabeled=(load.Example(id_, "x.png", None),))
 
 
 def test_unlabeled_dir_outside_root_skips_labelled_images(folder_config, tmp_path):
