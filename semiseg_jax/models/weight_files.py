@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import importlib
 import io
 import json
-import pickle
 import re
 import zipfile
 import zlib
@@ -17,6 +15,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from semiseg_jax.models import torch_files
 from semiseg_jax.runtime.errors import UserError, read_error
 
 # Names of counters and of optimiser variables, which are not weights.
@@ -67,7 +66,8 @@ def read(path: epath.PathLike) -> File:
         path: a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, has none of these formats, or needs torch.
+        UserError: the file is missing or damaged, has none of these formats, or holds more than
+            tensors.
     """
     return _call_reader(path, _READERS)
 
@@ -88,11 +88,24 @@ def read_header(path: epath.PathLike) -> File:
     return _call_reader(path, _HEADER_READERS)
 
 
+def parts(path: epath.PathLike) -> list[epath.Path]:
+    """Returns the files that a path stands for: itself, or those of a TensorFlow checkpoint."""
+    prefix = _checkpoint_prefix(epath.Path(path))
+    if prefix is None:
+        return [epath.Path(path)]
+    return [*sorted(prefix.parent.glob(f"{prefix.name}.data-*")), epath.Path(f"{prefix}.index")]
+
+
+def _checkpoint_prefix(path: epath.Path) -> epath.Path | None:
+    """Returns the prefix of a TensorFlow checkpoint; None for another file."""
+    prefix = path.with_suffix("") if path.suffix == ".index" else path
+    return prefix if epath.Path(f"{prefix}.index").exists() else None
+
+
 def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Path], File]]) -> File:
     """Calls the reader for the format of the path, and turns its errors into UserErrors."""
     path = epath.Path(path)
-    prefix = path.with_suffix("") if path.suffix == ".index" else path
-    if epath.Path(f"{prefix}.index").exists():
+    if prefix := _checkpoint_prefix(path):
         path, file_format = prefix, "tensorflow"
     elif path.suffix in readers:
         file_format = path.suffix
@@ -218,41 +231,14 @@ def _safetensors_description(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_torch(path: epath.Path) -> File:
-    """Reads a state dict by PyTorch's reader, which with weights_only executes no code."""
-    content = io.BytesIO(path.read_bytes())
     try:
-        torch = importlib.import_module("torch")
-    except ImportError as error:
+        return File(torch_files.read(path.read_bytes()), {})
+    except torch_files.UnsafeFileError as error:
         raise UserError(
-            f"{path} can be read only where torch is installed; convert it there with python -c "
-            '"import sys, torch, safetensors.torch as s; '
-            "w = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-            's.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])" '
-            f"{path.name} {path.stem}.safetensors, and give that file.",
-            code="torch-missing",
-        ) from error
-    try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, which reading would run, or is damaged: save the "
-            "model's state_dict() alone, best as .safetensors.",
+            f"{path} holds more than tensors ({error}), and is not read, because reading it could "
+            "execute code: save the model's state_dict() alone, best as .safetensors.",
             code="torch-weights-unsafe",
         ) from error
-    except (RuntimeError, LookupError) as error:
-        # PyTorch raises RuntimeError for a truncated archive; its unpickler raises LookupErrors for
-        # a file that is not a pickle.
-        raise ValueError(str(error).partition(". ")[0]) from error
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(hasattr(v, "numpy") for v in state.values()):
-        raise ValueError("it holds no state dict")
-    return File({name: _torch_to_numpy(value, torch) for name, value in state.items()}, {})
-
-
-def _torch_to_numpy(value: Any, torch: Any) -> np.ndarray:
-    """Converts a tensor or parameter; bfloat16, which NumPy lacks, becomes float32."""
-    return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 
 def _read_torch_header(path: epath.Path) -> File:
