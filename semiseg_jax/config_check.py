@@ -13,7 +13,7 @@ from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
-from semiseg_jax.models import deeplab, pretrained
+from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
 from semiseg_jax.models.dsbn import NORM_KINDS
 from semiseg_jax.models.layers import FIRST_DILATIONS
@@ -43,7 +43,10 @@ def _between(low: float, high: float) -> Rule:
     return lambda v: low <= v < high, f"at least {low} and below {high}"
 
 
-_TEXT: Rule = (lambda v: isinstance(v, str), "a path, or empty")
+_WEIGHTS: Rule = (
+    lambda v: isinstance(v, str),
+    f"{published_weights.IMAGENET}, the path of a file, or empty",
+)
 _POSITIVE: Rule = (lambda v: v > 0, "above 0")
 _NONE_OR_POSITIVE: Rule = (lambda v: v is None or v > 0, "above 0, or leave it out")
 _POSITIVE_INTS: Rule = (
@@ -127,7 +130,7 @@ RULES: dict[str, Rule] = {
     "model.low_level_features": _at_least(1),
     "model.aspp_rates": _POSITIVE_INTS,
     "model.dropout": _between(0, 1),
-    "model.pretrained": _TEXT,
+    "model.pretrained": _WEIGHTS,
     "model.input_normalization": _one_of("auto", *INPUT_NORMALIZATIONS),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "loss.unlabeled": _one_of("scl", "scl_official", "sce", "ce"),
@@ -164,7 +167,7 @@ RULES: dict[str, Rule] = {
     "eval.select": _one_of(*SELECTIONS),
     "rounds.count": _at_least(0),
     "rounds.student_model": _one_of("", *BACKBONES),
-    "rounds.student_pretrained": _TEXT,
+    "rounds.student_pretrained": _WEIGHTS,
     "rounds.student_init": _one_of("teacher", "scratch"),
 }
 
@@ -291,11 +294,19 @@ def _check_weights(config: Any) -> None:
             "empty, or give another backbone as rounds.student_model.",
             code="student-pretrained-unused",
         )
-    for path, backbone in (
-        (config.model.pretrained, ("model.backbone", config.model.backbone)),
-        (rounds.student_pretrained, ("rounds.student_model", rounds.student_model)),
+    for weights_key, path, backbone in (
+        ("model.pretrained", config.model.pretrained, ("model.backbone", config.model.backbone)),
+        (
+            "rounds.student_pretrained",
+            rounds.student_pretrained,
+            ("rounds.student_model", rounds.student_model),
+        ),
     ):
         if not path:
+            continue
+        if path == published_weights.IMAGENET:
+            # They fit, and may have to be downloaded, which this check is too early for.
+            published_weights.check_available(weights_key, backbone[1])
             continue
         conventions = pretrained.inspect(path)
         head = ("model.head", config.model.head)

@@ -32,7 +32,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
-from semiseg_jax.models import deeplab, pretrained
+from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS
 from semiseg_jax.reporting import artifacts, page
 from semiseg_jax.results import Results, print_table
@@ -92,15 +92,48 @@ def open_run(config: Any, workdir: epath.Path) -> "SelfTraining":
         UserError: as `run`.
     """
     multihost.broadcast_from_main("config", lambda: workdir_lib.check_config(workdir, config))
-    training = SelfTraining(config, workdir)
+    weights = find_initial_weights(config)
+    multihost.broadcast_from_main(
+        "weights known", lambda: workdir_lib.check_pretrained(workdir, weights)
+    )
+    training = SelfTraining(config, workdir, weights)
     training.check_pretrained()
     training.check_fits_memory()
     # Only now: a run that cannot start leaves the folder to its corrected config.
     if multihost.is_main():
         workdir_lib.write_config(workdir, config)
         workdir_lib.write_data(workdir, training.dataset)
+        workdir_lib.write_pretrained(workdir, weights)
         training.write_run_info()
     return training
+
+
+def find_initial_weights(config: Any) -> dict[str, Any]:
+    """Finds, and downloads where necessary, the initial weights of a run's networks.
+
+    Process 0 downloads first: the others find the file in the cache, if they share its disk, and
+    otherwise download it themselves.
+
+    Returns:
+        A description of the weights by backbone; see `published_weights.describe`.
+
+    Raises:
+        UserError: the weights cannot be found, or differ between the hosts.
+    """
+    kinds = stages.trained_kinds(config)
+    backbones = sorted({stages.stage_backbone(config, kind) for kind in kinds})
+    with multihost.main_first("initial weights"):
+        found = {b: published_weights.describe(deeplab.config_for(config, b)) for b in backbones}
+    weights = {backbone: description for backbone, description in found.items() if description}
+    for here in multihost.all_gather("weights of all", weights):
+        for backbone, description in here.items():
+            if description["sha256"] != weights[backbone]["sha256"]:
+                raise UserError(
+                    f"The initial weights of {backbone} ({description['name']}) differ between the "
+                    "hosts of this run: copy the file of one host to all.",
+                    code="pretrained-differs-between-hosts",
+                )
+    return weights
 
 
 class SelfTraining:
@@ -109,10 +142,16 @@ class SelfTraining:
     Attributes:
         dataset: the images.
         stages: what is trained, in this order.
+
+    Args:
+        config: the whole config.
+        workdir: of the run.
+        weights: from `find_initial_weights`.
     """
 
-    def __init__(self, config: Any, workdir: epath.Path):
+    def __init__(self, config: Any, workdir: epath.Path, weights: dict[str, Any] | None = None):
         self._config = config
+        self._initial_weights = weights or {}
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         # Not functools.cache, which would keep every run of a sweep until its end.
@@ -169,7 +208,7 @@ class SelfTraining:
         """Refuses pretrained weights that do not fit, those of students too."""
         for kind in stages.trained_kinds(self._config):
             model = self._model(kind)
-            if path := model.model_config.pretrained:
+            if path := published_weights.path(model.model_config):
                 pretrained.check(path, model.shapes)
 
     def check_fits_memory(self) -> None:
@@ -292,7 +331,7 @@ class SelfTraining:
         if teacher is None or teacher.model is not model or not wanted:
             seed = int(stage.seed[1]) & 0xFFFFFFFF
             variables = train_state.init_variables(model.model, seed, self._mesh)
-            if path := model.model_config.pretrained:
+            if path := published_weights.path(model.model_config):
                 variables, report = pretrained.load(path, variables)
                 logger.info(f"{path}: {report}")
                 for sentence in model.pretrained_mismatches:
@@ -351,6 +390,10 @@ class SelfTraining:
         norm = multihost.broadcast_from_main(
             "teacher to import",
             lambda: workdir_lib.check_teacher(source, self._config, self.dataset),
+        )
+        multihost.broadcast_from_main(
+            "weights of the teacher to import",
+            lambda: workdir_lib.check_pretrained(source, self._initial_weights),
         )
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
@@ -417,6 +460,7 @@ class SelfTraining:
                 },
                 row,
                 sizes,
+                self._initial_weights.get(final.model.model_config.backbone),
             )
             folder = self._workdir / model_bundle.FOLDER
             weights = train_state.inference_variables(final.variables)

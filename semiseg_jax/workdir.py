@@ -3,6 +3,7 @@
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
       data.json              the training images: counts, hash of the ids, number of pixels
+      pretrained.json        the initial weights of each backbone: name, hash, licence
       run.json, gallery/     versions, devices and thumbnails for the report
       results.json           one row per evaluated stage
       report.html            the report
@@ -53,6 +54,7 @@ ADDED_KEYS = {"rounds.teacher_from": ""}
 _REQUIRED_KEYS = {
     "config.json": {"data", "model", "train", "rounds"},
     "data.json": {"data", "labeled", "unlabeled", "ids_hash"},
+    "pretrained.json": set(),
 }
 
 
@@ -66,12 +68,23 @@ def write_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
     _write_if_changed(epath.Path(workdir) / "data.json", _describe_images(dataset))
 
 
-def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
-    """Returns the content of config.json or data.json; None in a new workdir.
+def write_pretrained(workdir: epath.PathLike, descriptions: dict[str, Any]) -> None:
+    """Writes pretrained.json: from then on the workdir belongs to these initial weights.
 
     Args:
         workdir: path of the workdir.
-        name: "config.json" or "data.json".
+        descriptions: by backbone, see `published_weights.describe`; nothing is written for {}.
+    """
+    if descriptions:
+        _write_if_changed(epath.Path(workdir) / "pretrained.json", descriptions)
+
+
+def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
+    """Returns the content of config.json, data.json or pretrained.json; None in a new workdir.
+
+    Args:
+        workdir: path of the workdir.
+        name: name of the file.
 
     Raises:
         UserError: the file is not readable, or damaged in a workdir that has stages.
@@ -224,6 +237,28 @@ def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
             "another --workdir.",
             code="data-changed",
         )
+
+
+def check_pretrained(workdir: epath.PathLike, descriptions: dict[str, Any]) -> None:
+    """Rejects a workdir whose networks started from other weights under the same name.
+
+    Args:
+        workdir: path of the workdir; one of older code, without pretrained.json, is accepted.
+        descriptions: see `write_pretrained`.
+
+    Raises:
+        UserError: naming the weights.
+    """
+    recorded = read_fingerprint(epath.Path(workdir), "pretrained.json") or {}
+    for backbone in descriptions.keys() & recorded.keys():
+        old, new = recorded[backbone], descriptions[backbone]
+        if old["sha256"] != new["sha256"]:
+            raise UserError(
+                f"The initial weights of {backbone} ({new['name']}) changed since {workdir} was "
+                f"begun (SHA-256 {old['sha256']} then, {new['sha256']} now): restore the file, or "
+                "give another --workdir.",
+                code="pretrained-changed",
+            )
 
 
 def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> str:

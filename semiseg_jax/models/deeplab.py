@@ -21,6 +21,7 @@ from semiseg_jax.models import (
     efficientnet_lite,
     layers,
     pretrained,
+    published_weights,
     resnet,
     xception,
 )
@@ -400,8 +401,8 @@ def resolve(model_config: Any) -> Any:
     defaults = {**_DEFAULTS, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
     open_keys = [key for key in defaults if _value(model_config, key) in (None, "auto")]
     trained_with: Mapping[str, Any] = {}
-    if open_keys and model_config.pretrained:
-        trained_with = pretrained.inspect(model_config.pretrained).settings()
+    if open_keys and (path := published_weights.path(model_config)):
+        trained_with = pretrained.inspect(path).settings()
     resolved.update_from_flattened_dict(
         {key: trained_with.get(key, defaults[key]) for key in open_keys}
     )
@@ -436,9 +437,10 @@ def pretrained_mismatches(model_config: Any) -> list[str]:
     Raises:
         UserError: the weights cannot be read.
     """
-    if not model_config.pretrained:
+    path = published_weights.path(model_config)
+    if not path:
         return []
-    trained_with = pretrained.inspect(model_config.pretrained).settings()
+    trained_with = pretrained.inspect(path).settings()
     resolved = resolve(model_config)
     return [
         f"model.{key} is {_value(resolved, key)}, where the weights were trained with {value}: "

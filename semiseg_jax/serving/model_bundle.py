@@ -74,6 +74,7 @@ def describe(
     trained_on: Mapping[str, Any],
     row: ResultRow,
     evaluated_sizes: Collection[Size] = (),
+    initial_weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of model.json, from which `load` builds the network.
 
@@ -84,6 +85,8 @@ def describe(
         trained_on: name of the training data and numbers of images.
         row: result row of the network.
         evaluated_sizes: (height, width) of the evaluation images in pixels.
+        initial_weights: that the network started from, see `published_weights.describe`; None for
+            random ones. A model.json of older code has no such key.
     """
     pad_to = row.protocol.pad_to
     is_exact = pad_to == 1 and has_few_sizes(evaluated_sizes)
@@ -106,6 +109,7 @@ def describe(
             "exact_sizes": sorted(map(list, evaluated_sizes)) if is_exact else [],
         },
         "trained_on": dict(trained_on),
+        "pretrained": initial_weights and dict(initial_weights),
         "miou": row.miou,
         "iou": list(row.iou),
         "protocol": row.protocol.to_json(),
