@@ -25,10 +25,10 @@ from semiseg_jax import checkpoints, evaluate, mesh, self_training, train
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import image_io, load
-from semiseg_jax.models import deeplab
+from semiseg_jax.models import deeplab, published_weights
 from semiseg_jax.reporting import page
 from semiseg_jax.results import Results
-from semiseg_jax.runtime import metric_writer, preemption
+from semiseg_jax.runtime import metric_writer, multihost, preemption
 from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.train_state import inference_variables, variable_shapes
 from tests import conftest, workdirs
@@ -422,6 +422,16 @@ def test_other_initial_weights_under_the_same_name_are_refused(tmp_path):
     other = {"tiny": weights["tiny"] | {"sha256": "1" * 64}}
     with raises_code("pretrained-changed", "weights of tiny (a.npz)", "1" * 64):
         workdir_lib.check_pretrained(tmp_path, other)
+
+
+def test_hosts_with_different_initial_weights_are_refused(config, monkeypatch):
+    weights = {"name": "imagenet", "sha256": "0" * 64}
+    monkeypatch.setattr(published_weights, "describe", lambda model_config: weights)
+    assert self_training.find_initial_weights(config) == {"tiny": weights}
+    other = {"tiny": weights | {"sha256": "1" * 64}}
+    monkeypatch.setattr(multihost, "all_gather", lambda name, value: [value, other])
+    with raises_code("pretrained-differs-between-hosts", "weights of tiny (imagenet)"):
+        self_training.find_initial_weights(config)
 
 
 def test_images_of_the_same_names_and_other_sizes_are_refused(config, tmp_path):

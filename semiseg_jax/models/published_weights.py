@@ -202,13 +202,14 @@ def _find_on_hub(backbone: str, source: HubWeights) -> Path:
     """Returns a file that a person placed, that is in the hub's cache, or that it downloads."""
     try:
         hub = importlib.import_module("huggingface_hub")
+        constants = importlib.import_module("huggingface_hub.constants")
     except ImportError as error:
         raise UserError(
             f"The ImageNet weights of {backbone} are downloaded with the package huggingface_hub, "
             "which is not installed: install requirements.txt.",
             code="huggingface-hub-missing",
         ) from error
-    folder = Path(hub.constants.HF_HOME) / "semiseg_jax"
+    folder = Path(constants.HF_HOME) / "semiseg_jax"
     name = source.repository.replace("/", "--")
     placed = folder / f"{name}.safetensors"
     cached = (
@@ -216,13 +217,14 @@ def _find_on_hub(backbone: str, source: HubWeights) -> Path:
     )
     # The cache also remembers, by an object, that a repository has no such file.
     if not isinstance(cached, str | Path):
-        cached = _download(hub, backbone, source, placed)
+        url = f"{constants.ENDPOINT}/{source.repository}/resolve/main/{source.file}"
+        cached = _download(backbone, source, url, placed)
     _compare_with_first_hash(Path(cached), folder / f"{name}.sha256")
     return Path(cached)
 
 
-def _download(hub: Any, backbone: str, source: HubWeights, placed: Path) -> str:
-    url = f"{hub.constants.ENDPOINT}/{source.repository}/resolve/main/{source.file}"
+def _download(backbone: str, source: HubWeights, url: str, placed: Path) -> str:
+    hub = importlib.import_module("huggingface_hub")
     logger.info(f"downloading the ImageNet weights of {backbone} ({source.license}): {url}")
     try:
         return hub.hf_hub_download(source.repository, source.file)
