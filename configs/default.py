@@ -46,6 +46,10 @@ def data() -> ConfigDict:
     # images unchanged. Smaller copies are written once to the cache, images antialiased, masks by
     # nearest neighbour.
     data.downscale = 1
+    # Largest number of pixels of an image or mask, at least 1. Files whose header states more are
+    # refused before they are decoded, because a small file may expand to any size. Decoding takes
+    # about 10 bytes of memory per pixel.
+    data.max_image_pixels = 2**28
 
     # Source `folder`: folders of images and masks, relative to the root or absolute. A mask has the
     # name of its image, with `mask_suffix` in place of the image's ending.
@@ -168,20 +172,21 @@ def model() -> ConfigDict:
     """Network architecture and initial weights."""
     model = ConfigDict()
     # xception65; resnet18, resnet50, resnet101; with a deep stem of 32-32-64 channels resnet50c,
-    # resnet101c, of 64-64-128 channels resnet50s, resnet101s; efficientnet_lite0; resnet10_slim;
-    # tiny.
+    # resnet101c, of 64-64-128 channels resnet50s, resnet101s; efficientnet_lite0,
+    # efficientnet_lite1, efficientnet_lite2; resnet10_slim; tiny.
     model.backbone = "resnet18"
     # v3plus (DeepLabV3+); v3plus_smp (DeepLabV3+ as in segmentation_models_pytorch: no norm inside
     # separable convolutions, one of which precedes the join of decoder and low-level branch); v2
     # (DeepLabV2, the sum of dilated classifiers).
     model.head = "v3plus"
-    # Initial weights; "" for none. A .npz or .safetensors file, a .pth file if torch is installed,
-    # or the prefix of a TensorFlow checkpoint. Supported layouts: the ResNets of torchvision and
-    # timm; Xception-65 of timm and, with its head, of TensorFlow's DeepLab; the DeepLabV3+ on
-    # ResNet of segmentation_models_pytorch; EfficientNet-Lite0 with its original names; a run's
-    # model/weights.safetensors. All tensors of the file are loaded except a classifier for another
-    # number of classes. New networks of this backbone start from them: the teacher, and students
-    # with rounds.student_init = "scratch".
+    # Initial weights; "" for none. "imagenet" for the published ImageNet weights of the backbone,
+    # from an installed package or downloaded (docs/networks.md). Otherwise a .npz, .safetensors,
+    # .pth or .pt file, or the prefix of a TensorFlow checkpoint. Supported layouts: the ResNets of
+    # torchvision and timm; Xception-65 of timm and, with its head, of TensorFlow's DeepLab; the
+    # DeepLabV3+ on ResNet of segmentation_models_pytorch; EfficientNet-Lite with its original
+    # names; a run's model/weights.safetensors. All tensors of the file are loaded except a
+    # classifier for another number of classes. New networks of this backbone start from them: the
+    # teacher, and students with rounds.student_init = "scratch".
     model.pretrained = ""
     # Ratio of input size to the backbone's last feature size, per side: 8, 16 or 32.
     model.output_stride = 16
@@ -345,6 +350,7 @@ def rounds() -> ConfigDict:
     # Backbone of the students; "" for the teacher's.
     rounds.student_model = ""
     # Initial weights of the students if their backbone differs from the teacher's; "" for none.
+    # Takes the same values as model.pretrained.
     rounds.student_pretrained = ""
     # Initial weights of a student. teacher: the teacher's, if the network is the same; scratch: as
     # a new network.

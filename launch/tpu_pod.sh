@@ -18,7 +18,7 @@
 #   run      starts the run on all workers, detached; no effect if it is already running
 #   logs     prints the end of a worker's log
 #   status   prints the state of the request, of the TPU and of the run
-#   stop     makes the run save and exit; the TPU stays, and is charged
+#   stop     makes the run save and exit; the TPU still runs and is charged
 #   delete   deletes the TPU and the request for it, which ends their charges
 #
 #   --zone=ZONE               zone of the TPU
@@ -271,16 +271,16 @@ end_with() {
   case $1 in
     0)
       say "The run is complete."
-      if [[ $then_delete == yes ]]; then delete; else say "The TPU stays, and costs: delete it."; fi
+      if [[ $then_delete == yes ]]; then delete; else say "The TPU still runs and is charged: delete it."; fi
       exit 0
       ;;
     stopped)
-      say "The run was stopped; the TPU stays, and costs. The same command goes on."
+      say "The run was stopped; the TPU still runs and is charged. The same command continues the run."
       exit "$INTERRUPTED"
       ;;
   esac
   logs || true
-  printf 'Error: %s\n' "The run ended with status $1, as the log above says; the TPU stays, and costs." >&2
+  printf 'Error: %s\n' "The run ended with status $1, as the log above says; the TPU still runs and is charged." >&2
   exit "$1"
 }
 

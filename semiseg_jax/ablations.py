@@ -17,7 +17,7 @@ _CONFIG = cli.define_config_flag("Data, network and recipe of every row")
 _TABLE = flags.DEFINE_enum(
     "table", None, list(paper_tables.TABLES), "Which of the paper's tables and figures."
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path_flag(
     "workdir",
     None,
     "The folder of the tables and their runs; the default is runs/ablations_NAME, such as "
@@ -45,9 +45,7 @@ def main(argv: list[str]) -> None:
     """Makes a table, or prints the plan of one."""
     config_path = cli.start_command_with_config(argv)
     if _TABLE.value is None:
-        sys.exit(
-            f"Error: Say which table, as --table=1; there are {', '.join(paper_tables.TABLES)}."
-        )
+        sys.exit(f"Error: --table is missing: give one of {', '.join(paper_tables.TABLES)}.")
     if _DRY_RUN.value and _TABLES_ONLY.value:
         sys.exit("Error: --dry-run and --tables-only are two things: give one of them.")
     with cli.setup_run(_CONFIG.value, _check):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,20 +14,35 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models import weight_files
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import fileio, hashes, multihost
 from semiseg_jax.runtime.errors import UserError, first_line, reason
 from semiseg_jax.runtime.logger import logger
-from semiseg_jax.train_state import TrainState, Variables
+from semiseg_jax.train_state import TrainState, Variables, variables_hash
 
 
 class Checkpoints:
-    """The checkpoints of one stage; written in the background, the newest two are kept."""
+    """The checkpoints of one stage; written in the background, the newest two are kept.
 
-    def __init__(self, folder: epath.PathLike):
+    Each holds a hash of its content and the seed of its stage in orbax's custom metadata: a
+    damaged checkpoint is not restored, nor one of another stage or run.
+    """
+
+    def __init__(self, folder: epath.PathLike, seed: Int[np.ndarray, "2"] | None = None):
+        """Opens the folder, and creates it if it is missing.
+
+        Args:
+            folder: of the checkpoints.
+            seed: `Stage.seed`; checkpoints with another one are refused. None: any is restored.
+
+        Raises:
+            UserError: the folder cannot be read or written, or a checkpoint's metadata are damaged.
+        """
         self._folder = epath.Path(folder)
+        self._seed = [] if seed is None else seed.tolist()
         # On a store without rename a file that is written last, commit_success.txt, marks a
         # checkpoint as complete.
         by_marker = ocp.path.atomicity.CommitFileTemporaryPath
@@ -48,6 +64,14 @@ class Checkpoints:
                 f"The folder of checkpoints {self._folder} cannot be opened ({reason(error)}): "
                 "make it readable and writable, or give another --workdir.",
                 code="checkpoint-folder-unusable",
+            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # orbax reads the metadata of every checkpoint here.
+            raise UserError(
+                f"The checkpoints in {self._folder} cannot be opened ({first_line(error)}): "
+                f"{_METADATA} of one of them is damaged; remove the folder of that step, and its "
+                "steps are trained again.",
+                code="checkpoint-metadata-damaged",
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -127,9 +151,12 @@ class Checkpoints:
         Raises:
             UserError: this checkpoint, or the one before, cannot be written.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)))
+        leaves = _by_name(state)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(leaves))
+        # Every process holds the whole state and hashes it, at about 1 GB/s.
+        metadata = {"hash": _state_hash(leaves, self._seed), "seed": self._seed}
         try:
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args, custom_metadata=metadata)
         except jax.errors.JaxRuntimeError:
             raise  # Another process ended.
         except Exception as error:
@@ -151,12 +178,14 @@ class Checkpoints:
             like: shapes, dtypes and shardings of the state, such as arrays of it.
 
         Raises:
-            UserError: the checkpoint has other names, shapes or dtypes.
+            UserError: the checkpoint has other names, shapes or dtypes, or is of another stage.
+            ValueError: it is damaged; orbax raises other types, too.
         """
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
         self._check_matches(step, wanted)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         saved = self._manager.restore(step, args=args)["state"]
+        self._check_content(step, saved)
         # In the order of the state's leaves; dictionaries come back sorted by name.
         leaves = [saved[name] for name in _by_name(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -176,6 +205,44 @@ class Checkpoints:
                     f"config makes {new}: use the config it was made with, or another workdir.",
                     code="checkpoint-of-another-model",
                 )
+
+    def _check_content(self, step: int, leaves: Mapping[str, Any]) -> None:
+        """Compares a restored checkpoint with its hash, and its seed with that of the stage."""
+        folder = self._folder / str(step)
+        metadata = _read_custom_metadata(folder / _METADATA)
+        if not metadata:
+            return  # Written by older code.
+        if metadata.get("hash") != _state_hash(leaves, metadata.get("seed")):
+            raise ValueError("its content does not have the hash that was stored with it")
+        if self._seed and metadata.get("seed") not in ([], self._seed):
+            raise UserError(
+                f"The checkpoint {folder} is of another stage or of a run with another seed: put "
+                "the stage's own checkpoint in its place, or remove that folder, and the stage is "
+                "trained again.",
+                code="checkpoint-of-another-stage",
+            )
+
+
+# orbax writes this file into the folder of each checkpoint.
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+def _read_custom_metadata(path: epath.Path) -> dict[str, Any]:
+    """Returns what `Checkpoints.save` stored beside the arrays; {} in checkpoints of older code.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    content = fileio.parse_json(path.read_text())
+    metadata = content.get("custom_metadata") if isinstance(content, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _state_hash(leaves: Mapping[str, Any], seed: Any) -> str:
+    """Returns a hash of the leaves of a state and of the seed of its stage."""
+    return hashes.hash_json([hashes.hash_arrays(leaves), seed])
 
 
 # How messages of tensorstore begin if the storage fails. Messages on damaged data begin otherwise:
@@ -203,15 +270,19 @@ def _by_name(state: TrainState) -> dict[str, Any]:
     }
 
 
-def save_weights(path: epath.PathLike, variables: Variables, description: dict[str, Any]) -> None:
+def save_weights(path: epath.PathLike, variables: Variables, description: dict[str, Any]) -> str:
     """Writes variables as one .safetensors file, with a description in its header.
 
     Tensor names are paths such as "params/backbone/stem/conv/kernel".
+
+    Returns:
+        The SHA-256 of the file, 64 hex digits.
     """
     flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     content = safetensors.numpy.save(arrays, {"description": json.dumps(description)})
     fileio.write_bytes(epath.Path(path), content)
+    return hashes.hash_bytes(content, 64)
 
 
 # The file of a stage's best weights, in its folder.
@@ -272,7 +343,8 @@ class BestWeights:
 
     def write(self, candidate: Candidate) -> None:
         """Writes weights as the best so far, without a comparison."""
-        description = {"step": candidate.step, "miou": candidate.miou}
+        description: dict[str, Any] = {"step": candidate.step, "miou": candidate.miou}
+        description["hash"] = _best_hash(description, variables_hash(candidate.variables))
         save_weights(self.folder / BEST_WEIGHTS, candidate.variables, description)
 
     def load(self, shapes: Variables, mesh: Mesh) -> Candidate:
@@ -298,10 +370,26 @@ class BestWeights:
 
     def _read(self) -> weight_files.File:
         try:
-            return weight_files.read(self.folder / BEST_WEIGHTS)
-        except UserError as error:
+            file = weight_files.read(self.folder / BEST_WEIGHTS)
+            # Files of older code have no hash.
+            computed = _best_hash(file.description, hashes.hash_arrays(file.tensors))
+            if file.description.get("hash", computed) != computed:
+                raise ValueError("its content does not have the hash in its header")
+            return file
+        except (UserError, ValueError) as error:
             raise UserError(
                 f"{self.folder / BEST_WEIGHTS}, the best weights so far, is missing or damaged: "
                 f"restore it, or remove {self.folder}, and the stage is trained again.",
                 code="best-weights-missing",
             ) from error
+
+
+def _best_hash(description: Mapping[str, Any], weights_hash: str) -> str:
+    """Returns the hash of best weights and of the step and mIoU that they are described by.
+
+    Raises:
+        ValueError: the description has no step or no mIoU.
+    """
+    if not description.keys() >= {"step", "miou"}:
+        raise ValueError("its header has no step and mIoU")
+    return hashes.hash_json([description["step"], description["miou"], weights_hash])

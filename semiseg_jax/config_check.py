@@ -2,83 +2,93 @@
 
 import difflib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax import traverse_util
 
+from semiseg_jax import inference, stages
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
+from semiseg_jax.data.sources.downscale import DOWNSCALE
 from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
-from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.models.deeplab import BACKBONES, HEADS, INPUT_NORMALIZATIONS
-from semiseg_jax.models.dsbn import NORM_KINDS
-from semiseg_jax.models.layers import FIRST_DILATIONS
-from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.models import deeplab, pretrained, published_weights
+from semiseg_jax.models.deeplab import BACKBONES
+from semiseg_jax.runtime import rules
+from semiseg_jax.runtime.errors import UserError, printable
+from semiseg_jax.runtime.rules import BOOL, TEXT, Rule
 
-# A predicate on the value, and the values it accepts in words, as the error message gives them.
-Rule = tuple[Callable[[Any], bool], str]
+# The largest side of a crop or window, in pixels, and numbers of images, seconds and steps that no
+# run needs: a larger value is a mistake, and would end in a failed allocation or an overflow.
+_MAX_SIDE = 2**14
+_MAX_BATCH = 2**16
+_MAX_IMAGES = 10**9
+# So that a control, of train.steps * rounds.count steps, counts its steps in 32 bits.
+_MAX_STEPS = 10**7
+_MAX_ROUNDS = 100
+_SEED_BITS = 63
 
-
-def _one_of(*choices: str) -> Rule:
-    return lambda v: v in choices, f"one of {', '.join(choices)}"
-
-
-def _all_of(*choices: str) -> Rule:
-    return (
-        lambda v: isinstance(v, tuple) and len(set(v)) == len(v) and set(v) <= set(choices),
-        f"a tuple of distinct names out of {', '.join(choices)}",
-    )
-
-
-def _at_least(low: float) -> Rule:
-    return lambda v: v >= low, f"at least {low}"
-
-
-def _between(low: float, high: float) -> Rule:
-    """Accepts low <= value < high."""
-    return lambda v: low <= v < high, f"at least {low} and below {high}"
-
-
-_TEXT: Rule = (lambda v: isinstance(v, str), "a path, or empty")
-_POSITIVE: Rule = (lambda v: v > 0, "above 0")
-_NONE_OR_POSITIVE: Rule = (lambda v: v is None or v > 0, "above 0, or leave it out")
-_POSITIVE_INTS: Rule = (
-    lambda v: isinstance(v, tuple) and all(type(n) is int and n > 0 for n in v),
-    "a tuple of integers above 0, or ()",
+_WEIGHTS: Rule = (
+    rules.is_text,
+    f"{published_weights.IMAGENET}, the path of a file, or empty",
 )
-_SIZE: Rule = (
-    lambda v: isinstance(v, tuple) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
-    "(height, width) in pixels, two integers above 0",
+_STEPS = rules.integer(1, _MAX_STEPS)
+_INTERVAL = rules.integer(1, 10**9)
+_INTERVAL_OR_0 = rules.integer(0, 10**9)
+_IMAGES_OR_SHARE = rules.number(0, _MAX_IMAGES)
+_BYTE = rules.integer(0, 255)
+_SEED = rules.integer(0, 2**_SEED_BITS - 1)
+_SIZE = rules.pair(
+    rules.integer(1, _MAX_SIDE),
+    f"(height, width) in pixels, two integers above 0 and at most {_MAX_SIDE}",
 )
-_WINDOW: Rule = (lambda v: v == () or _SIZE[0](v), f"() or {_SIZE[1]}")
+_SCENE_SIZE = rules.pair(
+    rules.integer(16, 4096), "(height, width) in pixels, two integers from 16 to 4096"
+)
 _RANGE: Rule = (
-    lambda v: isinstance(v, tuple) and len(v) == 2 and 0 < v[0] <= v[1],
-    "(low, high) with 0 < low <= high",
-)
-_SCALES: Rule = (
-    lambda v: isinstance(v, tuple) and len(v) > 0 and all(s > 0 for s in v),
-    "a tuple of numbers above 0, at least one",
+    lambda v: (
+        isinstance(v, tuple)
+        and len(v) == 2
+        and all(rules.is_number(n, 0.01, 100) for n in v)
+        and v[0] <= v[1]
+    ),
+    "(low, high) with 0 < low <= high, from 0.01 to 100",
 )
 _NAMES: Rule = (
     lambda v: (
-        isinstance(v, tuple) and all(isinstance(n, str) and n for n in v) and len(set(v)) == len(v)
+        isinstance(v, tuple)
+        # Bytes of a command line that are not UTF-8 cannot be written into files.
+        and all(rules.is_text(n) and n and printable(n) == n for n in v)
+        and len(set(v)) == len(v)
     ),
     "a tuple of distinct names",
 )
-_BYTES: Rule = (
-    lambda v: isinstance(v, tuple) and all(type(n) is int and 0 <= n < 256 for n in v),
-    "a tuple of integers from 0 to 255",
+_COLOURS: Rule = (
+    lambda v: isinstance(v, tuple) and all(_are_bytes(colour, 3) for colour in v),
+    "a tuple of colours (R, G, B), integers from 0 to 255",
+)
+_ID_MAP: Rule = (
+    lambda v: isinstance(v, tuple) and all(_are_bytes(pair, 2) for pair in v),
+    "((mask value, class id), …), integers from 0 to 255",
 )
 _SOURCE: Rule = (
-    lambda v: (
-        v in LAYOUTS or (isinstance(v, str) and len(v) > len(PREFIX) and v.startswith(PREFIX))
-    ),
+    lambda v: v in LAYOUTS or (rules.is_text(v) and len(v) > len(PREFIX) and v.startswith(PREFIX)),
     f"one of {', '.join(LAYOUTS)}, or {PREFIX}NAME",
 )
+_SUFFIX: Rule = (lambda v: rules.is_text(v) and len(v) > 0, "an ending, such as _mask.png")
+
+
+def _are_bytes(value: Any, length: int) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == length
+        and all(rules.is_integer(n, 0, 255) for n in value)
+    )
+
+
+_INFERENCE_KEYS = ("scales", "flip", "window", "window_stride", "batch")
 
 # Keys that may be None: the network or the loss then chooses the value.
 _OPTIONAL_KEYS = frozenset(
@@ -90,82 +100,93 @@ _OPTIONAL_KEYS = frozenset(
     }
 )
 
-# Keys with a constraint on the value alone; `check` has those between keys.
+# By key: the values it accepts, whatever the others are; `check` has the constraints between keys.
+# Every key that configs/default.py declares has an entry (a test).
 RULES: dict[str, Rule] = {
+    "seed": rules.integer(-(2**_SEED_BITS), 2**_SEED_BITS - 1),
     "data.name": _SOURCE,
+    "data.root": TEXT,
+    "data.cache_dir": TEXT,
+    "data.downscale": DOWNSCALE,
+    "data.max_image_pixels": rules.integer(1, 2**40),
+    "data.image_dir": TEXT,
+    "data.mask_dir": TEXT,
+    "data.image_suffix": TEXT,
+    "data.mask_suffix": _SUFFIX,
     "data.classes": _NAMES,
-    "data.ignore_ids": _BYTES,
-    "data.downscale": _at_least(1),
-    "data.unlabeled_ratio": _at_least(0),
-    "data.labels": _at_least(0),
-    "data.split_seed": _at_least(0),
-    "data.holdout": _at_least(0),
-    "data.mask_suffix": (lambda v: len(v) > 0, "an ending, such as _mask.png"),
-    "data.streets_seed": _at_least(0),
-    "data.streets_train": _at_least(1),
-    "data.streets_val": _at_least(1),
-    "data.streets_size": _SIZE,
-    "data.weak_stream": _all_of(*KINDS),
-    "data.strong_stream": _all_of(*KINDS),
+    "data.palette": _COLOURS,
+    "data.ignore_ids": rules.tuple_of(_BYTE, "a tuple of integers from 0 to 255"),
+    "data.id_map": _ID_MAP,
+    "data.tfds_image": TEXT,
+    "data.tfds_mask": TEXT,
+    "data.tfds_id": TEXT,
+    "data.tfds_train": TEXT,
+    "data.train_extra": BOOL,
+    "data.voc_augmented": BOOL,
+    "data.unlabeled_dir": TEXT,
+    "data.labeled_list": TEXT,
+    "data.unlabeled_list": TEXT,
+    "data.evaluation_list": TEXT,
+    "data.unlabeled_ratio": rules.number(0, 10**6),
+    "data.labels": _IMAGES_OR_SHARE,
+    "data.split_seed": _SEED,
+    "data.holdout": _IMAGES_OR_SHARE,
+    "data.streets_seed": _SEED,
+    "data.streets_train": rules.integer(1, 10**6),
+    "data.streets_val": rules.integer(1, 10**6),
+    "data.streets_size": _SCENE_SIZE,
+    "data.weak_stream": rules.all_of(*KINDS),
+    "data.strong_stream": rules.all_of(*KINDS),
     "data.crop": _SIZE,
     "data.scale": _RANGE,
-    "data.prefetch": _at_least(1),
-    "data.threads": _at_least(0),
-    "sda.num_ops": _at_least(0),
-    "sda.magnitude": _one_of("uniform", "released"),
-    "sda.ops": _all_of(*OPS),
-    "model.backbone": _one_of(*BACKBONES),
-    "model.head": _one_of(*HEADS),
-    "model.output_stride": (lambda v: v in (8, 16, 32), "8, 16 or 32"),
-    "model.first_dilation": _one_of("auto", *FIRST_DILATIONS),
-    "model.multi_grid": _POSITIVE_INTS,
-    "model.norm": _one_of(*NORM_KINDS),
-    "model.norm_momentum": _between(0, 1),
-    "model.norm_epsilon.backbone": _NONE_OR_POSITIVE,
-    "model.norm_epsilon.head": _NONE_OR_POSITIVE,
-    "model.head_features": _at_least(1),
-    "model.low_level_features": _at_least(1),
-    "model.aspp_rates": _POSITIVE_INTS,
-    "model.dropout": _between(0, 1),
-    "model.pretrained": _TEXT,
-    "model.input_normalization": _one_of("auto", *INPUT_NORMALIZATIONS),
-    "model.compute_dtype": _one_of("float32", "bfloat16"),
-    "loss.unlabeled": _one_of("scl", "scl_official", "sce", "ce"),
-    "loss.unlabeled_weight": _at_least(0),
-    "loss.scl.label_floor": (lambda v: 0 < v < 1, "between 0 and 1"),
-    "optim.teacher.learning_rate": _POSITIVE,
-    "optim.student.learning_rate": _POSITIVE,
-    "optim.teacher.head_multiplier": _POSITIVE,
-    "optim.student.head_multiplier": _POSITIVE,
-    "optim.reference_batch": _at_least(0),
-    "optim.momentum": _between(0, 1),
-    "optim.poly_power": _at_least(0),
-    "optim.weight_decay": _at_least(0),
-    "train.steps": _at_least(1),
-    "train.teacher_steps": _at_least(1),
-    "train.batch_labeled": _at_least(1),
-    "train.batch_unlabeled": _at_least(1),
-    "train.accumulate": _at_least(1),
-    "train.log_every": _at_least(1),
-    "train.checkpoint_every": _at_least(1),
-    "train.profile_at": _at_least(0),
-    "pseudo.scales": _SCALES,
-    "pseudo.average": _one_of("softmax", "logits"),
-    "pseudo.min_confidence": _between(0, 1),
-    "pseudo.window": _WINDOW,
-    "pseudo.window_stride": _WINDOW,
-    "pseudo.batch": _at_least(1),
-    "eval.scales": _SCALES,
-    "eval.window": _WINDOW,
-    "eval.window_stride": _WINDOW,
-    "eval.batch": _at_least(1),
-    "eval.pad_to": _at_least(1),
-    "eval.every": _at_least(0),
-    "eval.select": _one_of(*SELECTIONS),
-    "rounds.count": _at_least(0),
-    "rounds.student_model": _one_of("", *BACKBONES),
-    "rounds.student_pretrained": _TEXT,
-    "rounds.student_init": _one_of("teacher", "scratch"),
+    "data.mirror": BOOL,
+    "data.prefetch": rules.integer(1, 1024),
+    "data.threads": rules.integer(0, 1024),
+    "sda.num_ops": rules.integer(0, 100),
+    "sda.replace": BOOL,
+    "sda.magnitude": rules.one_of("uniform", "released"),
+    "sda.before_geometry": BOOL,
+    "sda.ops": rules.all_of(*OPS),
+    **{f"model.{key}": rule for key, rule in deeplab.RULES.items()},
+    "model.pretrained": _WEIGHTS,
+    "loss.unlabeled": rules.one_of("scl", "scl_official", "sce", "ce"),
+    "loss.unlabeled_weight": rules.number(0, 10**6),
+    "loss.scl.stop_gradient": BOOL,
+    # float32 has no smaller numbers.
+    "loss.scl.label_floor": (lambda v: rules.is_number(v, 1e-30, 1) and v < 1, "between 0 and 1"),
+    "loss.scl.saturate": rules.or_none(BOOL),
+    "loss.scl.alpha": rules.number(0, 10**6),
+    "loss.scl.beta": rules.number(0, 10**6),
+    "optim.teacher.learning_rate": rules.above(0, 1000),
+    "optim.student.learning_rate": rules.above(0, 1000),
+    "optim.teacher.head_multiplier": rules.above(0, 10**4),
+    "optim.student.head_multiplier": rules.above(0, 10**4),
+    "optim.reference_batch": rules.integer(0, _MAX_BATCH),
+    "optim.momentum": rules.below(0, 1),
+    "optim.poly_power": rules.number(0, 1000),
+    "optim.weight_decay": rules.number(0, 1000),
+    "train.steps": _STEPS,
+    "train.teacher_steps": _STEPS,
+    "train.batch_labeled": rules.integer(1, _MAX_BATCH),
+    "train.batch_unlabeled": rules.integer(1, _MAX_BATCH),
+    "train.accumulate": rules.integer(1, _MAX_BATCH),
+    "train.log_every": _INTERVAL,
+    "train.checkpoint_every": _INTERVAL,
+    "train.profile_at": _INTERVAL_OR_0,
+    **{f"pseudo.{key}": inference.RULES[key] for key in _INFERENCE_KEYS},
+    "pseudo.average": rules.one_of("softmax", "logits"),
+    "pseudo.min_confidence": rules.below(0, 1),
+    "pseudo.keep_confidence": BOOL,
+    "eval.split": TEXT,
+    **{f"eval.{key}": inference.RULES[key] for key in (*_INFERENCE_KEYS, "pad_to")},
+    "eval.every": _INTERVAL_OR_0,
+    "eval.select": rules.one_of(*SELECTIONS),
+    "rounds.count": rules.integer(0, _MAX_ROUNDS),
+    "rounds.student_model": rules.one_of("", *BACKBONES),
+    "rounds.student_pretrained": _WEIGHTS,
+    "rounds.student_init": rules.one_of("teacher", "scratch"),
+    "rounds.control": BOOL,
+    "rounds.teacher_from": TEXT,
 }
 
 
@@ -178,39 +199,7 @@ def check(config: Any) -> None:
     Raises:
         UserError: naming the key, its value and the values that are accepted.
     """
-    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    for key, value in flat.items():
-        if value is None and key not in _OPTIONAL_KEYS:
-            raise UserError(
-                f"{key} is None: give it a value, configs/default.py has the usual one.",
-                code="config-value-none",
-            )
-        if not is_finite(value):
-            raise UserError(
-                f"{key} is {value!r}: make it finite.",
-                code="config-value-not-finite",
-            )
-    for key, (is_valid, accepted) in RULES.items():
-        if key not in flat:
-            raise UserError(
-                f"The config has no {key}: start from configs.default.get_config().",
-                code="config-key-missing",
-            )
-        value = flat[key]
-        try:
-            valid = is_valid(value)
-        except TypeError:  # A value of another type, such as "3" >= 1.
-            valid = False
-        if not valid:
-            hint = ""
-            if isinstance(value, str) and accepted.startswith("one of "):
-                choices = accepted.removeprefix("one of ").split(", ")
-                matches = difflib.get_close_matches(value, choices, 1)
-                hint = f" (did you mean {matches[0]}?)" if matches else ""
-            raise UserError(
-                f"{key} is {value!r}: make it {accepted}{hint}.",
-                code="config-value-invalid",
-            )
+    _check_values(traverse_util.flatten_dict(config.to_dict(), sep="."))
     if not (config.data.weak_stream or config.data.strong_stream):
         raise UserError(
             "data.weak_stream and data.strong_stream are both empty: fill one of them.",
@@ -241,7 +230,45 @@ def check(config: Any) -> None:
             code="select-without-holdout",
         )
     deeplab.check_multi_grid(config.model)
+    stages.check_norm_values(config)
     _check_weights(config)
+
+
+def _check_values(flat: dict[str, Any]) -> None:
+    """Checks each value of a flat config by its rule.
+
+    Raises:
+        UserError: naming the key, its value and the values that are accepted.
+    """
+    for key, value in flat.items():
+        if value is None and key not in _OPTIONAL_KEYS:
+            raise UserError(
+                f"{key} is None: give it a value, configs/default.py has the usual one.",
+                code="config-value-none",
+            )
+        if not is_finite(value):
+            raise UserError(
+                f"{key} is {value!r}: make it finite.",
+                code="config-value-not-finite",
+            )
+    for key, rule in RULES.items():
+        if key not in flat:
+            raise UserError(
+                f"The config has no {key}: start from configs.default.get_config().",
+                code="config-key-missing",
+            )
+        value = flat[key]
+        if not rules.accepts(rule, value):
+            accepted = rule[1]
+            hint = ""
+            if isinstance(value, str) and accepted.startswith("one of "):
+                choices = accepted.removeprefix("one of ").split(", ")
+                matches = difflib.get_close_matches(value, choices, 1)
+                hint = f" (did you mean {matches[0]}?)" if matches else ""
+            raise UserError(
+                f"{key} is {rules.shortened(value)}: make it {accepted}{hint}.",
+                code="config-value-invalid",
+            )
 
 
 def is_finite(value: Any) -> bool:
@@ -291,11 +318,19 @@ def _check_weights(config: Any) -> None:
             "empty, or give another backbone as rounds.student_model.",
             code="student-pretrained-unused",
         )
-    for path, backbone in (
-        (config.model.pretrained, ("model.backbone", config.model.backbone)),
-        (rounds.student_pretrained, ("rounds.student_model", rounds.student_model)),
+    for weights_key, path, backbone in (
+        ("model.pretrained", config.model.pretrained, ("model.backbone", config.model.backbone)),
+        (
+            "rounds.student_pretrained",
+            rounds.student_pretrained,
+            ("rounds.student_model", rounds.student_model),
+        ),
     ):
         if not path:
+            continue
+        if path == published_weights.IMAGENET:
+            # They fit, and may have to be downloaded, which this check is too early for.
+            published_weights.check_available(weights_key, backbone[1])
             continue
         conventions = pretrained.inspect(path)
         head = ("model.head", config.model.head)

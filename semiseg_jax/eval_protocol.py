@@ -5,14 +5,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from semiseg_jax import workdir
-from semiseg_jax.data import split_lists
 from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.runtime import json_forms
 
 # By value of eval.select: the selection that a protocol names.
 SELECTIONS = {
     "last": "last",
     "holdout": "best on a hold-out of the labelled set",
     "reported": "best on the reported set",
+}
+# Both sides of a window or of its stride, in pixels.
+_SIDES = json_forms.list_of(json_forms.is_integer, range(2, 3))
+_WINDOW = json_forms.record({"size": _SIDES, "stride": _SIDES})
+# The form of each field in a JSON file.
+_FORMS: Mapping[str, json_forms.Form] = {
+    "data": json_forms.is_text,
+    "split": json_forms.is_text,
+    "scales": json_forms.list_of(json_forms.is_number),
+    "flip": json_forms.is_flag,
+    "window": lambda value: value == "whole" or _WINDOW(value),
+    "selection": json_forms.is_text,
+    "pad_to": json_forms.is_integer,
+    "split_hash": json_forms.is_text,
+    "evaluation_hash": json_forms.optional(json_forms.is_text),
+    "seed": json_forms.is_integer,
+    "config_hash": json_forms.is_text,
 }
 _METHOD = ("data", "split", "scales", "flip", "window", "pad_to", "selection")
 # What must agree before two mIoU values stand in one table.
@@ -65,23 +82,20 @@ class EvalProtocol:
             split=dataset.evaluated_on,
             pad_to=pad_to,
             split_hash=dataset.split_hash,
-            evaluation_hash=split_lists.split_hash([[e.id for e in dataset.evaluation]]),
+            evaluation_hash=dataset.evaluation_hash,
             seed=config.seed,
             config_hash=workdir.config_hash(config),
             **_configured(config.eval),
         )
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "EvalProtocol":
+    def from_json(cls, content: Any) -> "EvalProtocol":
         """The protocol that `to_json` gave.
 
         Raises:
-            ValueError: a key is missing.
+            ValueError: it is no object, a key is missing, or a value is of another form.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {"evaluation_hash": None} | {k: v for k, v in content.items() if k in known}
-        if missing := known - values.keys():
-            raise ValueError(f"a protocol has no {min(missing)}")
+        values = json_forms.checked(content, _FORMS, {"evaluation_hash": None}, "a protocol")
         return cls(**values | {"scales": tuple(map(float, content["scales"]))})
 
     def to_json(self) -> dict[str, Any]:

@@ -9,13 +9,19 @@ from pathlib import Path
 
 from absl import app, flags
 
-from semiseg_jax.runtime import cli
+from semiseg_jax.runtime import cli, interrupts
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a run that has ended.")
-_OUTPUT = flags.DEFINE_string("output", "", "The folder to create.")
+_WORKDIR = cli.define_path_flag("workdir", "", "Folder of a run that has ended.")
+_OUTPUT = cli.define_path_flag("output", "", "The folder to create.")
 _FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model, for TensorFlow.")
-_IMAGES = flags.DEFINE_string(
+_IMAGES = cli.define_path_flag(
     "images", None, "A folder with photographs to compare on; built-in scenes by default."
+)
+_MAX_IMAGE_PIXELS = flags.DEFINE_integer(
+    "max_image_pixels",
+    None,
+    "Largest number of pixels of a photograph (default 268,435,456).",
+    lower_bound=1,
 )
 
 
@@ -23,7 +29,7 @@ def main(argv: list[str]) -> None:
     """Exports the model in a workdir."""
     cli.start_command(argv)
     workdir, output, format_ = (
-        flag.value or sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
+        flag.value or sys.exit(f"Error: --{flag.name} is missing: give it; --help lists the flags.")
         for flag in (_WORKDIR, _OUTPUT, _FORMAT)
     )
     if importlib.util.find_spec("tensorflow") is None:
@@ -33,16 +39,18 @@ def main(argv: list[str]) -> None:
     from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
     import jax
 
+    from semiseg_jax.data import image_header
     from semiseg_jax.runtime.errors import UserError
     from semiseg_jax.serving import exporters
 
     # On the CPU, because accelerators compute float32 products with less precision, which would
     # hide differences between the exported model and the network.
     jax.config.update("jax_platforms", "cpu")
+    image_header.set_max_pixels(_MAX_IMAGE_PIXELS.value or image_header.DEFAULT_MAX_PIXELS)
+    images = Path(_IMAGES.value) if _IMAGES.value else None
     try:
-        exporters.export(
-            Path(workdir), Path(output), format_, Path(_IMAGES.value) if _IMAGES.value else None
-        )
+        with interrupts.exit_on_signals():
+            exporters.export(Path(workdir), Path(output), format_, images)
     except UserError as error:
         sys.exit(f"Error: {error}")
 

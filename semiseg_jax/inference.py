@@ -18,8 +18,41 @@ from jaxtyping import Array, Float, Int32, UInt8
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.deeplab import normalize
 from semiseg_jax.models.layers import resize
-from semiseg_jax.runtime import preemption
+from semiseg_jax.runtime import preemption, rules
 from semiseg_jax.train_state import Variables
+
+# The smallest and largest scale, and the largest side of a window in pixels, batch, and padding.
+# A larger value is a mistake, and would end in a failed allocation.
+_MIN_SCALE, _MAX_SCALE = 0.01, 16
+_MAX_SIDE = 2**14
+_MAX_BATCH = 4096
+_MAX_PAD_TO = 4096
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, tuple) and (
+        value == () or (len(value) == 2 and all(rules.is_integer(n, 1, _MAX_SIDE) for n in value))
+    )
+
+
+_WINDOW: rules.Rule = (
+    _is_window,
+    f"() or (height, width) in pixels, two integers above 0 and at most {_MAX_SIDE}",
+)
+# By setting of inference, as in `config.eval` and `config.pseudo`: the values it accepts.
+RULES: dict[str, rules.Rule] = {
+    "scales": rules.tuple_of(
+        rules.number(_MIN_SCALE, _MAX_SCALE),
+        f"a tuple of numbers above 0, at least one: each at least {_MIN_SCALE} and at most "
+        f"{_MAX_SCALE}",
+        shortest=1,
+    ),
+    "flip": rules.BOOL,
+    "window": _WINDOW,
+    "window_stride": _WINDOW,
+    "batch": rules.integer(1, _MAX_BATCH),
+    "pad_to": rules.integer(1, _MAX_PAD_TO),
+}
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:

@@ -7,12 +7,12 @@ predictions.
 
 from typing import Any
 
-from absl import app, flags
+from absl import app
 
 from semiseg_jax.runtime import cli, preemption
 
 _CONFIG = cli.define_config_flag("What to run")
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path_flag(
     "workdir",
     None,
     "The folder that a run writes to, and goes on in; runs/streets for configs/streets.py unless "

@@ -18,7 +18,7 @@ _TOPOLOGY = flags.DEFINE_multi_string(
     ["v5e:4x4"],
     "v4, v5e, v5p or v6e with the chips along each axis, or cpu; may be repeated.",
 )
-_JSON = flags.DEFINE_string("json", None, "JSON file to write the plan to.")
+_JSON = cli.define_path_flag("json", None, "JSON file to write the plan to.")
 _MEASURE_INPUT = flags.DEFINE_float(
     "measure-input", 0.0, "Seconds to measure this machine's input pipeline for; 0 for not at all."
 )

@@ -7,11 +7,11 @@ from absl import app, flags
 
 from semiseg_jax.runtime import cli, malloc, preemption, xla
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path_flag(
     "workdir", None, "Folder of a run that has ended; its model/ is read."
 )
-_INPUT = flags.DEFINE_string("input", None, "A folder of images, nested or not, or one image.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write to.")
+_INPUT = cli.define_path_flag("input", None, "A folder of images, nested or not, or one image.")
+_OUTPUT = cli.define_path_flag("output", None, "The folder to write to.")
 _OVERLAYS = flags.DEFINE_boolean(
     "overlays", True, "Also write the images overlaid with their classes."
 )
@@ -34,6 +34,12 @@ _BATCH = flags.DEFINE_integer("batch", None, "Largest number of images per batch
 _MAX_PIXELS = flags.DEFINE_integer(
     "max_pixels", None, "Pixels that a device processes at a time; larger images are tiled."
 )
+_MAX_IMAGE_PIXELS = flags.DEFINE_integer(
+    "max_image_pixels",
+    None,
+    "Largest number of pixels of an image (default 268,435,456); larger ones are not decoded.",
+    lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +47,7 @@ def main(argv: list[str]) -> None:
     cli.start_command(argv)
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if not flag.value:
-            sys.exit(f"Error: Say --{flag.name}: --help has the flags.")
+            sys.exit(f"Error: --{flag.name} is missing: give it; --help lists the flags.")
     on_cpu = xla.runs_on_cpu()
     if on_cpu:
         malloc.disable_malloc_trim()
@@ -58,6 +64,7 @@ def main(argv: list[str]) -> None:
             xla.force_cpu()
         xla.enable_compilation_cache(paths.default_cache_dir() / "compiled")
         with preemption.install_signal_handlers():
+            xla.require_platform()
             errors = _predict(changes)
     except UserError as error:
         sys.exit(f"Error: {error}")
@@ -80,6 +87,7 @@ def _parse_changes() -> dict[str, Any]:
         UserError: a flag has an invalid value.
     """
     from semiseg_jax import config_check
+    from semiseg_jax.runtime import rules
     from semiseg_jax.runtime.errors import UserError
 
     changes: dict[str, Any] = {
@@ -100,15 +108,15 @@ def _parse_changes() -> dict[str, Any]:
             code="flag-numbers-malformed",
         ) from error
     for name, value in changes.items():
-        is_valid, requirement = config_check.RULES.get(f"eval.{name}", (lambda v: True, ""))
+        rule = config_check.RULES[f"eval.{name}"]
         if not config_check.is_finite(value):
             raise UserError(
                 f"--{name} is {value!r}: make it finite.",
                 code="flag-value-not-finite",
             )
-        if not is_valid(value):
+        if not rules.accepts(rule, value):
             raise UserError(
-                f"--{name} is {value!r}: make it {requirement}.",
+                f"--{name} is {rules.shortened(value)}: make it {rule[1]}.",
                 code="flag-value-invalid",
             )
     if ("window" in changes) != ("window_stride" in changes):
@@ -138,9 +146,11 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     from rich import progress as bars
 
     from semiseg_jax import mesh
-    from semiseg_jax.runtime.logger import logger
+    from semiseg_jax.data import file_warnings, image_header
+    from semiseg_jax.runtime.logger import RunConsole, logger
     from semiseg_jax.serving import inputs, model_bundle, prediction_writer
 
+    image_header.set_max_pixels(_MAX_IMAGE_PIXELS.value or image_header.DEFAULT_MAX_PIXELS)
     bundle = model_bundle.load(_WORKDIR.value)
     images = inputs.Images(_INPUT.value, _OUTPUT.value)
     devices = mesh.make_mesh()
@@ -150,10 +160,18 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     differences = [f"--{k}={v}" for k, v in changes.items() if v != getattr(evaluated, k)]
     logger.info(
         f"{_WORKDIR.value}: {len(bundle.classes)} classes, {miou}; "
-        + (f"here {' '.join(differences)} instead" if differences else "images are seen as there")
+        + (f"here {' '.join(differences)} instead" if differences else "predicts as evaluated")
+        + f", images downscaled by {bundle.downscale} as in training" * (bundle.downscale > 1)
     )
     if images.others:
-        logger.info(f"{images.others} files below {_INPUT.value} are no images and left alone")
+        logger.info(f"{images.others} files below {_INPUT.value} are skipped: they are no images")
+    if images.predictions:
+        folders = ", ".join(map(str, images.predictions[:3])) + ", …" * (
+            len(images.predictions) > 3
+        )
+        logger.info(f"folders of earlier predictions are left out of the input: {folders}")
+    for warning in file_warnings.find(images.examples):
+        logger.info(f"Warning: {warning}")
     writer = prediction_writer.PredictionWriter(
         bundle, protocol, devices, _OUTPUT.value, _OVERLAYS.value, _PROBABILITIES.value
     )
@@ -164,6 +182,7 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
         bars.TimeElapsedColumn(),
         bars.TextColumn("left"),
         bars.TimeRemainingColumn(),
+        console=RunConsole(),
     ) as bar:
         task = bar.add_task("images", total=len(images.examples))
         errors = writer(images.examples, lambda count: bar.advance(task, count))

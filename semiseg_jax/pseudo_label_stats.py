@@ -15,10 +15,26 @@ from jaxtyping import Float, Int
 
 from semiseg_jax.data import image_io
 from semiseg_jax.data.load import Dataset
-from semiseg_jax.pseudo_labels import MANIFEST
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.pseudo_labels import MANIFEST, read_manifest
+from semiseg_jax.runtime import fileio, hashes, json_forms, multihost
+from semiseg_jax.runtime.errors import UserError
 
 STATS_FILE = "health.json"
+_SHARES = json_forms.mapping_of(json_forms.is_number)
+_STATS = json_forms.record(
+    {
+        "mean_confidence": json_forms.is_number,
+        "ignored": json_forms.is_number,
+        "class_share": _SHARES,
+        "labeled_share": _SHARES,
+        "warnings": json_forms.list_of(json_forms.is_text),
+    },
+    {
+        "changed": json_forms.is_number,
+        "drift": json_forms.is_number,
+        "most_changed": json_forms.mapping_of(json_forms.is_number, json_forms.is_name),
+    },
+)
 # A class is reported as collapsing if its share of the pixels is less than this fraction of its
 # share of the labelled pixels, or of its share in the previous round.
 COLLAPSED_AGAINST_LABELS = 0.1
@@ -75,21 +91,35 @@ def write_stats(
     return [line, *(f"Warning: {warning}" for warning in warnings)]
 
 
+def read_stats(folder: epath.Path) -> dict[str, Any] | None:
+    """Returns the content of health.json; None if it is missing, damaged or of another form.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    stats = fileio.read_json(folder / STATS_FILE, _STATS)
+    if stats is None or stats["class_share"].keys() != stats["labeled_share"].keys():
+        return None
+    return stats
+
+
 def _previous_manifest(folder: epath.Path) -> dict[str, Any] | None:
     """Returns the manifest of the previous round; None if it is missing or damaged."""
-    return multihost.broadcast_from_main(
-        "label maps of the round before", lambda: fileio.read_json(folder / MANIFEST)
-    )
+
+    def read() -> dict[str, Any] | None:
+        manifest = read_manifest(folder)
+        return manifest if manifest and hashes.is_intact(manifest) else None
+
+    return multihost.broadcast_from_main("label maps of the round before", read)
 
 
 def class_shares(manifest: Mapping[str, Any], num_classes: int) -> Float[np.ndarray, " classes"]:
     """Returns the share of each class among the pixels with a label, in 0..1."""
-    counts = np.zeros(num_classes, np.int64)
+    counts = np.zeros(image_io.IGNORE + 1, np.int64)
     for entry in manifest["images"].values():
         for value, count in entry["histogram"].items():
-            if int(value) != image_io.IGNORE:
-                counts[int(value)] += count
-    return _normalize(counts)
+            counts[int(value)] += count
+    return _normalize(counts[:num_classes])
 
 
 def changed_pixels(
@@ -97,8 +127,8 @@ def changed_pixels(
 ) -> dict[str, tuple[int, int]]:
     """Returns the number of changed pixels and of compared pixels, by image.
 
-    Only pixels with a label in both rounds are compared. Of many images, MAX_COMPARED at most are
-    compared.
+    Compares the pixels with a label in both rounds, of images with a readable earlier label map; of
+    many images MAX_COMPARED at most.
 
     Args:
         folder: folder of the label maps.
@@ -110,7 +140,13 @@ def changed_pixels(
     table = image_io.id_table(len(dataset.classes))
 
     def compare(name: str) -> tuple[int, int]:
-        new, old = (image_io.read_mask(f / f"{name}.png", table) for f in (folder, previous))
+        new = image_io.read_mask(folder / f"{name}.png", table)
+        try:
+            old = image_io.read_mask(previous / f"{name}.png", table)
+        except UserError:
+            return 0, 0  # Removed to save space, or damaged: nothing but this number needs it.
+        if new.shape != old.shape:
+            return 0, 0
         labeled = (new != image_io.IGNORE) & (old != image_io.IGNORE)
         return int((labeled & (new != old)).sum()), int(labeled.sum())
 

@@ -4,11 +4,11 @@ Source: ICCV 2021, section 2.1: arg max of the teacher's class probabilities on 
 averaged over scales and mirror images.
 """
 
+import dataclasses
 import functools
-import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -17,22 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 from PIL import Image
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir
-from semiseg_jax.data import image_io
+from semiseg_jax.data import image_io, label_maps
 from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.inference import Predictor, pipelined_map
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import fileio, hashes, json_forms, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.shape_buckets import pad_multiple
-from semiseg_jax.train_state import Variables, inference_variables
+from semiseg_jax.train_state import Variables, inference_variables, variables_hash
 
 # Folder of a stage's label maps, and the file in it that describes them.
 PSEUDO_LABELS = "pseudo_labels"
@@ -42,6 +41,22 @@ CONFIDENCE = "pseudo_confidence"
 
 # Describes a set of label maps (see `Labeler.__call__`).
 Manifest = dict[str, Any]
+
+_LABELS = frozenset(map(str, range(image_io.IGNORE + 1)))
+_SIDE = json_forms.both(json_forms.is_count, lambda side: side > 0)
+_ENTRY = json_forms.record(
+    {
+        "sha256": json_forms.is_text,
+        "size": json_forms.list_of(_SIDE, range(2, 3)),
+        "mean_confidence": json_forms.is_number,
+        # By class id, and IGNORE, as text.
+        "histogram": json_forms.mapping_of(json_forms.is_count, lambda k: k in _LABELS),
+    }
+)
+_MANIFEST = json_forms.record(
+    {"images": json_forms.mapping_of(_ENTRY, json_forms.is_name)},
+    {"left_out": json_forms.mapping_of(json_forms.is_text)},
+)
 
 
 class Labeler:
@@ -66,6 +81,7 @@ class Labeler:
             pad_value: RGB of the padding.
         """
         self._dataset = dataset
+        self._examples: Sequence[Example] = dataset.unlabeled
         self._config = config.pseudo
         self._config_hash = workdir.config_hash(config)
         self._mesh = mesh
@@ -91,6 +107,7 @@ class Labeler:
         teacher: str,
         folder: epath.PathLike,
         progress: Callable[[int, int], None],
+        left_out: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Writes the label map of each unlabelled image, and then the manifest.
 
@@ -103,19 +120,23 @@ class Labeler:
             teacher: name of the teacher for the manifest, such as "round_0/teacher, step 500".
             folder: folder of the label maps.
             progress: called with (number of labelled images, number of images).
+            left_out: ids of unlabelled images that are lost or not decodable, with the reasons.
 
         Returns:
             The manifest: the teacher and the settings; and for each image the hash of its label
-            map, its size, the number of pixels of each label, and its mean confidence.
+            map, its size, the number of pixels of each label, and its mean confidence; if images
+            were left out, their ids and reasons; and a hash of all of this.
 
         Raises:
             UserError: the folder contains the labels of another teacher or of other settings.
             Preempted: the run must stop; all label maps so far are on disk.
         """
         folder = epath.Path(folder)
+        left_out = left_out or self._dataset.left_out
+        self._examples = [e for e in self._dataset.unlabeled if e.id not in left_out]
         variables = inference_variables(variables)
         provenance = self._provenance(variables, teacher)
-        stamp = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
+        stamp = hashes.hash_json(provenance)
         manifest = multihost.broadcast_from_main(
             "manifest", lambda: _read_manifest(folder, provenance)
         )
@@ -131,15 +152,20 @@ class Labeler:
         self._label(variables, unlabeled, folder, stamp, progress)
         multihost.barrier(f"labels of {teacher}")
         with futures.ThreadPoolExecutor() as pool:
-            examples = multihost.local_shard(self._dataset.unlabeled)
+            examples = multihost.local_shard(self._examples)
             local = list(pool.map(lambda e: (e.id, _manifest_entry(folder, e)), examples))
         entries = dict(multihost.all_gather_shards("descriptions of the labels", local))
+        # From now on the unlabelled images are those of the manifest, see `restrict_to_labeled`.
+        left_out = manifest.get("left_out", {}) if manifest else left_out
         manifest = provenance | {
             "stamp": stamp,
             "code_version": workdir.code_version(),
             "config_hash": self._config_hash,
             "images": entries,
         }
+        if left_out:
+            manifest["left_out"] = dict(left_out)
+        manifest = hashes.sealed(manifest)
         if multihost.is_main():
             fileio.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
@@ -160,7 +186,7 @@ class Labeler:
                 not self._config.keep_confidence or _has_confidence(folder, example)
             )
 
-        examples = self._dataset.unlabeled
+        examples = self._examples
         with futures.ThreadPoolExecutor() as pool:
             local = list(pool.map(is_labeled, multihost.local_shard(examples)))
         labeled = multihost.all_gather_shards("label maps that are there", local)
@@ -169,7 +195,7 @@ class Labeler:
     @functools.cached_property
     def _pad_to(self) -> int:
         """The padding multiple; computed lazily, because a run without students labels nothing."""
-        return pad_multiple(image_sizes(self._dataset.unlabeled), self._config_pad_to)
+        return pad_multiple(image_sizes(self._examples), self._config_pad_to)
 
     def _provenance(self, variables: Variables, teacher: str) -> dict[str, Any]:
         """Returns everything that determines the labels except the images."""
@@ -195,7 +221,7 @@ class Labeler:
         progress: Callable[[int, int], None],
     ) -> None:
         """Labels images; reading, computation and writing overlap."""
-        total = len(self._dataset.unlabeled)
+        total = len(self._examples)
         num_labeled = total - len(examples)
         batches = image_batches(
             examples, self._dataset, self._batch_size, self._pad_to, self._pad_value
@@ -271,19 +297,60 @@ class Labeler:
             "mean_confidence": repr(mean_confidence),
             "histogram": json.dumps({str(i): int(counts[i]) for i in np.flatnonzero(counts)}),
         }
-        png = image_io.encode_mask(classes, self._dataset.palette, text)
+        png = label_maps.encode(classes, self._dataset.palette, name, text)
         # Not synced: `_find_unlabeled` finds a label map that a power cut damaged.
         fileio.write_bytes(folder / f"{name}.png", png, sync=False)
 
 
-def variables_hash(variables: Variables) -> str:
-    """Returns a hash of the names and the bytes of all variables, 16 hex digits."""
-    digest = hashlib.sha256()
-    flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(flat[name]).tobytes())
-    return digest.hexdigest()[:16]
+def restrict_to_labeled(dataset: Dataset, folder: epath.Path) -> Dataset:
+    """Returns a data set without the unlabelled images that a manifest leaves out.
+
+    Images that were left out when the others were labelled stay out, even if they are restored.
+    Without a manifest the data set is unchanged.
+
+    Args:
+        dataset: the data set as its files are now.
+        folder: the folder of the first label maps of the run.
+
+    Raises:
+        UserError: an image that was labelled is lost or damaged.
+    """
+
+    def read() -> list[list[str]]:
+        manifest = read_manifest(folder) or {}
+        return [sorted(manifest.get(name, {})) for name in ("images", "left_out")]
+
+    ids = multihost.broadcast_from_main("labelled images", read)
+    labeled_ids, left_out_ids = (set(part) for part in ids)
+    for id_, error in dataset.left_out.items():
+        if id_ in labeled_ids:
+            raise UserError(
+                f"{error.removesuffix('.')}; it was pseudo-labelled before: restore the image, or "
+                "give another --workdir.",
+                code="pseudo-labeled-image-lost",
+            )
+    restored = [e for e in dataset.unlabeled if e.id in left_out_ids]
+    if not restored:
+        return dataset
+    logger.info(
+        f"{len(restored)} unlabelled images, {restored[0].image} first, stay left out: the others "
+        "were labelled without them."
+    )
+    reason = "It was left out when the others were labelled."
+    return dataclasses.replace(
+        dataset,
+        unlabeled=tuple(e for e in dataset.unlabeled if e.id not in left_out_ids),
+        left_out={**dataset.left_out, **{e.id: reason for e in restored}},
+    )
+
+
+def read_manifest(folder: epath.Path) -> Manifest | None:
+    """Returns the manifest of a folder; None if it is missing, damaged or of another form.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    return fileio.read_json(folder / MANIFEST, _MANIFEST)
 
 
 def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest | None:
@@ -292,9 +359,9 @@ def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest |
     Raises:
         UserError: the labels are of another teacher or of other settings.
     """
-    manifest = fileio.read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest is None:
-        return None  # A damaged manifest is computed again from the label maps.
+        return None
     for key, value in provenance.items():
         if manifest.get(key) != value:
             raise UserError(
@@ -302,16 +369,17 @@ def _read_manifest(folder: epath.Path, provenance: dict[str, Any]) -> Manifest |
                 f"run has {value!r}: remove that folder to make them again.",
                 code="pseudo-labels-of-another-run",
             )
-    return manifest
+    # A damaged manifest is computed again from the label maps.
+    return manifest if hashes.is_intact(manifest) else None
 
 
 def _has_stamp(folder: epath.Path, example: Example, stamp: str) -> bool:
-    """Returns whether the image has an undamaged label map with this stamp."""
+    """Returns whether the image has an unchanged label map of its own with this stamp."""
     path = folder / f"{example.id}.png"
     if not path.exists():
         return False
     try:
-        return image_io.read_png_text(path).get("stamp") == stamp
+        return label_maps.read_text(path, example.id).get("stamp") == stamp
     except UserError:
         return False
 
@@ -341,7 +409,7 @@ def _matches_manifest(folder: epath.Path, example: Example, entry: dict[str, Any
 def _digest(path: epath.Path) -> str:
     """Returns a hash of the content of a file, 16 hex digits."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return hashes.hash_bytes(path.read_bytes())
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
 
@@ -354,7 +422,7 @@ def _has_confidence(folder: epath.Path, example: Example) -> bool:
 def _manifest_entry(folder: epath.Path, example: Example) -> dict[str, Any]:
     """Returns the entry of an image in the manifest, read from its label map."""
     path = folder / f"{example.id}.png"
-    text = image_io.read_png_text(path)
+    text = label_maps.read_text(path, example.id)
     return {
         "sha256": _digest(path),
         "size": list(image_io.image_size(path)),

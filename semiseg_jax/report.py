@@ -6,14 +6,11 @@ sections are built in `reporting`, the layout is in `templates`.
 """
 
 import sys
+from pathlib import Path
 
 from absl import app, flags
-from etils import epath
 
-from semiseg_jax.reporting import drawings, galleries
-from semiseg_jax.reporting.page import FILE, write
-from semiseg_jax.runtime import cli, fileio
-from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime import cli
 
 
 def main(argv: list[str]) -> None:
@@ -21,26 +18,33 @@ def main(argv: list[str]) -> None:
     cli.start_command(argv)
     workdir = flags.FLAGS.workdir
     if not workdir:
-        sys.exit("Error: Say which run, such as --workdir=runs/streets.")
+        sys.exit("Error: --workdir is missing: give the folder of a run, such as runs/streets.")
+    # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
+    # TensorFlow first, because other packages would import it with its log messages.
+    from semiseg_jax.runtime import quiet_tensorflow  # noqa: F401 # isort: skip
+    from semiseg_jax.reporting import drawings, galleries, page
+    from semiseg_jax.runtime import fileio
+    from semiseg_jax.runtime.errors import UserError
+
     try:
-        missing = write(workdir)
+        missing = page.write(workdir)
         if flags.FLAGS.picture:
             fileio.write_bytes(flags.FLAGS.picture, galleries.picture(workdir))
         if flags.FLAGS.norms:
             fileio.write_bytes(flags.FLAGS.norms, drawings.norms_picture(workdir))
     except UserError as error:
         sys.exit(f"Error: {error}")
-    print(epath.Path(workdir) / FILE)
+    print(Path(workdir) / page.FILE)
     for sentence in missing:
         print(sentence)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run to report on, such as runs/streets.")
-    flags.DEFINE_string(
+    cli.define_path_flag("workdir", None, "The run to report on, such as runs/streets.")
+    cli.define_path_flag(
         "picture", None, "A PNG to write as well: some images with their labels and predictions."
     )
-    flags.DEFINE_string(
+    cli.define_path_flag(
         "norms", None, "A PNG to write as well: the weak against the strong norm of some layers."
     )
     app.run(main, flags_parser=cli.parse_flags)

@@ -2,21 +2,39 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from semiseg_jax import metrics
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.evaluate import Score
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import hashes, json_forms, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
-from semiseg_jax.runtime.fileio import write_bytes
-from semiseg_jax.stages import stage_name
+from semiseg_jax.runtime.fileio import parse_json, read_text, write_bytes
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.stages import KINDS, stage_name
+
+# The form of each field of a row in results.json.
+_FORMS: Mapping[str, json_forms.Form] = {
+    "stage": lambda value: value in KINDS,
+    "round": json_forms.is_count,
+    "step": json_forms.is_count,
+    "weights_step": json_forms.optional(json_forms.is_count),
+    "split": json_forms.is_text,
+    "miou": json_forms.is_number,
+    "iou": json_forms.list_of(json_forms.optional(json_forms.is_number), range(1, 256)),
+    "pixel_accuracy": json_forms.is_number,
+    "mean_class_accuracy": json_forms.is_number,
+    "pixels": json_forms.is_count,
+    "seed": json_forms.is_integer,
+    "protocol": json_forms.is_object,  # in detail by `EvalProtocol.from_json`
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +100,9 @@ class ResultRow:
         """The row that `to_json` gave.
 
         Raises:
-            ValueError: it is no object, or a key is missing.
+            ValueError: it is no object, a key is missing, or a value is of another form.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(content, Mapping) or not isinstance(content.get("protocol"), Mapping):
-            raise ValueError("a row has no protocol")
-        values = {"weights_step": None} | {k: v for k, v in content.items() if k in known}
-        if missing := known - values.keys():
-            raise ValueError(f"a row has no {min(missing)}")
+        values = json_forms.checked(content, _FORMS, {"weights_step": None}, "a row")
         protocol = EvalProtocol.from_json(content["protocol"])
         return cls(**values | {"iou": tuple(content["iou"]), "protocol": protocol})
 
@@ -120,16 +133,56 @@ class ResultRow:
         return key == other_key and self.protocol.is_comparable(other.protocol)
 
 
+# Beside results.json: {hash of a row: hash of the weights that the row is of}. A row whose hash is
+# not there was changed after it was written. Workdirs of older code have no such file.
+ROW_HASHES = "row_hashes.json"
+_ROW_HASHES_FORM = json_forms.mapping_of(json_forms.is_text)
+
+
 def read(path: epath.Path) -> dict[str, list[ResultRow]]:
-    """The content of a results.json (see `Results`); empty if there is none.
+    """The content of a results.json (see `Results`) without changed rows; empty if there is none.
+
+    A row that was changed after it was written is left out with a warning.
+
+    Raises:
+        UserError: the file, or ROW_HASHES beside it, is damaged.
+    """
+    rows_by_name = _read_rows(path, read_row_hashes(path))
+    return {name: [row for row in rows if row] for name, rows in rows_by_name.items()}
+
+
+def read_row_hashes(path: epath.Path) -> dict[str, str] | None:
+    """The content of ROW_HASHES beside a results.json; None in workdirs of older code.
 
     Raises:
         UserError: the file is damaged.
     """
+    path = path.parent / ROW_HASHES
+    if not path.exists():
+        return None
+    try:
+        content = parse_json(read_text(path))
+        if not _ROW_HASHES_FORM(content):
+            raise ValueError("it does not give the hashes of rows")
+        return content
+    except OSError as error:
+        raise read_error(path, error, "make it readable") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it, or remove it and results.json beside "
+            "it, and start again to evaluate every stage anew.",
+            code="row-hashes-damaged",
+        ) from error
+
+
+def _read_rows(
+    path: epath.Path, hashes_of_rows: Mapping[str, str] | None
+) -> dict[str, list[ResultRow | None]]:
+    """The rows of a results.json, with None instead of each changed row; warns of each."""
     if not path.exists():
         return {"rows": [], "curve": []}
     try:
-        return parse(json.loads(path.read_text()))
+        rows_by_name = parse(parse_json(read_text(path)))
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
     except ValueError as error:
@@ -138,6 +191,21 @@ def read(path: epath.Path) -> dict[str, list[ResultRow]]:
             "anew.",
             code="results-damaged",
         ) from error
+
+    def checked(row: ResultRow) -> ResultRow | None:
+        if hashes_of_rows is None or _row_hash(row) in hashes_of_rows:
+            return row
+        logger.info(
+            f"Warning: {path}: the row of {row.stage_name}, step {row.step}, was changed after it "
+            "was written: it is not used; the run's own command evaluates again."
+        )
+        return None
+
+    return {name: [checked(row) for row in rows] for name, rows in rows_by_name.items()}
+
+
+def _row_hash(row: ResultRow) -> str:
+    return hashes.hash_json(row.to_json())
 
 
 def parse(content: Any) -> dict[str, list[ResultRow]]:
@@ -148,6 +216,9 @@ def parse(content: Any) -> dict[str, list[ResultRow]]:
     """
     if not isinstance(content, dict) or "rows" not in content:
         raise ValueError("it has no rows")
+    if unknown := content.keys() - {"rows", "curve"}:
+        # The name of a list with a damaged character; the list itself must not get lost.
+        raise ValueError(f"{min(unknown)!r} is no list of rows")
     rows_by_name: dict[str, list[ResultRow]] = {}
     for name in ("rows", "curve"):
         rows = content.get(name, [])
@@ -164,7 +235,8 @@ class Results:
     """The rows of a workdir, kept on disk; without clock times, so that reruns are identical.
 
     The file is {"rows": [...], "curve": [...]}: `rows` has the end of each stage, `curve` the
-    evaluations inside stages, rows of the same form.
+    evaluations inside stages, rows of the same form. ROW_HASHES beside it ties each row to its
+    weights. A row that was changed in the file is dropped; its stage is evaluated again.
 
     Raises:
         UserError: the file is damaged.
@@ -172,39 +244,92 @@ class Results:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
-        content = multihost.broadcast_from_main("results", lambda: _to_json(read(self._path)))
-        self._content = parse(content)
+
+        def read_files() -> list[Any]:
+            hashes_of_rows = read_row_hashes(self._path)
+            return [_to_json(_read_rows(self._path, hashes_of_rows)), hashes_of_rows]
+
+        content, hashes_of_rows = multihost.broadcast_from_main("results", read_files)
+        # A changed row is None; the row of the repeated evaluation replaces it.
+        self._content: dict[str, list[ResultRow | None]] = {
+            name: [row and ResultRow.from_json(row) for row in rows]
+            for name, rows in content.items()
+        }
+        # In a workdir of older code the weights of a row are unknown: "".
+        self._weights_by_row = hashes_of_rows or {_row_hash(row): "" for row in self._all_rows()}
+
+    def _all_rows(self) -> list[ResultRow]:
+        return [*self.rows, *self.curve]
 
     @property
     def rows(self) -> list[ResultRow]:
         """The ends of stages, in the order in which they were first written."""
-        return self._content["rows"]
+        return [row for row in self._content["rows"] if row]
 
     @property
     def curve(self) -> list[ResultRow]:
         """The evaluations inside stages."""
-        return self._content["curve"]
+        return [row for row in self._content["curve"] if row]
 
-    def add(self, row: ResultRow, final: bool) -> None:
+    def is_of(self, row: ResultRow, weights_hash: str | None, may_be_unknown: bool = True) -> bool:
+        """Whether a row is of the weights with this hash; None for any weights.
+
+        Args:
+            row: one of `rows` or `curve`.
+            weights_hash: of the weights.
+            may_be_unknown: accept a row of older code, whose weights are not known.
+        """
+        known = self._weights_by_row[_row_hash(row)]
+        return weights_hash is None or known == weights_hash or (may_be_unknown and not known)
+
+    def add(self, row: ResultRow, final: bool, weights_hash: str = "") -> None:
         """Adds a row, or replaces the one that it `replaces`, and writes the file.
 
         Args:
             row: the result.
             final: it is of the end of a stage.
+            weights_hash: `variables_hash` of the evaluated weights; empty if unknown.
         """
+        # With the row that is replaced: results.json is written later, and may stay as it is.
+        known = {_row_hash(old) for old in self._all_rows()}
+        weights_by_row = {k: v for k, v in self._weights_by_row.items() if k in known}
+        self._weights_by_row = weights_by_row | {_row_hash(row): weights_hash}
         rows = self._content["rows" if final else "curve"]
-        replaced = [i for i, old in enumerate(rows) if row.replaces(old)]
-        if replaced:
-            rows[replaced[0]] = row
+        positions = [i for i, old in enumerate(rows) if old and row.replaces(old)]
+        positions += [i for i, old in enumerate(rows) if old is None and final]
+        if positions:
+            rows[positions[0]] = row
         else:
             rows.append(row)
         if multihost.is_main():
-            text = json.dumps(_to_json(self._content), indent=1) + "\n"
-            write_bytes(self._path, text.encode())
+            _write_json(self._path.parent / ROW_HASHES, self._weights_by_row)
+        self._write()
+
+    def _write(self) -> None:
+        """Writes results.json, without the changed rows that no evaluation has replaced yet."""
+        if multihost.is_main():
+            _write_json(self._path, _to_json({"rows": self.rows, "curve": self.curve}))
+
+    def remove(self, is_outdated: Callable[[ResultRow], bool]) -> None:
+        """Removes the rows that are outdated, and writes the file if there were any.
+
+        Args:
+            is_outdated: returns whether to remove a row.
+        """
+        outdated = [row for row in (*self.rows, *self.curve) if is_outdated(row)]
+        if not outdated:
+            return
+        for name, rows in self._content.items():
+            self._content[name] = [row for row in rows if row not in outdated]
+        self._write()
 
 
-def _to_json(content: Mapping[str, Sequence[ResultRow]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: [row.to_json() for row in rows] for name, rows in content.items()}
+def _write_json(path: epath.Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _to_json(content: Mapping[str, Sequence[ResultRow | None]]) -> dict[str, list[Any]]:
+    return {name: [row and row.to_json() for row in rows] for name, rows in content.items()}
 
 
 def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Console) -> None:
@@ -218,7 +343,7 @@ def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Cons
     if not all(row.protocol.is_comparable(rows[0].protocol) for row in rows):
         raise ValueError("rows of different protocols do not belong into one table")
     teacher = next((row for row in rows if row.stage == "teacher"), None)
-    table = Table(box=box.SIMPLE_HEAD, title=f"Results on {rows[0].split}, in %")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(f"Results on {rows[0].split}, in %"))
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row.stage_name, justify="right", no_wrap=True)
@@ -228,5 +353,5 @@ def print_table(rows: Sequence[ResultRow], classes: Sequence[str], console: Cons
         table.add_row("gain over the teacher", *gains, end_section=True)
     for i, name in enumerate(classes):
         values = [row.iou[i] for row in rows]
-        table.add_row(name, *("-" if v is None else f"{100 * v:.1f}" for v in values))
+        table.add_row(escape(name), *("-" if v is None else f"{100 * v:.1f}" for v in values))
     console.print(table)

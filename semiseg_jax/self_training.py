@@ -17,7 +17,6 @@ import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 
 from semiseg_jax import (
@@ -32,13 +31,14 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
-from semiseg_jax.models import deeplab, pretrained
-from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS
+from semiseg_jax.data.data_record import DataRecord
+from semiseg_jax.models import deeplab, pretrained, published_weights
+from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
 from semiseg_jax.reporting import artifacts, page
-from semiseg_jax.results import Results, print_table
+from semiseg_jax.results import ResultRow, Results, print_table
 from semiseg_jax.runtime import fileio, metric_writer, multihost
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.runtime.logger import log_prefix, logger
+from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
 from semiseg_jax.serving import model_bundle
 from semiseg_jax.stage_evaluator import StageEvaluator
 from semiseg_jax.stages import Stage
@@ -65,7 +65,7 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
         for stage in later:
             start_from = first_teacher if stage.kind == "control" else teacher
-            trained = training.restore_stage(stage)
+            trained = training.restore_stage(stage, start_from)
             if trained is None:
                 labels = training.label(start_from, stage) if stage.needs_pseudo_labels else None
                 trained = training.train_stage(stage, start_from, labels)
@@ -78,11 +78,12 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStage:
-    """A finished stage and its reported weights."""
+    """A finished stage and its reported weights; `weights_hash` is the hash of these."""
 
     stage: Stage
     variables: Variables
     model: CompiledModel
+    weights_hash: str
 
 
 def open_run(config: Any, workdir: epath.Path) -> "SelfTraining":
@@ -92,15 +93,51 @@ def open_run(config: Any, workdir: epath.Path) -> "SelfTraining":
         UserError: as `run`.
     """
     multihost.broadcast_from_main("config", lambda: workdir_lib.check_config(workdir, config))
-    training = SelfTraining(config, workdir)
+    weights = find_initial_weights(config)
+    multihost.broadcast_from_main(
+        "weights known", lambda: workdir_lib.check_pretrained(workdir, weights)
+    )
+    training = SelfTraining(config, workdir, weights)
     training.check_pretrained()
     training.check_fits_memory()
     # Only now: a run that cannot start leaves the folder to its corrected config.
+    training.remove_outdated_rows()
     if multihost.is_main():
         workdir_lib.write_config(workdir, config)
         workdir_lib.write_data(workdir, training.dataset)
+        workdir_lib.write_pretrained(workdir, weights)
         training.write_run_info()
     return training
+
+
+def find_initial_weights(config: Any) -> dict[str, Any]:
+    """Finds, and downloads where necessary, the initial weights of a run's networks.
+
+    Process 0 downloads first: the others find the file in the cache, if they share its disk, and
+    otherwise download it themselves.
+
+    Returns:
+        A description of the weights by backbone; see `published_weights.describe`.
+
+    Raises:
+        UserError: the weights cannot be found, or differ between the hosts.
+    """
+    kinds = stages.trained_kinds(config)
+    backbones = sorted({stages.stage_backbone(config, kind) for kind in kinds})
+    with multihost.main_first("initial weights"):
+        by_backbone = {
+            b: published_weights.describe(deeplab.config_for(config, b)) for b in backbones
+        }
+    weights = {b: description for b, description in by_backbone.items() if description}
+    for other in multihost.all_gather("initial weights of each host", weights):
+        for backbone, description in other.items():
+            if description["sha256"] != weights[backbone]["sha256"]:
+                raise UserError(
+                    f"The initial weights of {backbone} ({description['name']}) differ between the "
+                    "hosts of this run: copy the file of one host to all.",
+                    code="pretrained-differs-between-hosts",
+                )
+    return weights
 
 
 class SelfTraining:
@@ -109,29 +146,96 @@ class SelfTraining:
     Attributes:
         dataset: the images.
         stages: what is trained, in this order.
+
+    Args:
+        config: the whole config.
+        workdir: of the run.
+        weights: from `find_initial_weights`.
     """
 
-    def __init__(self, config: Any, workdir: epath.Path):
+    def __init__(self, config: Any, workdir: epath.Path, weights: dict[str, Any] | None = None):
         self._config = config
+        self._initial_weights = weights or {}
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         # Not functools.cache, which would keep every run of a sweep until its end.
         self._models: dict[str, CompiledModel] = {}
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
-        self.dataset = load.load_dataset(config)
+        self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
+        # The files at the first start; None in new workdirs and in those of older code.
+        self._recorded = workdir_lib.share_record(workdir)
+        self.dataset = load.load_dataset(config, self._recorded)
         multihost.broadcast_from_main(
             "data known", lambda: workdir_lib.check_data(workdir, self.dataset)
         )
-        if stages.takes_pseudo_labels(config) and not self.dataset.unlabeled:
+        self.dataset = restrict_to_labeled(self.dataset, self._first_labels)
+        self._check_unlabeled()
+        mesh_lib.check_batches(config, self._mesh.size)
+        stages.check_norm_values(config)
+        self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
+        self.stages = stages.schedule(config, workdir, self._earlier_controls())
+        self._log_start()
+
+    @property
+    def _first_labels(self) -> epath.Path:
+        """The folder of the teacher's label maps, whose manifest names the unlabelled images."""
+        return self._workdir / "round_0" / "teacher" / PSEUDO_LABELS
+
+    def remove_outdated_rows(self) -> None:
+        """Removes the result rows of evaluation files that have changed; logs the first file.
+
+        Raises:
+            UserError: the weights of the stages were selected by these results.
+        """
+        before, now = self._recorded, self.dataset.record
+        evaluated = self.dataset.evaluation_hash
+        if before is None or now is None or evaluated not in before.evaluation:
+            return
+        if before.evaluation[evaluated] == now.evaluation[evaluated]:
+            return
+        names = ("evaluation", "holdout")
+        changed = before.first_change(now, names)
+        if changed is None:
+            if any(before.ids(name) == now.ids(name) for name in names if now.ids(name)):
+                return  # Files were only encoded again, with the same pixels.
+            # The evaluation set that was recorded last is another one.
+            changed = "a file"
+        if self._config.eval.select == "reported" and self.results.rows + self.results.curve:
+            raise UserError(
+                f"{changed} of the evaluation set was changed since {self._workdir} was begun, and "
+                "eval.select is reported, so that weights were selected by it: restore it, or give "
+                "another --workdir.",
+                code="selecting-evaluation-file-changed",
+            )
+        logger.info(
+            f"Warning: {changed} of the evaluation set was changed since the last start: all "
+            "stages are evaluated again."
+        )
+        splits = self.dataset.split_hash
+
+        def is_outdated(row: ResultRow) -> bool:
+            name = row.protocol.evaluation_hash
+            return row.protocol.split_hash == splits if name is None else name == evaluated
+
+        self.results.remove(is_outdated)
+
+    def _verify_files(self) -> None:
+        """Refuses files that were changed during the run; leaves out lost unlabelled images.
+
+        Raises:
+            UserError: as `load.verify`, or a pseudo-labelled image or all unlabelled ones are lost.
+        """
+        verified = load.verify(self.dataset, self._config.data.cache_dir)
+        self.dataset = restrict_to_labeled(verified, self._first_labels)
+        self._check_unlabeled()
+
+    def _check_unlabeled(self) -> None:
+        """Refuses a run whose students would have no unlabelled image."""
+        if stages.takes_pseudo_labels(self._config) and not self.dataset.unlabeled:
             raise UserError(
                 "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
                 "or train the teacher alone with rounds.count=0.",
                 code="unlabeled-images-missing",
             )
-        mesh_lib.check_batches(config, self._mesh.size)
-        self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
-        self.stages = stages.schedule(config, workdir, self._earlier_controls())
-        self._log_start()
 
     @property
     def results(self) -> Results:
@@ -169,7 +273,7 @@ class SelfTraining:
         """Refuses pretrained weights that do not fit, those of students too."""
         for kind in stages.trained_kinds(self._config):
             model = self._model(kind)
-            if path := model.model_config.pretrained:
+            if path := published_weights.path(model.model_config):
                 pretrained.check(path, model.shapes)
 
     def check_fits_memory(self) -> None:
@@ -201,19 +305,41 @@ class SelfTraining:
             self._models[backbone] = model
         return self._models[backbone]
 
-    def restore_stage(self, stage: Stage) -> TrainedStage | None:
-        """A stage that was trained before, or None; writes its result row if that is missing."""
+    def restore_stage(
+        self, stage: Stage, teacher: TrainedStage | None = None
+    ) -> TrainedStage | None:
+        """A stage that was trained before, or None; writes its result row if that is missing.
+
+        Args:
+            stage: to restore.
+            teacher: the stage that it starts from; None for the first stage.
+
+        Raises:
+            UserError: its weights are not those that it ended with, or its teacher's are not those
+                that it was trained from.
+        """
         if not multihost.broadcast_from_main(f"{stage.name} looked for", lambda: stage.is_done):
             return None
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
-            variables = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
-            if variables is None:
-                logger.info(f"its checkpoint of step {stage.steps} is missing: it is trained again")
+            marker = _read_marker(stage)
+            if marker is None:
+                logger.info(f"{stages.DONE} is damaged: the stage goes on at its last checkpoint")
                 return None
+            last = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
+            if last is None:
+                logger.info(
+                    f"the checkpoint of step {stage.steps} is missing: its steps are trained again"
+                )
+                return None
+            variables = self._evaluator.reported_weights(stage, model, last)
+            expected = _describe_end(stage, last, variables, teacher)
+            _check_marker(marker, expected, stage)
             logger.info("done before")
-            variables = self._evaluator.ensure_evaluated(stage, model, variables)
-        return TrainedStage(stage, variables, model)
+            self._evaluator.ensure_evaluated(
+                stage, model, variables, expected.reported, marker.is_of_older_code
+            )
+        return TrainedStage(stage, variables, model, expected.reported)
 
     def train_stage(
         self,
@@ -228,20 +354,22 @@ class SelfTraining:
             teacher: the stage that it starts from; None for the first stage.
             pseudo_labels: the folder of its pseudo-labels; None where it takes none.
         """
+        self._verify_files()
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
             if stage.kind == "teacher" and self._config.rounds.teacher_from:
-                variables = self._import_teacher(stage, model)
+                last = variables = self._import_teacher(stage, model)
             else:
                 logger.info(f"{stage.steps} steps")
                 last = self._train(stage, model, teacher, pseudo_labels)
                 variables = self._evaluator.evaluate_final(stage, model, last)
+        marker = _describe_end(stage, last, variables, teacher)
         multihost.barrier(f"end of {stage.name}")
         if multihost.is_main():
             # The marker is the last thing that a stage writes.
-            fileio.write_bytes(stage.folder / stages.DONE, b"")
-            page.write(self._workdir)
-        return TrainedStage(stage, variables, model)
+            stage.write_marker(marker)
+            page.update(self._workdir)
+        return TrainedStage(stage, variables, model, marker.reported)
 
     def _train(
         self,
@@ -292,7 +420,7 @@ class SelfTraining:
         if teacher is None or teacher.model is not model or not wanted:
             seed = int(stage.seed[1]) & 0xFFFFFFFF
             variables = train_state.init_variables(model.model, seed, self._mesh)
-            if path := model.model_config.pretrained:
+            if path := published_weights.path(model.model_config):
                 variables, report = pretrained.load(path, variables)
                 logger.info(f"{path}: {report}")
                 for sentence in model.pretrained_mismatches:
@@ -316,9 +444,12 @@ class SelfTraining:
                 logger.info(f"{done}/{total} images")
 
         with log_prefix(student.labeling_log_prefix):
+            self._verify_files()
             step = self._evaluator.weights_step(stage)
             name = f"round_{stage.round}/{stage.kind}, step {step}"
-            manifest = teacher.model.label(teacher.variables, name, folder, log_progress)
+            manifest = teacher.model.label(
+                teacher.variables, name, folder, log_progress, self.dataset.left_out
+            )
             earlier = None
             if stage.kind == "student":
                 before = next(s for s in self.stages if s.round == stage.round - 1)
@@ -352,6 +483,10 @@ class SelfTraining:
             "teacher to import",
             lambda: workdir_lib.check_teacher(source, self._config, self.dataset),
         )
+        multihost.broadcast_from_main(
+            "weights of the teacher to import",
+            lambda: workdir_lib.check_pretrained(source, self._initial_weights),
+        )
         config = self._config.copy_and_resolve_references()
         with config.unlocked():
             config.model.norm = norm
@@ -361,11 +496,13 @@ class SelfTraining:
         source_stage = dataclasses.replace(stage, folder=source / "round_0" / "teacher")
         with workdir_lib.locked(source):
             program = source_model.program("teacher", stage.steps)
-            variables = train.restore(source_stage, program, self._mesh)
-            if variables is None:
+            marker = _read_marker(source_stage)
+            last = variables = train.restore(source_stage, program, self._mesh)
+            if marker is None or last is None or variables is None:
+                lost = f"no checkpoint of step {stage.steps}" if marker else "a damaged DONE"
                 raise UserError(
-                    f"The teacher in {source} (rounds.teacher_from) has no checkpoint of step "
-                    f"{stage.steps}: run its own command again, or name another workdir.",
+                    f"The teacher in {source} (rounds.teacher_from) has {lost}: run its own "
+                    "command again, or name another workdir.",
                     code="teacher-checkpoint-missing",
                 )
             selected = None
@@ -373,24 +510,43 @@ class SelfTraining:
                 best = checkpoints.BestWeights(source_stage.folder, self._config.eval.every)
                 selected = best.load(source_model.shapes, self._mesh)
                 variables = selected.variables
+            _check_marker(marker, _describe_end(source_stage, last, variables), source_stage)
             variables = train_state.match_norm_kind(variables, model.shapes)
-            self._copy_teacher_files(stage, source_stage, variables, model)
+            recorded = workdir_lib.read_record(source)
+            self._copy_teacher_files(stage, source_stage, variables, model, recorded)
         logger.info(f"taken from {source_stage.folder}")
         self._evaluator.record_imported(stage, model, variables, selected)
         return variables
 
     def _copy_teacher_files(
-        self, stage: Stage, source: Stage, variables: Variables, model: CompiledModel
+        self,
+        stage: Stage,
+        source: Stage,
+        variables: Variables,
+        model: CompiledModel,
+        recorded: DataRecord | None,
     ) -> None:
-        """Writes a checkpoint, and copies history and label maps."""
+        """Writes a checkpoint, and copies history and label maps.
+
+        Args:
+            stage, source: the teacher of this run, and of the other one.
+            variables: its reported weights.
+            model: its network.
+            recorded: the files of the other run, None in one of older code. Label maps of images
+                with other content in this run are not copied.
+        """
         tx = model.program("teacher", stage.steps).tx
         state = train_state.create_train_state(variables, tx, self._mesh)
         step = jax.device_put(np.int32(stage.steps), mesh_lib.replicated(self._mesh))
-        with checkpoints.Checkpoints(stage.folder / "checkpoints") as manager:
+        with checkpoints.Checkpoints(stage.folder / "checkpoints", stage.seed) as manager:
             manager.save(stage.steps, dataclasses.replace(state, step=step))
         metric_writer.copy_metrics(source.folder, stage.folder)
         unlabeled = self.dataset.unlabeled if stages.takes_pseudo_labels(self._config) else ()
         folders = (PSEUDO_LABELS, *[CONFIDENCE] * self._config.pseudo.keep_confidence)
+        own = self.dataset.record
+        if recorded and own:
+            same = (e for e in unlabeled if own.has_same_image(recorded, "unlabeled", e.id))
+            unlabeled = tuple(same)
         for example, folder in itertools.product(multihost.local_shard(unlabeled), folders):
             name = f"{folder}/{example.id}.png"
             if (source.folder / name).exists():
@@ -417,16 +573,86 @@ class SelfTraining:
                 },
                 row,
                 sizes,
+                self._config.data.downscale,
+                self._initial_weights.get(final.model.model_config.backbone),
             )
             folder = self._workdir / model_bundle.FOLDER
             weights = train_state.inference_variables(final.variables)
-            checkpoints.save_weights(folder / model_bundle.WEIGHTS, weights, description)
+            digest = checkpoints.save_weights(folder / model_bundle.WEIGHTS, weights, description)
+            description[model_bundle.WEIGHTS_HASH] = digest
             content = json.dumps(description, indent=1) + "\n"
             fileio.write_bytes(folder / model_bundle.DESCRIPTION, content.encode())
-            page.write(self._workdir)
+            page.update(self._workdir)
 
     def print_results(self) -> None:
         """Prints the rows of this run as a table."""
         protocol = self._evaluator.protocol(self._model("teacher"))
         rows = [row for row in self.results.rows if row.protocol.is_comparable(protocol)]
         print_table(rows, self.dataset.classes, self._console)
+
+
+def _read_marker(stage: Stage) -> stages.Marker | None:
+    """The marker of a finished stage, the same in every process; None if it is damaged."""
+
+    def read() -> dict[str, Any] | None:
+        marker = stage.read_marker()
+        return dataclasses.asdict(marker) if marker else None
+
+    content = multihost.broadcast_from_main(f"marker of {stage.name}", read)
+    return stages.Marker(**content | {"seed": tuple(content["seed"])}) if content else None
+
+
+def _describe_end(
+    stage: Stage, last: Variables, reported: Variables, teacher: TrainedStage | None = None
+) -> stages.Marker:
+    """The marker of a stage that has these weights, the same in every process.
+
+    Args:
+        stage: that has ended.
+        last: the weights after its last step.
+        reported: its reported weights; `last` itself unless they are selected.
+        teacher: the stage that it starts from; None for the first stage.
+    """
+
+    def hash_weights() -> list[str]:
+        of_last = train_state.variables_hash(last)
+        return [of_last, of_last if reported is last else train_state.variables_hash(reported)]
+
+    weights, of_reported = multihost.broadcast_from_main(f"weights of {stage.name}", hash_weights)
+    teacher_hash = teacher.weights_hash if teacher else ""
+    return stages.Marker(tuple(stage.seed.tolist()), weights, of_reported, teacher_hash)
+
+
+def _check_marker(marker: stages.Marker, expected: stages.Marker, stage: Stage) -> None:
+    """Refuses a finished stage whose weights are not those that it ended with.
+
+    Args:
+        marker: of the stage; one of older code is not compared.
+        expected: what the marker would be for the weights in the workdir.
+        stage: the stage.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if marker.is_of_older_code or marker == expected:
+        return
+    if marker.seed != expected.seed:
+        raise UserError(
+            f"{stage.folder} is of a run with another seed, or of another stage: put the stage's "
+            "own folder in its place, or remove it, and the stage is trained again.",
+            code="stage-of-another-run",
+        )
+    if (marker.weights, marker.reported) != (expected.weights, expected.reported):
+        is_last = marker.weights != expected.weights
+        name = f"checkpoints/{stage.steps}" if is_last else checkpoints.BEST_WEIGHTS
+        raise UserError(
+            f"{stage.folder / name} does not hold the weights that {stage.name} ended with: "
+            f"restore it, or remove {stage.folder}, and the stage is trained again.",
+            code="stage-weights-changed",
+        )
+    raise UserError(
+        f"{stage.folder} was trained from other weights of the stage before it than the workdir "
+        f"holds now: restore these, or remove {stage.folder} and the rounds after it, which are "
+        "trained again.",
+        code="stage-of-another-teacher",
+    )

@@ -17,7 +17,7 @@ from semiseg_jax.results import ResultRow, Results
 from semiseg_jax.runtime import metric_writer, multihost
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.stages import Stage
-from semiseg_jax.train_state import Variables
+from semiseg_jax.train_state import Variables, variables_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,21 @@ class StageEvaluator:
         return EvalProtocol.of_run(self._config, self._dataset, model.evaluate.pad_to)
 
     def find_row(
-        self, stage: Stage, model: CompiledModel, step: int | None = None
+        self,
+        stage: Stage,
+        model: CompiledModel,
+        step: int | None = None,
+        weights_hash: str | None = None,
+        may_be_unknown: bool = True,
     ) -> ResultRow | None:
-        """The row of a stage at a step (its end unless given) by the present protocol, if any."""
+        """The row of a stage by the present protocol, if there is one.
+
+        Args:
+            stage, model: of the row.
+            step: where the stage stood; its end unless given.
+            weights_hash: of the weights that the row must be of; None for any.
+            may_be_unknown: as for `Results.is_of`.
+        """
         protocol = self.protocol(model)
         key = (stage.kind, stage.round, stage.steps if step is None else step)
         rows = self.results.rows if step is None else self.results.curve
@@ -68,7 +80,9 @@ class StageEvaluator:
             (
                 row
                 for row in rows
-                if (row.stage, row.round, row.step) == key and row.protocol.is_comparable(protocol)
+                if (row.stage, row.round, row.step) == key
+                and row.protocol.is_comparable(protocol)
+                and self.results.is_of(row, weights_hash, may_be_unknown)
             ),
             None,
         )
@@ -80,7 +94,8 @@ class StageEvaluator:
         best = self._best_weights(stage)
         # Where rows select the weights, a row that an earlier process wrote is not reused: its
         # weights may differ from those of this process in the last bits.
-        row = None if best and self._selects_on_reported else self.find_row(stage, model, step)
+        reuses = not (best and self._selects_on_reported)
+        row = self.find_row(stage, model, step, _weights_hash(variables)) if reuses else None
         if row is None:
             row = self._record(stage, model, self._evaluate(stage, model, step, variables))
         if best:
@@ -113,13 +128,37 @@ class StageEvaluator:
         self._record(stage, model, evaluation)
         return variables
 
-    def ensure_evaluated(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
-        """Returns the reported weights of a finished stage; evaluates it if its row is missing."""
+    def reported_weights(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
+        """Returns the reported weights of a finished stage, by `eval.select`.
+
+        Args:
+            stage, model: the stage and its network.
+            last: the weights after its last step.
+        """
         best = self._best_weights(stage)
-        variables = self._selected(best, model).variables if best else last
-        if self.find_row(stage, model) is None:
+        return self._selected(best, model).variables if best else last
+
+    def ensure_evaluated(
+        self,
+        stage: Stage,
+        model: CompiledModel,
+        variables: Variables,
+        weights_hash: str,
+        is_of_older_code: bool,
+    ) -> None:
+        """Evaluates a finished stage if its row is missing, or is of other weights.
+
+        Args:
+            stage, model: the stage and its network.
+            variables: its reported weights.
+            weights_hash: of these.
+            is_of_older_code: the stage was trained by code that did not write the weights of rows.
+        """
+        row = self.find_row(
+            stage, model, weights_hash=weights_hash, may_be_unknown=is_of_older_code
+        )
+        if row is None:
             self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
-        return variables
 
     def record_imported(
         self, stage: Stage, model: CompiledModel, variables: Variables, source: Candidate | None
@@ -148,8 +187,8 @@ class StageEvaluator:
     def _selected(self, best: BestWeights, model: CompiledModel) -> Candidate:
         selected = best.load(model.shapes, self._mesh)
         logger.info(
-            f"its weights of step {selected.step} count, mIoU {100 * selected.miou:.2f} where "
-            "chosen"
+            f"the weights of step {selected.step} are reported; mIoU {100 * selected.miou:.2f} on "
+            "the images that they were selected by"
         )
         return selected
 
@@ -177,7 +216,7 @@ class StageEvaluator:
             artifacts.write_norms(stage.folder, norms)
         weights_step = self.weights_step(stage) if final else step
         row = ResultRow.of_score(stage.kind, stage.round, step, score, protocol, weights_step)
-        self.results.add(row, final)
+        self.results.add(row, final, _weights_hash(evaluation.variables))
         at_step = "" if final else f"step {step}: "
         logger.info(f"{at_step}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
         by_class = zip(self._dataset.classes, score.iou, strict=True)
@@ -187,3 +226,8 @@ class StageEvaluator:
         artifacts.write_summaries(writer, step, evaluation.images, norms)
         writer.close()
         return row
+
+
+def _weights_hash(variables: Variables) -> str:
+    """The hash of weights, the same in every process."""
+    return multihost.broadcast_from_main("evaluated weights", lambda: variables_hash(variables))

@@ -7,6 +7,7 @@ reports and the sweeps over seeds take it from `schedule`.
 """
 
 import dataclasses
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -15,10 +16,47 @@ from etils import epath
 from jaxtyping import Int
 
 from semiseg_jax.data.batch_layout import BatchSpec
+from semiseg_jax.runtime import fileio, hashes, json_forms
+from semiseg_jax.runtime.errors import UserError
 
 KINDS = ("teacher", "student", "control")
 # The file that a finished stage has in its folder, written last.
 DONE = "DONE"
+
+
+_MARKER_FORM = json_forms.record(
+    {
+        # Either sign: the numbers of `stage_seed` have 32 bits with a sign.
+        "seed": json_forms.list_of(json_forms.is_integer),
+        "weights": json_forms.is_text,
+        "reported": json_forms.is_text,
+        "teacher": json_forms.is_text,
+        hashes.SEAL: json_forms.is_text,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """The content of DONE: hashes of what a finished stage ended with; a restart compares them.
+
+    Attributes:
+        seed: `Stage.seed`; empty in a marker of older code, which holds nothing.
+        weights: `variables_hash` of the weights after the last step.
+        reported: the same of the reported weights; others than `weights` with `eval.select`.
+        teacher: the same of the reported weights of the stage that this one starts from or takes
+            its pseudo-labels from; empty for the first stage.
+    """
+
+    seed: tuple[int, ...] = ()
+    weights: str = ""
+    reported: str = ""
+    teacher: str = ""
+
+    @property
+    def is_of_older_code(self) -> bool:
+        """Whether the marker is empty: older code wrote no hashes."""
+        return not self.seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +103,27 @@ class Stage:
     def is_done(self) -> bool:
         """Whether the stage was trained to its end; read from the disk."""
         return (self.folder / DONE).exists()
+
+    def write_marker(self, marker: Marker) -> None:
+        """Marks the stage as finished, atomically."""
+        content = hashes.sealed(dataclasses.asdict(marker))
+        fileio.write_bytes(self.folder / DONE, (json.dumps(content) + "\n").encode())
+
+    def read_marker(self) -> Marker | None:
+        """Returns the marker of a finished stage; None if it is missing or damaged.
+
+        Raises:
+            UserError: the file is not readable.
+        """
+        path = self.folder / DONE
+        if path.exists() and not path.stat().length:
+            return Marker()
+        content = fileio.read_json(path, _MARKER_FORM)
+        if content is None or not hashes.is_intact(content):
+            return None
+        known = {field.name for field in dataclasses.fields(Marker)}
+        values = {key: value for key, value in content.items() if key in known}
+        return Marker(**values | {"seed": tuple(content.get("seed", ()))})
 
 
 def schedule(
@@ -138,6 +197,68 @@ def batch_spec(config: Any, kind: str) -> BatchSpec:
         batch_pseudo=config.train.batch_unlabeled,
         accum_steps=config.train.accumulate,
     )
+
+
+# A norm that computes its moments from one value per channel has variance 0: its output is the same
+# for every image, training cannot use it, and the running variance tends to 0.
+MIN_NORM_VALUES = 2
+
+
+def norm_values(config: Any, kind: str) -> dict[str, int]:
+    """The fewest values per channel from which the batch norms of a stage compute their moments.
+
+    Moments are taken over all devices, separately for each micro-batch and, with norms of their
+    own, for each stream. The norm behind the image pooling of a head has one value per image; those
+    of a head without image pooling have one per pixel of the last features.
+
+    Args:
+        config: the whole config; `data`, `train` and `model` are read.
+        kind: one of KINDS.
+
+    Returns:
+        The number of values by stream, "weak", "strong", or "weak and strong" if both share a norm;
+        empty if the norms are frozen.
+    """
+    spec, model = batch_spec(config, kind), config.model
+    if model.norm == "frozen":
+        return {}
+    values_per_image = 1
+    if model.head == "v2":
+        height, width = (-(-side // model.output_stride) for side in config.data.crop)
+        values_per_image = height * width
+    images = {name: spec.size(name) for name in ("weak", "strong") if spec.size(name)}
+    if model.norm == "shared":
+        images = {" and ".join(images): sum(images.values())}
+    return {name: n // spec.accum_steps * values_per_image for name, n in images.items()}
+
+
+def check_norm_values(config: Any) -> None:
+    """Refuses training batches with too few values for the moments of a batch norm.
+
+    Raises:
+        UserError: names the keys of the batch.
+    """
+    for kind in trained_kinds(config):
+        spec = batch_spec(config, kind)
+        for streams, values in norm_values(config, kind).items():
+            if values >= MIN_NORM_VALUES:
+                continue
+            kinds = {k for name in streams.split(" and ") for k in getattr(spec, name)}
+            keys = {"labeled": "train.batch_labeled", "pseudo": "train.batch_unlabeled"}
+            sizes = {
+                key: config.train[key.removeprefix("train.")]
+                for k, key in keys.items()
+                if k in kinds
+            }
+            given = " and ".join(f"{key} is {size}" for key, size in sizes.items())
+            parts = f" in {spec.accum_steps} micro-batches" if spec.accum_steps > 1 else ""
+            raise UserError(
+                f"{given}{parts}: a batch norm of the {kind} would compute the variance of the "
+                f"{streams} images from a single value per channel; make {' or '.join(sizes)} at "
+                f"least {MIN_NORM_VALUES * spec.accum_steps}, or take pretrained weights with "
+                "model.norm=frozen.",
+                code="batch-norm-sees-one-value",
+            )
 
 
 def stage_name(kind: str, round_: int) -> str:

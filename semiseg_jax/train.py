@@ -74,7 +74,7 @@ def run(
         return bool(eval_every) and 0 < step < stage.steps and step % eval_every == 0
 
     key = jax.random.key(int(stage.seed[0]) & 0xFFFFFFFF)
-    with Checkpoints(stage.folder / "checkpoints") as checkpoints:
+    with Checkpoints(stage.folder / "checkpoints", stage.seed) as checkpoints:
         newest = checkpoints.restore_newest(state_shapes(program, mesh))
         if newest:
             first, state = newest
@@ -85,6 +85,13 @@ def run(
         if evaluation_is_due(first):
             evaluate(first, state.variables)
         writer = metric_writer.MetricWriter(stage.folder, resume_step=first)
+
+        def save(step: int, state: TrainState) -> None:
+            log.drain()
+            # First, so that no checkpoint lacks it.
+            metric_writer.write_window(stage.folder, step, log.window())
+            checkpoints.save(step, state)
+
         log = _StepLogger(stage, program, writer, first, train_config)
         device_batches = _prefetch_to_device(batches(range(first, stage.steps)), mesh, log)
         # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
@@ -95,8 +102,7 @@ def run(
                 log.on_step(step, metrics, batch)
                 stopping = preemption.should_stop()
                 if step == stage.steps or step % train_config.checkpoint_every == 0 or stopping:
-                    log.drain()
-                    checkpoints.save(step, state)
+                    save(step, state)
                 if stopping:
                     raise preemption.Preempted
                 if evaluation_is_due(step):
@@ -106,7 +112,7 @@ def run(
                     except preemption.Preempted:
                         # A restart evaluates the step that is saved here.
                         if checkpoints.latest() != step:
-                            checkpoints.save(step, state)
+                            save(step, state)
                         raise
         log.drain()
         writer.close()
@@ -121,7 +127,7 @@ def restore(stage: Stage, program: StageProgram, mesh: Mesh) -> Variables | None
         program: for the shapes of its state.
         mesh: to put the variables on.
     """
-    with Checkpoints(stage.folder / "checkpoints") as checkpoints:
+    with Checkpoints(stage.folder / "checkpoints", stage.seed) as checkpoints:
         newest = checkpoints.restore_newest(state_shapes(program, mesh))
     return newest[1].variables if newest and newest[0] == stage.steps else None
 
@@ -210,10 +216,12 @@ class _StepLogger:
         self._config = train_config
         # (step, metrics on the devices, batch) of the steps whose metrics are not read yet.
         self._pending: collections.deque = collections.deque()
-        self._window: list[dict[str, float]] = []
-        self._input_wait = 0.0
-        self._window_start = time.perf_counter()
-        self._run_start = (first, self._window_start)
+        # Of the steps since the last line, also of those before a restart.
+        window = metric_writer.read_window(stage.folder, first)
+        self._window, self._input_wait = window.values, window.input_wait
+        now = time.perf_counter()
+        self._window_start = now - window.seconds
+        self._run_start = (first, now)
         self._images_per_step = program.spec.size("weak") + program.spec.size("strong")
         self._progress = periodic_actions.ReportProgress(
             num_train_steps=stage.steps, writer=writer.tensorboard, every_secs=60.0
@@ -245,6 +253,11 @@ class _StepLogger:
         if self._profile:
             with metric_writer.raise_write_errors(self._stage.folder):
                 self._profile(step)
+
+    def window(self) -> metric_writer.MetricWindow:
+        """Returns what was measured since the last line."""
+        seconds = time.perf_counter() - self._window_start
+        return metric_writer.MetricWindow(self._window, seconds, self._input_wait)
 
     def drain(self) -> None:
         """Reads the metrics of all dispatched steps."""

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.dsbn import stats_collection
+from semiseg_jax.runtime import hashes
 
 # {"params": …, "batch_stats_weak": …, "batch_stats_strong": …}
 Variables = dict[str, Any]
@@ -123,3 +124,8 @@ def inference_variables(variables: Variables) -> Variables:
     weak_params = {path: leaf for path, leaf in params.items() if "strong" not in path}
     weak_stats = stats_collection("weak")
     return {"params": traverse_util.unflatten_dict(weak_params), weak_stats: variables[weak_stats]}
+
+
+def variables_hash(variables: Variables) -> str:
+    """Returns a hash of the names and the bytes of all variables, 16 hex digits."""
+    return hashes.hash_arrays(traverse_util.flatten_dict(variables, sep="/"))

@@ -2,16 +2,21 @@
 
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
-      data.json              the training images: counts, hash of the ids, number of pixels
+      data.json              the training images: counts, hash of the ids, number of pixels, and
+                             the hashes of all files
+      pretrained.json        the initial weights of each backbone: name, hash, licence
       run.json, gallery/     versions, devices and thumbnails for the report
       results.json           one row per evaluated stage
+      row_hashes.json        a hash of each row, and of the weights that it is of
       report.html            the report
       .lock                  the process that uses the workdir; exists only meanwhile
       model/                 the final weights with the weak norm only, and all that inference needs
       round_0/teacher/       the first stage; then round_1/student/ and so on, round_N/control/
-        checkpoints/         train states, metrics.jsonl and TensorBoard events beside them
+        checkpoints/         train states with their hashes; metrics.jsonl and TensorBoard events
+                             are beside the folder
         pseudo_labels/       manifest.json, health.json and a label map per unlabelled image
-        DONE                 marks a finished stage; written last, atomically
+        DONE                 marks a finished stage; written last, atomically; holds the hashes of
+                             its weights and of its teacher's, with which they are compared
 
 The same command continues in the workdir where it stopped: it skips the stages with DONE and
 restores the last checkpoint of the others. Therefore a workdir must never mix the results of two
@@ -22,10 +27,11 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import os
+import re
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,23 +42,37 @@ from flax import traverse_util
 
 from semiseg_jax import __version__
 from semiseg_jax.data import load
+from semiseg_jax.data.data_record import RECORD_FORM, DataRecord
 from semiseg_jax.data.split_lists import split_hash
-from semiseg_jax.runtime import multihost
-from semiseg_jax.runtime.errors import UserError, read_error, write_error
-from semiseg_jax.runtime.fileio import has_rename, write_bytes
+from semiseg_jax.models.dsbn import NORM_KINDS
+from semiseg_jax.runtime import hashes, json_forms, multihost, paths
+from semiseg_jax.runtime.errors import UserError, printable, read_error, write_error
+from semiseg_jax.runtime.fileio import has_rename, parse_json, read_text, write_bytes
 from semiseg_jax.stages import DONE
 
-# ---------------------------------------------------------------- what a workdir belongs to
+# ---------------------------------------------------------------- the files of its identity
 
 # Keys that configs/default.py declared after the first workdirs were written, each with the value
 # that equals the behaviour of the older code. A config.json without the key has this value, and
 # `config_hash` omits the key at this value.
-ADDED_KEYS = {"rounds.teacher_from": ""}
+ADDED_KEYS = {"rounds.teacher_from": "", "data.max_image_pixels": 2**28}
 
-# Keys that every such file has; later versions added more.
-_REQUIRED_KEYS = {
-    "config.json": {"data", "model", "train", "rounds"},
-    "data.json": {"data", "labeled", "unlabeled", "ids_hash"},
+# By file: the form of its content. Files of older code lack the keys that may be missing.
+_FORMS = {
+    "config.json": json_forms.record(
+        {
+            **dict.fromkeys(("data", "model", "train"), json_forms.is_object),
+            "rounds": json_forms.record({"count": json_forms.is_count}),
+        }
+    ),
+    "data.json": json_forms.record(
+        {
+            **dict.fromkeys(("data", "ids_hash"), json_forms.is_text),
+            **dict.fromkeys(("labeled", "unlabeled"), json_forms.is_count),
+        },
+        {"pixels": json_forms.is_count, "files": RECORD_FORM},
+    ),
+    "pretrained.json": json_forms.mapping_of(json_forms.record({"sha256": json_forms.is_text})),
 }
 
 
@@ -63,25 +83,72 @@ def write_config(workdir: epath.PathLike, config: Any) -> None:
 
 def write_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
     """Writes data.json: from then on the workdir belongs to these training images."""
-    _write_if_changed(epath.Path(workdir) / "data.json", _describe_images(dataset))
+    folder = epath.Path(workdir)
+    content, recorded = _describe_images(dataset), read_record(folder)
+    if recorded is not None and dataset.record is not None:
+        # What was recorded at the first start stays: files may have been lost since.
+        content["files"] = recorded.completed(dataset.record).to_json()
+        old = read_fingerprint(folder, "data.json") or {}
+        content["pixels"] = old.get("pixels", dataset.pixels)
+    _write_if_changed(folder / "data.json", content)
 
 
-def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
-    """Returns the content of config.json or data.json; None in a new workdir.
+def read_record(workdir: epath.Path) -> DataRecord | None:
+    """Returns the record of the files in data.json; None in a new workdir and in older ones.
+
+    Raises:
+        UserError: as `read_fingerprint`.
+    """
+    content = read_fingerprint(workdir, "data.json")
+    if content is None or "files" not in content:
+        return None
+    return DataRecord.from_json(content["files"])
+
+
+def share_record(workdir: epath.Path) -> DataRecord | None:
+    """Returns `read_record` of process 0; all processes must call the function."""
+
+    def read() -> Any:
+        record = read_record(workdir)
+        return record and record.to_json()
+
+    content = multihost.broadcast_from_main(f"files of the data of {workdir.name}", read)
+    return None if content is None else DataRecord.from_json(content)
+
+
+def write_pretrained(workdir: epath.PathLike, descriptions: dict[str, Any]) -> None:
+    """Writes pretrained.json: from then on the workdir belongs to these initial weights.
 
     Args:
         workdir: path of the workdir.
-        name: "config.json" or "data.json".
+        descriptions: by backbone, see `published_weights.describe`; nothing is written for {}.
+    """
+    if descriptions:
+        _write_if_changed(epath.Path(workdir) / "pretrained.json", descriptions)
+
+
+def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
+    """Returns the content of config.json, data.json or pretrained.json; None in a new workdir.
+
+    Args:
+        workdir: path of the workdir.
+        name: name of the file.
 
     Raises:
-        UserError: the file is not readable, or damaged in a workdir that has stages.
+        UserError: the file is not readable; or it is damaged, or missing beside checkpoints.
     """
     path = workdir / name
     if not path.exists():
-        return None
+        if not _has_checkpoints(workdir):
+            return None
+        raise UserError(
+            f"{path} is missing, the record of what the stages beside it were trained with: "
+            "restore it, or give another --workdir.",
+            code="fingerprint-missing",
+        )
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not content.keys() >= _REQUIRED_KEYS[name]:
+        content = parse_json(read_text(path))
+        if not _FORMS[name](content):
             raise ValueError("it is of another form")
         return content
     except OSError as error:
@@ -95,6 +162,11 @@ def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
         ) from error
 
 
+def _has_checkpoints(workdir: epath.Path) -> bool:
+    """Returns whether a stage of the workdir has begun to train."""
+    return any(True for _ in workdir.glob("round_*/*/checkpoints"))
+
+
 def config_hash(config: Any) -> str:
     """Returns 16 hex digits that identify the whole config, paths included.
 
@@ -102,8 +174,7 @@ def config_hash(config: Any) -> str:
     """
     flat = traverse_util.flatten_dict(_to_dict(config), sep=".")
     hashed = {k: v for k, v in flat.items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
-    text = json.dumps(traverse_util.unflatten_dict(hashed, sep="."), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashes.hash_json(traverse_util.unflatten_dict(hashed, sep="."))
 
 
 @functools.cache
@@ -127,23 +198,25 @@ def _to_dict(config: Any) -> dict[str, Any]:
 
 def _describe_images(dataset: load.Dataset) -> dict[str, Any]:
     """Returns the content of data.json for a data set."""
-    ids = [[e.id for e in examples] for examples in (dataset.labeled, dataset.unlabeled)]
-    return {
+    # With the unlabelled images that are left out: they belong to the split.
+    unlabeled = dataset.unlabeled_ids
+    content = {
         "data": dataset.name,
         "labeled": len(dataset.labeled),
-        "unlabeled": len(dataset.unlabeled),
-        "ids_hash": split_hash(ids),
+        "unlabeled": len(unlabeled),
+        "ids_hash": split_hash([[e.id for e in dataset.labeled], unlabeled]),
         "pixels": dataset.pixels,
     }
+    return content | ({"files": dataset.record.to_json()} if dataset.record else {})
 
 
 def _write_if_changed(path: epath.Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or read_text(path) != text:
         write_bytes(path, text.encode())
 
 
-# ---------------------------------------------------------------- how that is checked
+# ---------------------------------------------------------------- checks of its identity
 
 # Keys that may differ when a run continues, because the result of no stage depends on them. Most
 # keys of `eval` may too, see `check_config`. (`check_data` identifies the images under another root
@@ -154,6 +227,7 @@ RESUME_SAFE_KEYS = frozenset(
         "data.cache_dir",
         "data.prefetch",
         "data.threads",
+        "data.max_image_pixels",
         "data.palette",
         "train.log_every",
         "train.checkpoint_every",
@@ -207,14 +281,19 @@ def check_config(workdir: epath.PathLike, config: Any) -> None:
 
 
 def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
-    """Rejects a workdir that belongs to other training images.
+    """Rejects a workdir that belongs to other training images, or to other content of them.
 
     Raises:
-        UserError: with the old and the new counts of images.
+        UserError: with the old and the new counts of images, or the first file that was changed.
     """
-    old, new = read_fingerprint(epath.Path(workdir), "data.json"), _describe_images(dataset)
-    # A data.json of older code has no "pixels".
-    if old is not None and old != {key: new[key] for key in new if key in old}:
+    workdir = epath.Path(workdir)
+    old, new = read_fingerprint(workdir, "data.json"), _describe_images(dataset)
+    recorded = read_record(workdir)
+    # A data.json of older code has no "pixels" and no "files". The files are compared below; the
+    # number of pixels of an image that is or was left out is not known.
+    is_complete = not dataset.left_out and (recorded is None or recorded.is_complete)
+    compared = new.keys() - {"files"} - (set() if is_complete else {"pixels"})
+    if old is not None and any(old[key] != new[key] for key in compared & old.keys()):
         same_ids = all(old[key] == new[key] for key in ("labeled", "unlabeled", "ids_hash"))
         sizes = ", of other sizes" if same_ids and old["data"] == new["data"] else ""
         raise UserError(
@@ -224,6 +303,38 @@ def check_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
             "another --workdir.",
             code="data-changed",
         )
+    if recorded is None or dataset.record is None:
+        return
+    if changed := recorded.first_change(dataset.record):
+        raise UserError(
+            f"{os.path.join(dataset.root, changed)} was changed since {workdir} was begun: restore "
+            "it, or give another --workdir to train on what it is now.",
+            code="training-file-changed",
+        )
+
+
+def check_pretrained(workdir: epath.PathLike, descriptions: dict[str, Any]) -> None:
+    """Rejects a workdir whose networks started from other weights under the same name.
+
+    Args:
+        workdir: path of the workdir; one of older code, without pretrained.json, is accepted.
+        descriptions: see `write_pretrained`.
+
+    Raises:
+        UserError: naming the weights.
+    """
+    if not (epath.Path(workdir) / "pretrained.json").exists():
+        return
+    recorded = read_fingerprint(epath.Path(workdir), "pretrained.json") or {}
+    for backbone in descriptions.keys() & recorded.keys():
+        old, new = recorded[backbone], descriptions[backbone]
+        if old["sha256"] != new["sha256"]:
+            raise UserError(
+                f"The initial weights of {backbone} ({new['name']}) changed since {workdir} was "
+                f"begun (SHA-256 {old['sha256']} then, {new['sha256']} now): restore the file, or "
+                "give another --workdir.",
+                code="pretrained-changed",
+            )
 
 
 def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> str:
@@ -249,7 +360,10 @@ def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> st
             code="teacher-unfinished",
         )
     old, new = _flatten(recorded), _flatten(_to_dict(config))
-    if differences := _differences(teacher_keys(old), teacher_keys(new)):
+    differences = _differences(teacher_keys(old), teacher_keys(new))
+    if old.get("model.norm") not in NORM_KINDS:  # It may differ otherwise.
+        differences["model.norm"] = f"model.norm: {old.get('model.norm')!r} there"
+    if differences:
         raise UserError(
             f"rounds.teacher_from is {workdir}, whose teacher was trained with another config "
             f"({'; '.join(differences.values())}): name another workdir, or train a teacher with "
@@ -261,7 +375,13 @@ def check_teacher(workdir: epath.Path, config: Any, dataset: load.Dataset) -> st
     keys = ["data", "labeled"]
     if images is not None and images["unlabeled"] == here["unlabeled"]:
         keys.append("ids_hash")
-    if images is None or any(images[key] != here[key] for key in keys):
+    record = read_record(workdir)
+    # The reported weights of the teacher are selected by the others.
+    names = ["labeled", "selection"]
+    if config.eval.select == "reported":
+        names += ["evaluation", "holdout"]
+    is_changed = record and dataset.record and record.first_change(dataset.record, names)
+    if images is None or is_changed or any(images[key] != here[key] for key in keys):
         raise UserError(
             f"rounds.teacher_from is {workdir}, whose teacher was trained on other images: name "
             "another workdir, or train a teacher with rounds.teacher_from=''.",
@@ -281,8 +401,13 @@ def teacher_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"data.root": …} for {"data": {"root": …}}; ADDED_KEYS that are missing are added."""
-    return ADDED_KEYS | traverse_util.flatten_dict(config, sep=".")
+    """Returns {"data.root": …} for {"data": {"root": …}}; ADDED_KEYS that are missing are added.
+
+    A ~ in a path, which older code recorded as it was written, is replaced by the home folder.
+    """
+    flat = ADDED_KEYS | traverse_util.flatten_dict(config, sep=".")
+    recorded = {key: flat[key] for key in paths.PATH_KEYS if isinstance(flat.get(key), str)}
+    return flat | {key: os.path.expanduser(path) for key, path in recorded.items()}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -294,9 +419,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------- who holds it: one run at a time
+# ---------------------------------------------------------------- the lock: one run at a time
 
 LOCK_FILE = ".lock"
+# The content of a lock file: nothing, or the process id and the host of the last holder.
+_HOLDER = re.compile(rb"(\d+ [^\n]*\n?)?")
 # Errors of file systems without locks. On these, as in stores such as gs://, nothing is locked.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -309,8 +436,14 @@ def locked(workdir: epath.PathLike) -> Iterator[None]:
     process left behind locks nothing.
 
     Raises:
-        UserError: another run uses the workdir, or the folder is not writable.
+        UserError: another run uses the workdir, or the folder is not writable, or its path is not
+            UTF-8, as TensorFlow, which writes the events, requires.
     """
+    if printable(os.fspath(workdir)) != os.fspath(workdir):
+        raise UserError(
+            f"The path of the workdir {workdir} is not UTF-8: give another --workdir.",
+            code="workdir-not-utf8",
+        )
     with contextlib.ExitStack() as stack:
         if has_rename(workdir):
             folder = os.fspath(workdir)
@@ -350,9 +483,20 @@ def _open_locked(folder: str, path: str) -> int:
         os.makedirs(folder or ".", exist_ok=True)
         # Python opens files as non-inheritable, so that a program which this process starts does
         # not hold the lock. A fork without exec would; this package does none.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            # Not through a link, and without waiting for another end, which a FIFO may need.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            if os.path.lexists(path) and not _is_lock_file(os.lstat(path)):
+                raise _foreign_lock(path) from error
+            raise
+        try:
+            if not _is_lock_file(os.fstat(descriptor)):
+                raise _foreign_lock(path)
             _flock(folder, descriptor)
+            if not _HOLDER.fullmatch(os.pread(descriptor, 300, 0)):
+                raise _foreign_lock(path)
             if _is_file_at(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -362,6 +506,19 @@ def _open_locked(folder: str, path: str) -> int:
             raise
         # Between open and lock, the previous holder removed the file: the lock excludes nobody.
         os.close(descriptor)
+
+
+def _is_lock_file(status: os.stat_result) -> bool:
+    """Whether a file is a regular one with a single name, so that to write it changes no other."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
+def _foreign_lock(path: str) -> UserError:
+    return UserError(
+        f"{path} is no lock of a run, but a file of something else: move it, or give another "
+        "--workdir.",
+        code="lock-of-something-else",
+    )
 
 
 def _flock(folder: str, descriptor: int) -> None:

@@ -1,14 +1,19 @@
+import dataclasses
 import errno
 import json
 import os
+import random
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors import safe_open
 
 from semiseg_jax import checkpoints, mesh, train_state
+from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
 from tests.errors import raises_code
 
@@ -96,6 +101,78 @@ def test_damaged_checkpoints_are_removed(two, made):
     cut(two / "3/state/_METADATA")
     assert newest(two, made)[0] is None
     assert not list(two.iterdir())
+
+
+def test_a_bit_flipped_in_any_file_of_a_checkpoint_gives_no_other_state(tmp_path, made):
+    rng = random.Random(0)
+    # Large enough to be a file of its own, which tensorstore does not check.
+    drawn = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
+    made = dataclasses.replace(made, params={**made.params, "c": {"kernel": drawn}})
+    with checkpoints.Checkpoints(tmp_path / "whole") as kept:
+        kept.save(3, made)
+    names = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")]
+    outcomes = []
+    for name in sorted(name for name in names if (tmp_path / "whole" / name).is_file()):
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        content = bytearray((folder / name).read_bytes())
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(content)
+        try:
+            with checkpoints.Checkpoints(folder) as kept:
+                restored = kept.restore_newest(shapes(made))
+        except UserError as error:
+            outcomes.append(error.code)
+            continue
+        outcomes.append(restored and "the same")
+        if restored:
+            jax.tree.map(np.testing.assert_array_equal, restored[1], made)
+    assert {None, "the same"} <= set(outcomes)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path, made):
+    for seed in (1, 2):
+        with checkpoints.Checkpoints(tmp_path / str(seed), np.array([seed, 7])) as kept:
+            kept.save(3, made)
+    shutil.rmtree(tmp_path / "1")
+    (tmp_path / "2").rename(tmp_path / "1")
+    with (
+        checkpoints.Checkpoints(tmp_path / "1", np.array([1, 7])) as kept,
+        raises_code("checkpoint-of-another-stage", "1/3"),
+    ):
+        kept.restore_newest(shapes(made))
+    assert (tmp_path / "1/3").exists()
+
+
+def test_a_checkpoint_of_older_code_has_no_hash(two, made):
+    for step in (3, 5):
+        path = two / str(step) / "_CHECKPOINT_METADATA"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+    assert newest(two, made)[0] == 5
+
+
+def test_best_weights_are_known_by_their_content(tmp_path):
+    """A bit anywhere in the file, its description included."""
+    variables = {"params": {"a": {"kernel": jnp.arange(30.0)}}}
+    best = checkpoints.BestWeights(epath.Path(tmp_path), 10)
+    best.write(checkpoints.Candidate(20, 0.5, variables))
+    path = tmp_path / checkpoints.BEST_WEIGHTS
+    whole = path.read_bytes()
+    one_device = mesh.make_mesh(jax.devices()[:1])
+    candidate_shapes = jax.eval_shape(lambda: variables)
+    for bit in random.Random(0).sample(range(8 * len(whole)), 200):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            read = best.load(candidate_shapes, one_device)
+        except UserError as error:
+            assert error.code == "best-weights-missing"
+            continue
+        assert (read.step, read.miou) == (20, 0.5)
+        np.testing.assert_array_equal(read.variables["params"]["a"]["kernel"], jnp.arange(30.0))
 
 
 @pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA"])

@@ -214,7 +214,7 @@ def test_an_override_of_a_value_that_is_not_a_config_is_rejected(returned, tmp_p
             "is 'third': make it one of full, half, one of 1_30",
         ),
         (["--confg=configs/streets.py"], "confg"),
-        ([], "--config=configs/streets.py"),
+        ([], "--config is missing: give the config to run, such as configs/streets.py"),
         (["--config=configs/streets.py", "--config.model.norm=none"], "model.norm is 'none'"),
         (
             ["--config=configs/camvid.py", "--config.data.root=/nowhere"],

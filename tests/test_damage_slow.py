@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from semiseg_jax import self_training
+from semiseg_jax.runtime import hashes
 from semiseg_jax.runtime.errors import UserError
 from tests.conftest import FEW_OPERATIONS
 from tests.errors import raises_code
@@ -32,6 +33,34 @@ def cut_all(folder):
     for path in folder.rglob("*"):
         if path.is_file():
             cut(path)
+
+
+def flip_bit(path):
+    """In the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def flip_bit_of_data(checkpoint):
+    """Of the values of the arrays, which fill the largest file."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    flip_bit(max(files, key=lambda path: path.stat().st_size))
+
+
+def change_row(path):
+    content = json.loads(path.read_text())
+    content["rows"][1]["miou"] += 0.25
+    path.write_text(json.dumps(content))
+
+
+def exchange_label_maps(folder):
+    """Two of them, with nothing but themselves to tell which is whose."""
+    one, two = sorted(folder.glob("*.png"))[1:3]
+    contents = one.read_bytes(), two.read_bytes()
+    two.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    (folder / "manifest.json").unlink()
 
 
 def undo(*stages):
@@ -70,7 +99,7 @@ def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
         ),
         "a checkpoint gone": (
             lambda run: shutil.rmtree(run / STUDENT / "checkpoints"),
-            "its checkpoint of step 4 is missing: it is trained again",
+            "the checkpoint of step 4 is missing: its steps are trained again",
         ),
         "a marker": (undo(TEACHER, STUDENT), "going on at step 4"),
         "a label map": (
@@ -80,6 +109,22 @@ def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
         "a label map gone": (
             both(undo(STUDENT), lambda run: sorted((run / LABELS).glob("*.png"))[3].unlink()),
             "1 label maps are missing or damaged",
+        ),
+        "a bit of a checkpoint": (
+            lambda run: flip_bit_of_data(run / STUDENT / "checkpoints/4"),
+            "the checkpoint of step 4 is damaged (its content does not have the hash",
+        ),
+        "a bit of a marker": (
+            lambda run: flip_bit(run / TEACHER / "DONE"),
+            "DONE is damaged: the stage goes on at its last checkpoint",
+        ),
+        "a row": (
+            lambda run: change_row(run / "results.json"),
+            "the row of student 1, step 4, was changed after it was written",
+        ),
+        "label maps exchanged": (
+            both(undo(STUDENT), lambda run: exchange_label_maps(run / LABELS)),
+            "",
         ),
         "a manifest": (both(undo(STUDENT), lambda run: cut(run / LABELS / "manifest.json")), ""),
     }
@@ -116,6 +161,7 @@ def test_an_image_that_changed_its_size_is_refused(config, tmp_path):
     manifest = json.loads((run / LABELS / "manifest.json").read_text())
     name = min(manifest["images"])
     manifest["images"][name]["size"] = [3, 4]
+    del manifest[hashes.SEAL]
     (run / LABELS / "manifest.json").write_text(json.dumps(manifest))
     with raises_code("pseudo-label-size-differs"):
         self_training.run(config, run)

@@ -29,14 +29,14 @@ CLASSES = ("ground", "thing", "corner")
 PALETTE = ((0, 0, 0), (200, 30, 30), (30, 200, 30))
 
 
-def make_workdir(folder, protocol=PROTOCOL, make_weights=random_variables, **changes):
+def make_workdir(folder, protocol=PROTOCOL, make_weights=random_variables, downscale=1, **changes):
     """Writes the model of a run with the tiny network, whose norm is far from the identity."""
     config = tiny_config(**changes)
     resolved = deeplab.resolve(config.model)
     weights = make_weights(deeplab.build(resolved, len(CLASSES)))
     row = result_row(protocol)
     description = model_bundle.describe(
-        resolved, config.eval, CLASSES, PALETTE, {"data": "folder"}, row
+        resolved, config.eval, CLASSES, PALETTE, {"data": "folder"}, row, downscale=downscale
     )
     checkpoints.save_weights(folder / "model" / model_bundle.WEIGHTS, weights, description)
     (folder / "model" / model_bundle.DESCRIPTION).write_text(json.dumps(description))
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_no_files(workdir, tmp_path, monkeypatch, error, reas
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--workdir=x", "--format=stablehlo"], "Say --output"),
+        (["--workdir=x", "--format=stablehlo"], "--output is missing: give it"),
         (["--workdir=x", "--output=y", "z"], "'z' is not an option"),
         (["--workdri=x"], "workdri"),
     ],

@@ -9,6 +9,8 @@ import pytest
 from semiseg_jax import models
 
 MODULES = [
+    "semiseg_jax.data.folder_walk",
+    "semiseg_jax.data.image_header",
     "semiseg_jax.inference",
     "semiseg_jax.losses",
     "semiseg_jax.mesh",

@@ -353,7 +353,7 @@ def test_train_asks_for_another_tpu_when_it_is_preempted_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("statuses", "status", "sentence"),
     [
-        (("semiseg a running", "semiseg a stopped"), 75, "The same command goes on"),
+        (("semiseg a running", "semiseg a stopped"), 75, "The same command continues the run"),
         (("semiseg a running", "semiseg a ended 3", "semiseg a ended 3"), 3, "ended with status 3"),
         # How it ended before this command says nothing of this one.
         (("semiseg a stopped", "semiseg a ended 0"), 0, "The run is complete"),

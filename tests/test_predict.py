@@ -21,6 +21,7 @@ from semiseg_jax import (
 from semiseg_jax.data import load, visualize
 from semiseg_jax.models import deeplab
 from semiseg_jax.runtime import preemption
+from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.serving import inputs, model_bundle, prediction_writer, tiling
 from tests import mains
 from tests.conftest import tiny_config
@@ -70,16 +71,21 @@ def one_device_mesh():
     return mesh.make_mesh(jax.devices()[:1])
 
 
-def run(folder, sizes):
-    """Runs a teacher with random weights on images of these sizes; returns (config, workdir)."""
+def run(folder, sizes, **changes):
+    """Runs a teacher with random weights on images of these sizes; returns (config, workdir).
+
+    Args:
+        folder: for the data and the workdir.
+        sizes: (height, width) of the images in turn.
+        changes: of the config, by dotted key with __ for the dot.
+    """
     make_data(folder / "data", sizes)
     config = tiny_config(
         data__root=str(folder / "data"),
         data__cache_dir=str(folder / "cache"),
         data__classes=CLASSES,
-        eval__batch=4,
-        eval__pad_to=16,
         rounds__count=0,
+        **{"eval__batch": 4, "eval__pad_to": 16} | changes,
     )
     write_random_weights(folder / "weights.safetensors", config.model)
     config.model.pretrained = str(folder / "weights.safetensors")
@@ -195,6 +201,7 @@ def photos(tmp_path):
     (folder / "empty.jpg").write_bytes(b"")
     content = (folder / "same.tif").read_bytes()
     (folder / "cut.tif").write_bytes(content[: len(content) // 2])
+    os.mkfifo(folder / "pipe.png")
     (folder / "notes.txt").write_text("no image")
     return folder
 
@@ -205,8 +212,11 @@ def test_all_image_formats_are_predicted_and_unreadable_files_listed(
     _, workdir = few
     output = photos / "predicted"
     error = get_error(monkeypatch, *flags(workdir, photos, output))
-    assert error.startswith("Error: 3 files could not be predicted, all others are written:\n")
-    for line in ("cut.tif cannot be decoded", "empty.jpg is not an image", "sixteen.png has more"):
+    assert error.startswith("Error: 4 files could not be predicted, all others are written:\n")
+    for line in (
+        *("cut.tif cannot be decoded", "empty.jpg is not an image", "sixteen.png has more"),
+        "pipe.png is a named pipe",
+    ):
         assert f"\n  {photos}/{line}" in error
     assert "1 files below" in capsys.readouterr().out
     label_maps = read_maps(output)
@@ -220,7 +230,7 @@ def test_all_image_formats_are_predicted_and_unreadable_files_listed(
     for name in equal:
         np.testing.assert_array_equal(label_maps[name], label_maps["deep/plain.png"], err_msg=name)
     record = json.loads((output / "predictions.json").read_text())
-    assert record["images"] == 7 and len(record["broken"]) == 3 and record["ended"]
+    assert record["images"] == 7 and len(record["broken"]) == 4 and record["ended"]
     # A second call ignores the predictions in the input folder and writes the same files.
     files = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     get_error(monkeypatch, *flags(workdir, photos, output))
@@ -326,7 +336,7 @@ def test_invalid_arguments_print_one_sentence(few, photos, tmp_path, monkeypatch
         ((workdir, photos, photos), "--output is the folder of the images"),
         ((workdir, photos, tmp_path / "file"), "file/predictions.json cannot be written"),
         ((photos, photos, tmp_path / "o"), "has no model/weights.safetensors: a run writes it"),
-        ((workdir, photos, ""), "Say --output"),
+        ((workdir, photos, ""), "--output is missing: give it"),
     ):
         assert sentence in get_error(monkeypatch, *flags(*arguments))
     for option, sentence in (
@@ -341,11 +351,98 @@ def test_invalid_arguments_print_one_sentence(few, photos, tmp_path, monkeypatch
         assert sentence in get_error(monkeypatch, *flags(workdir, photos, tmp_path / "o"), option)
 
 
-def test_files_that_are_not_predictions_are_not_overwritten(photos, tmp_path):
-    (photos / "masks").mkdir()
-    mask = photos / "masks" / "grey.png"
-    Image.new("L", (48, 40)).save(mask)
-    with raises_code("output-holds-other-files", "masks/grey.png"):
-        inputs.Images(photos, photos / "masks")
-    (photos / "masks" / "predictions.json").write_text("{}")
-    assert len(inputs.Images(photos, photos / "masks").examples) == 10
+def test_links_that_form_cycles_add_no_images(photos, tmp_path):
+    before = [e.id for e in inputs.Images(photos, tmp_path / "out").examples]
+    (photos / "itself").symlink_to(photos)
+    (photos / "deep" / "up").symlink_to(tmp_path)
+    (photos / "deep" / "across").symlink_to(photos / "deep")
+    assert [e.id for e in inputs.Images(photos, tmp_path / "out").examples] == before
+
+
+@pytest.fixture
+def writer_into(pointwise):
+    """Returns a function that predicts images into a folder, with all kinds of files."""
+
+    def predict_into(images, output):
+        protocol = model_bundle.evaluation_config(pointwise, 1)
+        writer = prediction_writer.PredictionWriter(
+            pointwise, protocol, one_device_mesh(), output, probabilities=True
+        )
+        return writer(inputs.Images(images, output).examples)
+
+    return predict_into
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_files_that_no_prediction_wrote_are_not_overwritten(photos, tmp_path, writer_into):
+    photo, output = photos / "grey.png", tmp_path / "out"
+    writer_into(photo, output)
+    written = contents(output)
+    assert sorted(written) == [
+        *("grey.png", "overlays/grey.jpg", "predictions.json", "probabilities/grey.npz"),
+    ]
+    for name in written:
+        for other in (b"", b"mine", b"{}", b'{"ended": true}'):
+            # In a folder of its own, and in place of the file that was predicted.
+            for folder, files in ((tmp_path / "new", {}), (output, written)):
+                for path, content in (files | {name: other}).items():
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path).write_bytes(content)
+                before = contents(folder)
+                with pytest.raises(UserError) as error:
+                    writer_into(photo, folder)
+                assert error.value.code.startswith("output-") and name in str(error.value)
+                assert contents(folder) == before
+                (folder / name).unlink()
+    for path, content in written.items():
+        (output / path).write_bytes(content)
+    writer_into(photo, output)
+    assert contents(output) == written
+
+
+def test_predictions_of_several_commands_and_of_older_code_are_replaced(
+    photos, tmp_path, writer_into
+):
+    output = tmp_path / "out"
+    for name in ("grey.png", "same.png", "grey.png"):
+        writer_into(photos / name, output)
+    record = json.loads((output / "predictions.json").read_text())
+    assert len(record["files"]) == 6 and all(record["files"].values())
+    # Older code wrote no list of files, and a command that was killed knows no content.
+    del record["files"]
+    (output / "predictions.json").write_text(json.dumps(record))
+    for name in ("same.png", "grey.png"):
+        writer_into(photos / name, output)
+    record = json.loads((output / "predictions.json").read_text())
+    (output / "predictions.json").write_text(
+        json.dumps(record | {"ended": False, "files": dict.fromkeys(record["files"])})
+    )
+    (output / "grey.png").unlink()
+    (output / "same.png").write_bytes(b"half")
+    writer_into(photos / "same.png", output)
+
+
+def test_only_folders_of_predictions_are_left_out_of_the_input(
+    few, photos, tmp_path, writer_into, monkeypatch, capsys
+):
+    writer_into(photos / "same.png", photos / "deep" / "predicted")
+    (photos / "predictions.json").write_text('{"images": []}')
+    (photos / "deep" / "predictions.json").write_text("[]")
+    images = inputs.Images(photos, tmp_path / "out")
+    assert [os.path.relpath(f, photos) for f in images.predictions] == ["deep/predicted"]
+    assert "deep/plain" in [e.id for e in images.examples]
+    for folder, code in (
+        (photos / "deep" / "predicted", "input-holds-predictions"),
+        (photos, "output-is-input"),
+    ):
+        with raises_code(code, folder.name):
+            inputs.Images(folder, photos)
+    with raises_code("output-holds-images", "deep"):
+        inputs.Images(photos, photos / "deep")
+    get_error(monkeypatch, *flags(few[1], photos, tmp_path / "out"))
+    out = capsys.readouterr().out
+    assert "folders of earlier predictions are left out of the input: " in out
+    assert "deep/predicted" in out

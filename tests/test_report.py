@@ -3,8 +3,13 @@
 import html.parser
 import io
 import json
+import os
+import pathlib
+import random
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,13 +18,17 @@ from etils import epath
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from semiseg_jax import eval_protocol, mesh, metrics, self_training, stages
+from semiseg_jax import eval_protocol, mesh, metrics, results, self_training, stages
+from semiseg_jax.data import image_io
+from semiseg_jax.data.dataset import Dataset, Example
+from semiseg_jax.evaluate import EvalExample
 from semiseg_jax.reporting import artifacts, drawings, galleries
 from semiseg_jax.reporting import page as page_lib
 from semiseg_jax.reporting import plots as plots_lib
 from semiseg_jax.reporting.run import Run, StageReport
 from semiseg_jax.runtime import metric_writer
-from tests import workdirs
+from semiseg_jax.runtime.logger import capture_lines
+from tests import json_mutants, workdirs
 from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.rows import PROTOCOL, result_row
@@ -252,10 +261,20 @@ def test_each_protocol_has_its_own_results_table(copied):
     flipped["protocol"] = flipped["protocol"] | {"flip": True}
     content["rows"].append(flipped)
     (copied / "results.json").write_text(json.dumps(content))
+    (copied / results.ROW_HASHES).unlink()  # Otherwise a row that no run wrote is left out.
     page_lib.write(copied)
     newest, oldest = Page((copied / page_lib.FILE).read_text()).tables["results"]
     assert [line[:2] for line in newest[1:]] == [["teacher", "50.00"]]
     assert len(oldest) == 5
+
+
+def test_a_changed_row_is_left_out(copied):
+    content = json.loads((copied / "results.json").read_text())
+    content["rows"][1]["miou"] = 0.99
+    (copied / "results.json").write_text(json.dumps(content))
+    page_lib.write(copied)
+    (table,) = Page((copied / page_lib.FILE).read_text()).tables["results"]
+    assert len(table) == 4 and "99.00" not in str(table)
 
 
 def test_images_are_selected_by_the_last_stage_and_by_their_change():
@@ -348,3 +367,74 @@ def test_norms_are_of_layers_from_the_first_to_the_last(domains):
     expected = ["stem", "entry1", "middle2", "exit2"]
     assert list(norms) == [f"backbone/{name}/norm" for name in expected]
     assert all(set(by_domain) == set(domains) for v in norms.values() for by_domain in v.values())
+
+
+def write_mutant(path, rng):
+    """Replaces a JSON file, or a line of a .jsonl file, by JSON of another form."""
+    text = path.read_text()
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    lines[0] = rng.choice(list(json_mutants.mutants(json.loads(lines[0]))))
+    path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+
+
+JSON_FILES = (
+    *("results.json", artifacts.RUN),
+    *("round_2/student/" + name for name in (artifacts.EVALUATION, artifacts.NORMS)),
+    *("round_0/teacher/" + name for name in (artifacts.EVALUATION, metric_writer.METRICS_FILE)),
+    f"round_1/student/{artifacts.PSEUDO_GALLERY}.json",
+    "round_1/student/pseudo_labels/health.json",
+)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_json_of_any_form_ends_no_report(run, copied, seed):
+    rng = random.Random(seed)
+    for name in JSON_FILES if seed % 2 else rng.choices(JSON_FILES):
+        write_mutant(copied / name, rng)
+    page_lib.write(copied)
+    Page((copied / page_lib.FILE).read_text())
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(copied):
+    (copied / "config.json").write_text("[]")
+    with capture_lines() as lines:
+        page_lib.update(copied)
+    assert len(lines) == 1 and lines[0].startswith(f"Warning: {copied}/report.html could not be")
+    with raises_code("report-config-missing", "config.json"):
+        page_lib.write(copied)
+
+
+@pytest.mark.parametrize("name", [r"$\foo$", "a_$^b", "$", r"\$x\$", "%\n{}"])
+def test_class_names_are_no_formulas(name):
+    svg = plots_lib.plot_confusion(np.eye(2, dtype=np.int64), [name, "other"])
+    assert svg.startswith(b"<?xml")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline"])
+def test_any_backend_in_the_environment_is_ignored(backend):
+    """Keras, which TensorFlow imports, imports Matplotlib too."""
+    code = "from semiseg_jax.runtime.quiet_tensorflow import tf; import semiseg_jax.reporting.plots"
+    environment = os.environ | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_matplotlib_is_imported_in_one_place():
+    sources = pathlib.Path(page_lib.__file__).parents[1].rglob("*.py")
+    pattern = re.compile(r"^\s*(from|import) matplotlib", re.M)
+    importing = {path.name for path in sources if pattern.search(path.read_text())}
+    assert importing == {"plain_matplotlib.py"}
+
+
+def test_the_gallery_shows_the_masks_of_the_last_evaluation(tmp_path):
+    """The masks may have been corrected under the same names."""
+    example = Example("a", "a.png", "a_mask.png")
+    palette = ((0, 0, 0), (255, 0, 0))
+    table = image_io.id_table(2)
+    dataset = Dataset("d", ("sky", "tree"), palette, table, (), (), (example,))
+    workdir = epath.Path(tmp_path)
+    for class_id in (0, 1):
+        label = np.full((4, 5), class_id, np.uint8)
+        sink = artifacts.PredictionSink(workdir, workdir / "stage", dataset, final=True)
+        sink(EvalExample("a", np.zeros((4, 5, 3), np.uint8), label, label))
+        shown = workdir / artifacts.GALLERY / dataset.split_hash / "a.png"
+        assert (image_io.read_mask(shown, table) == class_id).all()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -24,10 +25,10 @@ from semiseg_jax import checkpoints, evaluate, mesh, self_training, train
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import image_io, load
-from semiseg_jax.models import deeplab
+from semiseg_jax.models import deeplab, published_weights
 from semiseg_jax.reporting import page
 from semiseg_jax.results import Results
-from semiseg_jax.runtime import metric_writer, preemption
+from semiseg_jax.runtime import metric_writer, multihost, preemption
 from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.train_state import inference_variables, variable_shapes
 from tests import conftest, workdirs
@@ -291,6 +292,10 @@ def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(
         np.testing.assert_array_equal(kept[name], value, err_msg=name)
     description = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert description["model"]["input_normalization"] == "imagenet"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert description["pretrained"]["sha256"] == digest
+    recorded = json.loads((tmp_path / "run" / "pretrained.json").read_text())
+    assert recorded == {"tiny": description["pretrained"]}
     assert "weights of layout semiseg_jax" in capsys.readouterr().out
 
 
@@ -404,6 +409,29 @@ def test_other_training_images_are_refused(config, tmp_path):
     fewer = dataclasses.replace(data, unlabeled=data.unlabeled[1:])
     with raises_code("data-changed", "4 labelled and 8 unlabelled", "4 and 7 of"):
         workdir_lib.check_data(tmp_path, fewer)
+
+
+def test_other_initial_weights_under_the_same_name_are_refused(tmp_path):
+    weights = {"tiny": {"name": "a.npz", "sha256": "0" * 64}}
+    workdir_lib.check_pretrained(tmp_path, weights)  # as in a workdir of older code
+    workdir_lib.write_pretrained(tmp_path, {})
+    assert not (tmp_path / "pretrained.json").exists()
+    workdir_lib.write_pretrained(tmp_path, weights)
+    workdir_lib.check_pretrained(tmp_path, weights)
+    workdir_lib.check_pretrained(tmp_path, {})
+    other = {"tiny": weights["tiny"] | {"sha256": "1" * 64}}
+    with raises_code("pretrained-changed", "weights of tiny (a.npz)", "1" * 64):
+        workdir_lib.check_pretrained(tmp_path, other)
+
+
+def test_hosts_with_different_initial_weights_are_refused(config, monkeypatch):
+    weights = {"name": "imagenet", "sha256": "0" * 64}
+    monkeypatch.setattr(published_weights, "describe", lambda model_config: weights)
+    assert self_training.find_initial_weights(config) == {"tiny": weights}
+    other = {"tiny": weights | {"sha256": "1" * 64}}
+    monkeypatch.setattr(multihost, "all_gather", lambda name, value: [value, other])
+    with raises_code("pretrained-differs-between-hosts", "weights of tiny (imagenet)"):
+        self_training.find_initial_weights(config)
 
 
 def test_images_of_the_same_names_and_other_sizes_are_refused(config, tmp_path):

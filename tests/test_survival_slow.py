@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import FEW_OPERATIONS
 from tests.killed_run import run
-from tests.workdirs import same
+from tests.workdirs import metrics, same
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +96,7 @@ def test_kills_at_every_kind_of_write_change_no_bit(tmp_path, folder_config):
     status, output = run(config, tmp_path / "killed")
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
 
 def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
@@ -110,3 +111,4 @@ def test_kills_on_a_store_without_rename_change_no_bit(tmp_path, folder_config):
     status, output = run(config, tmp_path / "killed", store=True)
     assert status == 0, output
     same(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from semiseg_jax import workdir
 from semiseg_jax.data import image_io, load
 from semiseg_jax.reporting import artifacts, run
 from semiseg_jax.runtime.errors import UserError
+from tests import json_mutants
 from tests.errors import raises_code
 
 # Keys of configs/default.py in the version that wrote the first workdirs, one per line.
@@ -34,6 +36,42 @@ def test_a_damaged_fingerprint_is_an_error_once_there_are_stages(name, content, 
     (tmp_path / "round_0").mkdir()
     with raises_code("fingerprint-damaged", name):
         workdir.read_fingerprint(epath.Path(tmp_path), name)
+
+
+def test_fingerprints_of_any_other_form_are_refused_or_compared(folder_config, tmp_path):
+    """What passes has the types that the comparisons expect."""
+    folder = epath.Path(tmp_path)
+    data = load.load_dataset(folder_config)
+    weights = {"tiny": {"name": "imagenet", "sha256": "0" * 64, "license": None}}
+    workdir.write_config(folder, folder_config)
+    workdir.write_data(folder, data)
+    workdir.write_pretrained(folder, weights)
+    (folder / "round_0/teacher").mkdir(parents=True)
+    (folder / "round_0/teacher/DONE").touch()
+
+    def check():
+        workdir.check_config(folder, folder_config)
+        workdir.check_data(folder, data)
+        workdir.check_pretrained(folder, weights)
+        workdir.check_teacher(folder, folder_config, data)
+        workdir.read_record(folder)
+
+    check()
+    rng = random.Random(0)
+    for name in ("config.json", "data.json", "pretrained.json"):
+        path = folder / name
+        original, refused = path.read_text(), 0
+        mutants = list(json_mutants.mutants(json.loads(original), branches=2))
+        texts = [*json_mutants.TEXTS, *rng.sample(mutants, 120 if len(mutants) > 600 else 30)]
+        for text in texts:
+            path.write_text(text)
+            try:
+                check()
+            except UserError as error:
+                assert str(error).count("\n") == 0
+                refused += 1
+        assert refused > len(texts) / 3, name
+        path.write_text(original)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", "{"])

@@ -98,3 +98,58 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
         workdir.locked(tmp_path / "file"),
     ):
         pass
+
+
+def link_to(target, path):
+    path.symlink_to(target)
+
+
+def other_name_of(target, path):
+    path.hardlink_to(target)
+
+
+def copy_of(target, path):
+    path.write_bytes(target.read_bytes())
+
+
+def fifo(target, path):
+    os.mkfifo(path)
+
+
+def folder(target, path):
+    path.mkdir()
+
+
+def link_to_nothing(target, path):
+    path.symlink_to(path.parent / "nothing")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [link_to, other_name_of, copy_of, fifo, folder, link_to_nothing],
+    ids=lambda f: f.__name__,
+)
+def test_a_lock_of_something_else_is_neither_written_nor_removed(tmp_path, put):
+    target = tmp_path / "mine.txt"
+    target.write_text("keep")
+    run = tmp_path / "run"
+    run.mkdir()
+    put(target, run / workdir.LOCK_FILE)
+    with raises_code("lock-of-something-else", "run/.lock"), workdir.locked(run):
+        pass
+    assert target.read_text() == "keep"
+    assert os.path.lexists(run / workdir.LOCK_FILE) and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("content", ["", "17 host", "17 a host of two words\n"])
+def test_a_lock_that_a_killed_run_left_is_taken(tmp_path, content):
+    (tmp_path / workdir.LOCK_FILE).write_text(content)
+    with workdir.locked(tmp_path):
+        pass
+
+
+def test_a_workdir_that_is_not_utf8_is_refused(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    with raises_code("workdir-not-utf8", "caf"), workdir.locked(os.fsdecode(folder)):
+        pass
+    assert not os.path.exists(folder)

@@ -18,6 +18,21 @@ def contents(workdir):
     return found | {k: v.tobytes() for k, v in weights.items()}
 
 
+# Values in metrics.jsonl that depend on the clock.
+CLOCK_TIMES = ("seconds", "images_per_second", "input_wait")
+
+
+def metrics(workdir):
+    """The lines of every metrics.jsonl, without clock times."""
+    return {
+        str(path.relative_to(workdir)): [
+            {k: v for k, v in json.loads(line).items() if k not in CLOCK_TIMES}
+            for line in path.read_text().splitlines()
+        ]
+        for path in workdir.rglob("metrics.jsonl")
+    }
+
+
 def same(workdir, other):
     """Two runs that ended with the same bits."""
     one, two = contents(workdir), contents(other)

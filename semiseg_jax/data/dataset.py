@@ -1,8 +1,10 @@
 """Examples and data sets, and the functions that list the files of a folder."""
 
+import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,11 +12,16 @@ from etils import epath
 from jaxtyping import Int16
 
 from semiseg_jax.data import split_lists
-from semiseg_jax.runtime.errors import UserError, read_error
+from semiseg_jax.data.data_record import DataRecord
+from semiseg_jax.data.folder_walk import walk_files
+from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.logger import logger
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
-# Prints a line for the user.
+# The most bytes in a file name without its ending. File systems allow 255, and a run writes files
+# under temporary names, which are longer (see `fileio.write_bytes`).
+MAX_NAME_BYTES = 235
 
 # "true": a mask of the data set, in its own mask values. "pseudo": a label map that a teacher
 # predicted, whose values are class ids.
@@ -61,6 +68,13 @@ class Dataset:
         selection: labelled images held out to select the weights of a stage; usually empty.
         pixels: number of pixels of the labelled and the unlabelled images, before any
             downscaling; 0 until `load.check` has counted them.
+        left_out: unlabelled images that are lost or not decodable and therefore not in
+            `unlabeled`: the reason by id. They still belong to the split.
+        record: the content of all files; None until `load.check` has read them.
+        root: the folder that the paths in `record` are relative to.
+
+    Raises:
+        UserError: the id of an image is no path inside a folder.
     """
 
     name: str
@@ -73,13 +87,37 @@ class Dataset:
     evaluated_on: str = "val"
     selection: tuple[Example, ...] = ()
     pixels: int = 0
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    record: DataRecord | None = None
+    root: str = ""
+
+    @property
+    def unlabeled_ids(self) -> list[str]:
+        """The ids of the unlabelled images of the split, those in `left_out` included."""
+        return [*(e.id for e in self.unlabeled), *self.left_out]
+
+    def __post_init__(self) -> None:
+        examples = (*self.labeled, *self.unlabeled, *self.evaluation, *self.selection)
+        for example in examples:
+            # A run names files after ids, which must not lie outside of their folder.
+            if any(part in ("", ".", "..") for part in example.id.split("/")):
+                raise UserError(
+                    f"{example.image} has the name {example.id!r}, which leads out of a folder of "
+                    "label maps: name it by a path below data.root.",
+                    code="image-id-unsafe",
+                )
 
     @property
     def split_hash(self) -> str:
         """A hash of the ids of all sets (see `split_lists.split_hash`)."""
-        sets = [self.labeled, self.unlabeled, self.evaluation]
-        sets += [self.selection] if self.selection else []
-        return split_lists.split_hash([[e.id for e in examples] for examples in sets])
+        sets = [[e.id for e in self.labeled], self.unlabeled_ids, [e.id for e in self.evaluation]]
+        sets += [[e.id for e in self.selection]] if self.selection else []
+        return split_lists.split_hash(sets)
+
+    @property
+    def evaluation_hash(self) -> str:
+        """A hash of the ids of the evaluated images (see `split_lists.split_hash`)."""
+        return split_lists.split_hash([[e.id for e in self.evaluation]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,24 +145,10 @@ class Layout:
     masks_of_lists: bool = True
 
 
-def inside(folder: epath.Path) -> list[epath.Path]:
-    """Returns the paths in a folder, sorted by name.
-
-    Raises:
-        UserError: the folder is not readable.
-    """
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise read_error(
-            f"The folder {folder}", error, "make it readable, or take it out of what is read"
-        ) from error
-
-
 def files_below(
     folder: epath.Path, skip_folder: Callable[[epath.Path], bool] = lambda folder: False
-) -> Iterator[epath.Path]:
-    """Yields every file below a folder at any depth, sorted by path; skips hidden files.
+) -> list[epath.Path]:
+    """Returns every file below a folder as `walk_files` does, but skips hidden files and folders.
 
     Args:
         folder: the folder to walk.
@@ -133,14 +157,8 @@ def files_below(
     Raises:
         UserError: a folder is not readable.
     """
-    for path in inside(folder):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if not skip_folder(path):
-                yield from files_below(path, skip_folder)
-        else:
-            yield path
+    files = walk_files(folder, lambda path: path.name.startswith(".") or skip_folder(path))
+    return [path for path in files if not path.name.startswith(".")]
 
 
 def pairs(
@@ -148,8 +166,12 @@ def pairs(
     mask_folder: epath.Path | None,
     image_suffix: str = "",
     mask_suffix: str = ".png",
+    skip_folder: Callable[[epath.Path], bool] = lambda folder: False,
 ) -> tuple[Example, ...]:
     """Returns an example for each image below a folder, with the mask of the same name if any.
+
+    Suffixes are compared without case, names without regard to how Unicode composes an accent.
+    Logs the number of files that have neither suffix, and of masks without an image.
 
     Args:
         folder: the folder of the images, nested or flat.
@@ -157,6 +179,7 @@ def pairs(
             missing. None: no masks.
         image_suffix: the suffix of image names, such as "_photo.jpg"; "" for any image file.
         mask_suffix: the suffix of mask names that replaces it, such as "_mask.png".
+        skip_folder: returns whether to skip a nested folder of images or masks.
 
     Raises:
         UserError: the image folder is missing, or two images differ only in their suffix.
@@ -167,31 +190,120 @@ def pairs(
             "data.image_dir or eval.split.",
             code="image-folder-missing",
         )
-    masks = {}
-    if mask_folder is not None and mask_folder.is_dir():
-        files = (m for m in files_below(mask_folder) if m.name.endswith(mask_suffix))
-        masks = {m.relative_to(mask_folder).as_posix(): os.fspath(m) for m in files}
-    mask_paths = set(masks.values())
+    files = files_below(folder, skip_folder)
+    has_masks = mask_folder is not None and mask_folder.is_dir()
+    files_beside_masks = files_below(mask_folder, skip_folder) if has_masks else []
+    mask_files = [f for f in files_beside_masks if is_image(f.name, mask_suffix)]
+    masks = _MaskFinder(mask_folder, mask_files, mask_suffix)
+    if mask_folder and folder in mask_folder.parents:
+        # What lies in the folder of the masks is no image, whatever its suffix.
+        files = [file for file in files if mask_folder not in file.parents]
+    mask_paths = set(map(os.fspath, mask_files))
+    # Images and masks may share a folder: a mask is not an image.
+    files = [file for file in files if os.fspath(file) not in mask_paths]
+    images = [file for file in files if is_image(file.name, image_suffix)]
     examples: dict[str, Example] = {}
-    for image in files_below(folder):
-        # Images and masks may share a folder: a mask is not an image.
-        if not is_image(image.name, image_suffix) or os.fspath(image) in mask_paths:
-            continue
+    for image in images:
         name = image.relative_to(folder).as_posix()
-        id_ = name.removesuffix(image_suffix) if image_suffix else os.path.splitext(name)[0]
+        id_ = name[: -len(image_suffix)] if image_suffix else os.path.splitext(name)[0]
         if id_ in examples:
             raise UserError(
                 f"{examples[id_].image} and {image} have the same name: rename one of them, or say "
                 "with data.image_suffix how the names of images end.",
                 code="image-names-collide",
             )
-        examples[id_] = Example(id_, os.fspath(image), masks.get(f"{id_}{mask_suffix}"))
+        examples[id_] = Example(id_, os.fspath(image), masks(id_))
+    known = {*images, *mask_files}
+    accepted = image_suffix or ", ".join(IMAGE_SUFFIXES)
+    _report_left_out(folder, [f for f in files if f not in known], f"images end in {accepted}")
+    if mask_folder and mask_folder != folder:
+        others = [f for f in files_beside_masks if f not in known]
+        _report_left_out(mask_folder, others, f"masks end in {mask_suffix} (data.mask_suffix)")
+    if has_masks:
+        used = {example.mask for example in examples.values()}
+        _report_unused_masks(mask_folder, [m for m in map(os.fspath, mask_files) if m not in used])
     return tuple(examples.values())
 
 
+class _MaskFinder:
+    """Finds the mask of an image by the image's id."""
+
+    def __init__(self, folder: epath.Path | None, masks: Sequence[epath.Path], suffix: str):
+        """Indexes `masks`, the files below `folder` that end in `suffix`."""
+        self._folder, self._suffix = folder, suffix
+        self._by_id: dict[str, str] = {}
+        # Of two masks that differ in the case of their suffix, the later one is kept.
+        for mask in sorted(masks, key=lambda mask: mask.name.endswith(suffix)):
+            assert folder is not None
+            name = mask.relative_to(folder).as_posix()
+            self._by_id[name[: -len(suffix)]] = os.fspath(mask)
+        self._by_normal_id = {normal_name(id_): mask for id_, mask in self._by_id.items()}
+        self._folders = {os.path.dirname(id_) for id_ in self._by_id}
+
+    def __call__(self, id_: str) -> str | None:
+        mask = self._by_id.get(id_) or self._by_normal_id.get(normal_name(id_))
+        if mask is None and self._folder and os.path.dirname(id_) not in self._folders:
+            # Two folders of images may share the masks of one: the walk visits a link to it once.
+            path = os.fspath(self._folder / f"{id_}{self._suffix}")
+            return path if os.path.isfile(path) else None
+        return mask
+
+
+def normal_name(name: str) -> str:
+    """Returns a file name in one Unicode form: "é" may be one character or two, by system."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _report_left_out(folder: epath.Path, files: Sequence[epath.Path], accepted: str) -> None:
+    """Logs the number of files of each ending that are left out; `accepted` says which are not."""
+    if not files:
+        return
+    endings = collections.Counter(f.suffix.lower() or "without an ending" for f in files)
+    listing = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(8))
+    logger.warning(
+        f"{len(files)} files below {folder} are left out ({listing}), such as {files[0]}: "
+        f"{accepted}."
+    )
+
+
+def _report_unused_masks(folder: epath.Path | None, masks: Sequence[str]) -> None:
+    """Logs the number of masks without an image; such a mask is usually misnamed."""
+    if masks:
+        logger.info(
+            f"{len(masks)} masks below {folder} have no image of their name, such as {masks[0]}."
+        )
+
+
 def is_image(name: str, suffix: str = "") -> bool:
-    """Returns whether a file name ends in `suffix` or, without one, in any image suffix."""
-    return name.endswith(suffix) if suffix else name.lower().endswith(IMAGE_SUFFIXES)
+    """Returns whether a file name ends in `suffix` or, without one, in any image suffix.
+
+    Case does not matter.
+    """
+    if not suffix:
+        return name.lower().endswith(IMAGE_SUFFIXES)
+    return name[-len(suffix) :].lower() == suffix.lower()
+
+
+def check_name(example: Example) -> None:
+    """Checks that files can be named after an image.
+
+    Raises:
+        UserError: the image's name is not UTF-8, or too long.
+    """
+    try:
+        name = example.id.rpartition("/")[2].encode()
+        example.id.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The name of {example.image} is not UTF-8: rename the file or its folder.",
+            code="image-name-not-utf8",
+        ) from error
+    if len(name) > MAX_NAME_BYTES:
+        raise UserError(
+            f"The name of {example.image} has {len(name)} bytes without its ending: shorten it to "
+            f"{MAX_NAME_BYTES}, because files of the run are named after it.",
+            code="image-name-too-long",
+        )
 
 
 def safe_id(path: str) -> str:

@@ -1,7 +1,4 @@
-"""Class ids and palettes, image and label map files, and atomic file writes.
-
-The module has three sections that use no private names of each other: class ids, image files, and
-files of any content.
+"""Class ids and palettes, and image and label map files.
 
 A label map is a PNG whose palette indices or grey levels are class ids. Pillow decodes images and
 label maps everywhere in the project, so that training, labelling, evaluation and prediction read
@@ -17,8 +14,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16, UInt8
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from semiseg_jax.data.image_header import FORMATS, ImageFile, check_regular
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.runtime.errors import UserError, first_line, read_error
 
@@ -102,75 +100,14 @@ def generated_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 
 # --- Image and label map files -------------------------------------------------------------------
 
-# Data sets may hold images that Pillow would reject as decompression bombs.
-Image.MAX_IMAGE_PIXELS = None
-
-
-class _ImageFile:
-    """An opened image file whose header is read; the image is upright by its EXIF orientation.
-
-    Attributes:
-        image: Pillow's image, not decoded before `decode`.
-        raw_mode: the file's pixel format, such as "RGB;16B".
-    """
-
-    def __init__(self, stream: Any):
-        self.image = Image.open(stream)
-        tiles = self.image.tile
-        self.raw_mode = str(tiles[0].args) if tiles else self.image.mode
-        self._orientation = _exif_orientation(self.image)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the upright image in pixels."""
-        width, height = self.image.size
-        return (width, height) if self._orientation >= 5 else (height, width)
-
-    @property
-    def has_more_than_8_bits(self) -> bool:
-        """Whether a channel has more than 256 levels; Pillow cuts some such files to 8 bits."""
-        return self.image.mode.startswith(("I", "F")) or "16" in self.raw_mode
-
-    def decode(self) -> Image.Image:
-        """Returns the decoded, upright image."""
-        self.image.load()
-        transpose = _TRANSPOSE_BY_ORIENTATION.get(self._orientation)
-        return self.image if transpose is None else self.image.transpose(transpose)
-
-
-# The operation that turns an image upright, by its EXIF orientation. Pillow's exif_transpose also
-# rewrites the EXIF data, which fails if an unrelated tag is malformed.
-_TRANSPOSE_BY_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation 1..8 of an undecoded image; from 5 on, its sides are swapped.
-
-    Returns 1 for TIFF, which Pillow turns upright itself. In a PNG only chunks before the pixels
-    count, because Pillow would decode the whole image to read the chunks after them.
-    """
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises many types of exception for damaged EXIF data.
-        return 1  # The pixels may still be sound.
-    return orientation if orientation in range(1, 9) else 1
-
 
 @contextlib.contextmanager
 def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
     """Turns exceptions about an image file into UserErrors; {} in `message` is the reason."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: restore it or take it out of its list.",
@@ -188,31 +125,45 @@ def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
         ) from error
 
 
-def _decode(path: epath.PathLike) -> tuple[_ImageFile, Image.Image]:
+def _decode(path: epath.PathLike) -> tuple[ImageFile, Image.Image]:
     """Returns an image file and its decoded image; raises a UserError as `read_image` does."""
     message = (
         "cannot be decoded ({}): it is truncated, corrupt or not an image; replace it or take it "
         "out of its list."
     )
     with _image_errors(path, message):
-        file = _ImageFile(io.BytesIO(epath.Path(path).read_bytes()))
+        check_regular(path)
+        file = ImageFile(path, io.BytesIO(epath.Path(path).read_bytes()))
         return file, file.decode()
+
+
+@contextlib.contextmanager
+def open_header(path: epath.PathLike) -> Iterator[ImageFile]:
+    """Opens an image or mask and reads only its header.
+
+    Raises:
+        UserError: the file is missing, not an image, or has too many pixels.
+    """
+    message = "is not an image ({}): replace it or take it out of its list."
+    with _image_errors(path, message):
+        check_regular(path)
+        with epath.Path(path).open("rb") as stream:
+            yield ImageFile(path, stream)
 
 
 def image_size(path: epath.PathLike) -> tuple[int, int]:
     """Returns (height, width) of the upright image in pixels; reads only the file's header.
 
     Raises:
-        UserError: the file is missing, not an image, or has more than 8 bits a channel.
+        UserError: the file is missing, not an image, has too many pixels, or has more than 8 bits
+            a channel.
     """
-    message = "is not an image ({}): replace it or take it out of its list."
-    with _image_errors(path, message), epath.Path(path).open("rb") as stream:
-        file = _ImageFile(stream)
-    _check_bit_depth(path, file)
-    return file.size
+    with open_header(path) as file:
+        _check_bit_depth(path, file)
+        return file.size
 
 
-def _check_bit_depth(path: epath.PathLike, file: _ImageFile) -> None:
+def _check_bit_depth(path: epath.PathLike, file: ImageFile) -> None:
     if file.has_more_than_8_bits:
         raise UserError(
             f"{path} has more than 8 bits a channel (mode {file.raw_mode}): convert it to 8 bits, "
@@ -225,21 +176,33 @@ def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     """Returns the upright RGB image of a file in any mode; grey is repeated, alpha dropped.
 
     Raises:
-        UserError: the file is missing or damaged, or has more than 8 bits a channel.
+        UserError: the file is missing or damaged, or has too many pixels or more than 8 bits a
+            channel.
     """
     file, image = _decode(path)
+    # Before the conversion, which would cut the values to 8 bits.
     _check_bit_depth(path, file)
-    return np.asarray(image.convert("RGB"))
+    if image.mode == "La":  # Pillow converts grey with premultiplied alpha to LA alone.
+        image = image.convert("LA")
+    # A conversion from RGB to RGB would copy the image.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-# Pillow multiplies the values of grey images of less than 8 bits by these factors.
-_GREY_SCALE_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+def _read_mask_values(
+    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns the values of a mask file: palette indices or grey levels.
 
-
-def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
-    """Returns the values stored in a mask file: palette indices or grey levels."""
+    Grey levels of less than 8 bits are returned as they are stored or, if only that fits the table
+    (see `id_table`), as they are shown.
+    """
     file, image = _decode(path)
     values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if file.grey_scale is not None and image.mode in ("1", "L", "I"):
+        largest, shown = file.grey_scale
+        values = ((values.astype(np.int64) * largest + shown // 2) // shown).astype(values.dtype)
+    if file.inverts_stored_values:
+        values = (file.grey_scale or (255, 255))[0] - values
     # Some TIFF files hold signed integers. Cut to 8 bits, -1 would become IGNORE.
     if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
         values = values.astype(np.uint8)
@@ -249,8 +212,30 @@ def _read_mask_values(path: epath.PathLike) -> UInt8[np.ndarray, "h w"]:
             "ids are expected: save masks as palette or grey PNGs whose values are the class ids.",
             code="mask-mode-unsupported",
         )
-    factor = _GREY_SCALE_FACTORS.get(file.raw_mode)
-    return values // factor if factor else values
+    if file.grey_scale is not None and image.mode in ("1", "L"):
+        return _shown_if_table_says(values, file.grey_scale, table)
+    return values
+
+
+def _shown_if_table_says(
+    values: UInt8[np.ndarray, "h w"],
+    grey_scale: tuple[int, int],
+    table: Int16[np.ndarray, "256"],
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns stored grey values spread over 0..255 if the table has classes for those alone.
+
+    A mask of one bit holds 0 and 1, and most programs show 0 and 255: an id map may be for either.
+    """
+    present = np.flatnonzero(_histogram(values))
+    unknown = table[present] == UNKNOWN
+    if not unknown.any():
+        return values
+    largest, shown = grey_scale
+    spread = np.rint(np.arange(256) / largest * shown).clip(max=255).astype(np.uint8)
+    class_ids = table[spread[present]]
+    if (class_ids == UNKNOWN).any() or (class_ids[unknown] == IGNORE).any():
+        return values
+    return spread[values]
 
 
 def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
@@ -264,7 +249,7 @@ def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np
         UserError: the file is missing or damaged, or holds colours, or holds a value that is
             neither a class nor ignored.
     """
-    values = _read_mask_values(path)
+    values = _read_mask_values(path, table)
     if (table == UNKNOWN).any():
         _check_values_known(path, _histogram(values), table)
     return table.astype(np.uint8)[values]
@@ -281,7 +266,7 @@ def count_classes(
     Raises:
         UserError: as `read_mask`.
     """
-    values = _read_mask_values(path)
+    values = _read_mask_values(path, table)
     value_counts = _histogram(values)
     _check_values_known(path, value_counts, table)
     class_counts = np.zeros(256, np.int64)
@@ -303,14 +288,49 @@ def _check_values_known(
     if not len(unknown):
         return
     listing = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+    remedy = _remedy_for_unknown_values(path, value_counts, table)
+    raise UserError(
+        f"{path} holds the values {listing}, which are neither a class nor ignored: {remedy}.",
+        code="mask-values-unknown",
+    )
+
+
+# Values beyond 0 and 255 are classes if there are few of them, and come from an interpolation if
+# there are more than these, for two classes and for more.
+_FEW_VALUES = {2: 2, 3: 16}
+# So far from 0 and 255 a JPEG moves the values of a mask of these two, in most of its pixels.
+_JPEG_RANGE = 24
+# How a mask of 0 and 255 is read.
+BINARY_MASK_KEYS = "data.ignore_ids=() data.id_map=((0,0),(255,1))"
+
+
+def _remedy_for_unknown_values(
+    path: epath.PathLike, value_counts: Int[np.ndarray, "256"], table: Int16[np.ndarray, "256"]
+) -> str:
+    """Returns what to do about mask values that are neither a class nor ignored.
+
+    Args:
+        path: the mask.
+        value_counts: number of its pixels by value.
+        table: from `id_table`.
+    """
+    present = np.flatnonzero(value_counts)
+    unknown = present[table[present] == UNKNOWN]
+    low, high = value_counts[:_JPEG_RANGE].sum(), value_counts[-_JPEG_RANGE:].sum()
+    is_binary = high > 0 and low + high > 0.75 * value_counts.sum()
+    again = "save it again from its source, without loss and without interpolation"
+    if is_binary:
+        again = f"save it as a PNG of 0 and 255 alone, and read it with {BINARY_MASK_KEYS}"
+    kind = Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=FORMATS).format
+    if kind in ("JPEG", "MPO"):
+        return f"it is a JPEG, whose compression changes values where classes meet; {again}"
+    num_classes = len({*table.tolist()} - {UNKNOWN, IGNORE})
+    if is_binary and len(unknown) > _FEW_VALUES[min(max(num_classes, 2), 3)]:
+        return f"they look like the soft edges of a mask of 0 and 255; {again}"
     hint = ""
     if IGNORE in unknown and len(present) <= 2:
         hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
-    raise UserError(
-        f"{path} holds the values {listing}, which are neither a class nor ignored: give them "
-        f"in data.id_map or data.ignore_ids{hint}.",
-        code="mask-values-unknown",
-    )
+    return f"give them in data.id_map or data.ignore_ids{hint}"
 
 
 def encode_mask(
@@ -333,11 +353,14 @@ def encode_mask(
     return buffer.getvalue()
 
 
-def read_png_text(path: epath.PathLike) -> dict[str, str]:
-    """Returns the text chunks of a label map written by `encode_mask`; decodes the whole image.
+def read_png(path: epath.PathLike) -> tuple[UInt8[np.ndarray, "..."], dict[str, str]]:
+    """Returns the stored values and the text chunks of a PNG written by `encode_mask`.
+
+    The values are [h, w] unless another program has written the file.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     _, image = _decode(path)
-    return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    text = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    return np.asarray(image).astype(np.uint8), text

@@ -17,9 +17,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
-from semiseg_jax.data import image_io, sda, weak_augment
+from semiseg_jax.data import image_io, label_maps, sda, weak_augment
 from semiseg_jax.data.batch_layout import BatchLayout, BatchSpec, lay_out_batch
 from semiseg_jax.data.load import Dataset, Example
+from semiseg_jax.data.sources.downscale import shrink_image
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.quiet_tensorflow import tf
@@ -216,9 +217,11 @@ class _Reader:
         examples: Sequence[Example],
         dataset: Dataset,
         on_read_error: OnReadError | None = None,
+        downscale: int = 1,
     ):
         self.examples = list(examples)
         self._on_read_error = on_read_error
+        self._downscale = downscale
         # Pseudo-labels hold class ids, whatever the mask values of the data set are.
         self._tables = {"true": dataset.table, "pseudo": image_io.id_table(len(dataset.classes))}
         self._error: UserError | None = None
@@ -232,10 +235,14 @@ class _Reader:
     def _read(self, index: np.integer) -> tuple[np.ndarray, np.ndarray]:
         example = self.examples[int(index)]
         try:
-            image = image_io.read_image(example.image)
+            image = shrink_image(image_io.read_image(example.image), self._downscale)
             if example.mask is None or example.label_kind is None:
                 return image, np.full(image.shape[:2], image_io.IGNORE, np.uint8)
-            label = image_io.read_mask(example.mask, self._tables[example.label_kind])
+            table = self._tables[example.label_kind]
+            if example.label_kind == "pseudo":
+                label = label_maps.read(example.mask, example.id, table)
+            else:
+                label = image_io.read_mask(example.mask, table)
             if label.shape != image.shape[:2]:
                 raise UserError(
                     f"{example.mask} and {example.image} differ in size: they must be of one size.",
@@ -393,15 +400,17 @@ def batches_by_size(
     batch_size: Callable[[Size], int],
     pad_value: UInt8[np.ndarray, "3"],
     on_read_error: OnReadError | None = None,
+    downscale: int = 1,
 ) -> Iterator[ImageBatch]:
     """Yields batches as `image_batches` does, with any rule for padded sizes and batch sizes.
 
     Args:
         examples, dataset, pad_value: as in `image_batches`.
-        sizes: (height, width) of each image in pixels.
+        sizes: (height, width) of each image in pixels, downscaled.
         padded_size: from the size of an image to the size that it is padded to.
         batch_size: images in the global batch, by padded size.
         on_read_error: receives the unreadable examples, which the batches then leave out.
+        downscale: factor by which images without a mask are downscaled after reading.
 
     Raises:
         UserError: as `image_batches`; with `on_read_error` not for unreadable examples.
@@ -413,7 +422,7 @@ def batches_by_size(
         return members[multihost.process_index() * shard_sizes[size] :][: shard_sizes[size]]
 
     local_examples = [examples[i] for size, members in batches for i in local_shard(size, members)]
-    reader = _Reader(local_examples, dataset, on_read_error)
+    reader = _Reader(local_examples, dataset, on_read_error, downscale)
     read = tf.autograph.experimental.do_not_convert(reader)
     indices = reader.index_range(0, len(local_examples))
     loaded = indices.map(read, tf.data.AUTOTUNE, deterministic=True)

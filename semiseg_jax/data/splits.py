@@ -9,7 +9,6 @@ data of a config, split as the config says. The exit status is 1 if an error was
 
 import collections
 import dataclasses
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,19 +18,36 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, Int16
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from semiseg_jax.data import image_io, split_lists
-from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below
+from semiseg_jax.data import (
+    content_check,
+    file_content,
+    file_warnings,
+    image_header,
+    image_io,
+    split_lists,
+)
+from semiseg_jax.data.dataset import (
+    IMAGE_SUFFIXES,
+    Example,
+    files_below,
+    is_image,
+    normal_name,
+)
+from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.data.split_lists import Entry
-from semiseg_jax.runtime import cli
+from semiseg_jax.runtime import cli, hashes
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
 
 LIST_NAMES = ("labeled", "unlabeled", "val")
+# Name of the labelled images that a config holds out to choose weights by (eval.select=holdout).
+SELECTION = "held out"
 # An error message names at most this many images.
 MAX_NAMED = 3
 
@@ -77,6 +93,8 @@ class SplitReport:
         notes: sentences with further information.
         classes: pixel counts by class id or mask value, of the labelled and of the val masks.
         names: class names in id order; empty if unknown.
+        images: (path, content) of the readable images of each set.
+        checked_masks: (path, content) of the readable masks of all sets.
     """
 
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -86,6 +104,8 @@ class SplitReport:
     notes: list[str] = dataclasses.field(default_factory=list)
     classes: dict[str, Int[np.ndarray, "256"]] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
+    images: dict[str, list[content_check.File]] = dataclasses.field(default_factory=dict)
+    checked_masks: list[content_check.File] = dataclasses.field(default_factory=list)
 
 
 def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
@@ -99,7 +119,7 @@ def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
     entries: dict[str, tuple[Entry, ...]] = {}
     for name, path in paths.items():
         if not path:
-            report.notes.append(f"No list of {name} images was given: nothing was said of them.")
+            report.notes.append(f"No list of {name} images was given: none are checked.")
             continue
         try:
             entries[name] = split_lists.read_list(path)
@@ -173,8 +193,8 @@ def _common_images(first: Sequence[Entry], second: Sequence[Entry]) -> Iterator[
 
 def _without_image_suffix(path: str) -> str:
     """Returns the path without an image suffix and without the suffix of Cityscapes' images."""
-    stem, suffix = os.path.splitext(path)
-    stem = stem if suffix.lower() in IMAGE_SUFFIXES else path
+    stem, suffix = os.path.splitext(normal_name(path))
+    stem = stem if suffix.lower() in IMAGE_SUFFIXES else f"{stem}{suffix}"
     return stem.removesuffix("_leftImg8bit")
 
 
@@ -186,7 +206,7 @@ def image_id(path: str) -> str:
 def fingerprint(images: Iterable[str]) -> str:
     """Returns a hash of 16 hex digits of the ids in a list, independent of its format and order."""
     ids = sorted({image_id(image) for image in images})
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+    return hashes.hash_bytes("\n".join(ids).encode())
 
 
 def _identify_split(entries: dict[str, tuple[Entry, ...]], report: SplitReport) -> None:
@@ -212,81 +232,128 @@ def _check_files(
         report.errors.append(f"The data folder {root} is missing: correct --root.")
         return
     find = _ImageFinder(root)
+    cache = file_content.open_cache("", root)
+    table = np.arange(256, dtype=np.int16)
     for name, list_entries in entries.items():
-        missing = [e.image for e in list_entries if find(e.image) is None]
+        images = [find(entry) for entry in list_entries]
+        missing = [e.image for e, i in zip(list_entries, images, strict=True) if i is None]
         if missing:
             report.errors.append(
-                f"The {name} list has {_abbreviate(missing)}, not there below {root}."
+                f"The {name} list names {_abbreviate(missing)}, missing below {root}: correct the "
+                "list or --root."
             )
         # The masks of unlabelled images are never read.
-        pairs = [
-            (find(e.image), root / e.mask) for e in list_entries if e.mask and name != "unlabeled"
-        ]
-        missing_masks = [os.fspath(mask) for _, mask in pairs if not mask.exists()]
+        masks = {
+            e.image: split_lists.locate(root, e.mask, e.absolute_mask)
+            for e in list_entries
+            if e.mask and name != "unlabeled"
+        }
+        missing_masks = [os.fspath(mask) for mask in masks.values() if not mask.exists()]
         if missing_masks:
             report.errors.append(
-                f"The {name} list has {_abbreviate(missing_masks)}, a mask that is not there."
+                f"The {name} list names the mask {_abbreviate(missing_masks)}, missing: correct "
+                "the list or --root."
             )
-        existing = [
-            Example(os.fspath(image), os.fspath(image), os.fspath(mask))
-            for image, mask in pairs
-            if image is not None and mask.exists()
-        ]
-        _count_pixels(name, existing, np.arange(256, dtype=np.int16), report)
-    _check_learnt_classes(report)
+        existing = []
+        for entry, image in zip(list_entries, images, strict=True):
+            mask = masks.get(entry.image)
+            if image is not None and (mask is None or mask.exists()):
+                path = os.fspath(image)
+                existing.append(Example(path, path, None if mask is None else os.fspath(mask)))
+        _read_files(name, existing, table, cache, report)
+        report.warnings += file_warnings.find(existing)
+    cache.save()
+    _check_contents(table, report)
 
 
 class _ImageFinder:
-    """Finds an image by its path below a root, or by its bare id anywhere below the root."""
+    """Finds an image by its path, or by its bare id anywhere below a root."""
 
     def __init__(self, root: epath.Path):
         self._root = root
         self._by_id: dict[str, epath.Path] | None = None
 
-    def __call__(self, image: str) -> epath.Path | None:
-        if (self._root / image).is_file():
-            return self._root / image
+    def __call__(self, entry: Entry) -> epath.Path | None:
+        image = entry.image
+        located = split_lists.locate(self._root, image, entry.absolute_image)
+        if located.is_file():
+            return located
         if "/" in image:
             return None
         if self._by_id is None:
-            files = (f for f in files_below(self._root) if f.name.lower().endswith(IMAGE_SUFFIXES))
+            files = (f for f in files_below(self._root) if is_image(f.name))
             self._by_id = {image_id(f.name): f for f in files}
         return self._by_id.get(image_id(image))
 
 
-def _count_pixels(
-    name: str, examples: Sequence[Example], table: Int[np.ndarray, "256"], report: SplitReport
+def _read_files(
+    name: str,
+    examples: Sequence[Example],
+    table: Int16[np.ndarray, "256"],
+    cache: FileCache,
+    report: SplitReport,
 ) -> None:
-    """Adds the pixel counts of each class, and errors for unusable pairs of image and mask."""
-    if not examples:
-        return
+    """Decodes the files of a set; adds their contents, pixel counts and errors to the report."""
 
-    def count(example: Example) -> Int[np.ndarray, "256"] | str:
-        """Returns the counts of a mask or an error message."""
+    def read(example: Example) -> tuple[FileContent, FileContent | None] | str:
+        """Returns the contents of the image and the mask, or an error message."""
         try:
-            assert example.mask is not None
-            counts, size = image_io.count_classes(example.mask, table)
-            image_size = image_io.image_size(example.image)
+            mask = None
+            if example.mask is not None:
+                mask = cache.mask(example.mask)
+                if any(table[value] == image_io.UNKNOWN for value in mask.values):
+                    image_io.count_classes(example.mask, table)  # Raises an error with the values.
+            image = cache.image(example.image)
         except UserError as error:
             return str(error)
-        if size != image_size:
-            return f"{example.image} and its mask {example.mask} differ in size."
-        return counts
+        if mask is not None and image.size != mask.size:
+            return (
+                f"{example.image} and its mask {example.mask} differ in size: replace one of them."
+            )
+        return image, mask
 
     total = np.zeros(256, np.int64)
-    errors = []
+    images = report.images.setdefault(name, [])
+    errors: list[str] = []
     with futures.ThreadPoolExecutor() as pool:
-        for result in pool.map(count, examples):
+        for example, result in zip(examples, pool.map(read, examples), strict=True):
             if isinstance(result, str):
                 errors.append(result)
-            else:
-                total += result
-    report.classes[name] = total
+                continue
+            image, mask = result
+            images.append((example.image, image))
+            if mask is not None and example.mask is not None:
+                report.checked_masks.append((example.mask, mask))
+                for value, count in mask.values.items():
+                    total[table[value]] += count
+    if any(example.mask for example in examples):
+        report.classes[name] = total
     report.errors += errors[:MAX_NAMED]
     if len(errors) > MAX_NAMED:
         report.errors.append(
-            f"{len(errors) - MAX_NAMED} further pairs of {name} images are as bad."
+            f"{len(errors) - MAX_NAMED} further {name} images or their masks have such errors."
         )
+
+
+def _check_contents(table: Int16[np.ndarray, "256"], report: SplitReport) -> None:
+    """Adds the errors and warnings that only several files together show."""
+    for name in ("labeled", SELECTION, "unlabeled"):
+        training, evaluation = report.images.get(name, ()), report.images.get("val", ())
+        if pair := content_check.images_in_both(training, evaluation):
+            report.errors.append(
+                f"{pair[0]} is {name} and has the same pixels as {pair[1]} of the evaluation set: "
+                "the score would be that of images trained on."
+            )
+    _check_learnt_classes(report)
+    for name, kind, effect in (
+        ("val", "evaluation", "the mIoU"),
+        (SELECTION, "held-out", "the choice of the weights"),
+    ):
+        if name in report.classes and report.names:
+            report.warnings += content_check.class_warnings(
+                report.classes[name], report.names, kind, effect
+            )
+    report.warnings += content_check.mask_warnings(report.checked_masks, table)
 
 
 def _check_learnt_classes(report: SplitReport) -> None:
@@ -316,7 +383,7 @@ def examine_config(config: Any) -> SplitReport:
     report = SplitReport()
     try:
         with capture_lines() as lines:
-            dataset, _ = load.plan_dataset(config)
+            dataset, root = load.plan_dataset(config)
         report.notes.extend(lines)
     except UserError as error:
         report.errors.append(str(error))
@@ -325,6 +392,8 @@ def examine_config(config: Any) -> SplitReport:
     sets = dict(
         zip(LIST_NAMES, (dataset.labeled, dataset.unlabeled, dataset.evaluation), strict=True)
     )
+    if dataset.selection:
+        sets[SELECTION] = dataset.selection
     for name, examples in sets.items():
         report.sizes[name] = len(examples)
         report.masks[name] = sum(e.mask is not None for e in examples)
@@ -337,15 +406,21 @@ def examine_config(config: Any) -> SplitReport:
     _check_duplicates(by_path, report)
     by_id = {name: tuple(Entry(e.id, None) for e in examples) for name, examples in sets.items()}
     _identify_split(by_id, report)
-    for name in ("labeled", "val"):
+    cache = file_content.open_cache(config.data.cache_dir, root)
+    for name in [name for name in sets if name != "unlabeled"]:
         unmasked = [e.image for e in sets[name] if e.mask is None]
         if unmasked:
             report.errors.append(f"{_abbreviate(unmasked)} in the {name} set without a mask.")
-        _count_pixels(name, [e for e in sets[name] if e.mask], dataset.table, report)
+        _read_files(name, [e for e in sets[name] if e.mask], dataset.table, cache, report)
+    files = (*dataset.labeled, *dataset.evaluation, *dataset.selection, *dataset.unlabeled)
+    report.warnings += file_warnings.find(files)
     missing = [e.image for e in dataset.unlabeled if not os.path.exists(e.image)]
     if missing:
-        report.errors.append(f"The unlabeled set has {_abbreviate(missing)}, not there.")
-    _check_learnt_classes(report)
+        report.errors.append(f"The unlabeled set has {_abbreviate(missing)}, missing: restore it.")
+    existing = [e for e in dataset.unlabeled if os.path.exists(e.image)]
+    _read_files("unlabeled", existing, dataset.table, cache, report)
+    cache.save()
+    _check_contents(dataset.table, report)
     learnt = report.classes.get("labeled")
     if learnt is not None and learnt.any():
         try:
@@ -397,7 +472,7 @@ def _print_classes(report: SplitReport, console: Console) -> None:
     for i in range(num_classes):
         if report.names or any(counts[i] for counts in report.classes.values()):
             shares = (f"{100 * c[i] / totals[n]:.2f}" for n, c in report.classes.items())
-            table.add_row(_class_name(i, report), *shares)
+            table.add_row(escape(_class_name(i, report)), *shares)
     console.print(table)
 
 
@@ -408,10 +483,16 @@ def run() -> None:
     kinds = ("labelled", "unlabelled", "evaluation")
     holders = [
         *(
-            flags.DEFINE_string(name, "", f"The list of {kind} images, a line each.")
+            cli.define_path_flag(name, "", f"The list of {kind} images, a line each.")
             for name, kind in zip(LIST_NAMES, kinds, strict=True)
         ),
-        flags.DEFINE_string("root", "", "The folder that the lists' paths are relative to."),
+        cli.define_path_flag("root", "", "The folder that the lists' paths are relative to."),
+        flags.DEFINE_integer(
+            "max_image_pixels",
+            image_header.DEFAULT_MAX_PIXELS,
+            "Largest number of pixels of an image, with lists.",
+            lower_bound=1,
+        ),
     ]
     # --help lists the flags of the module that was started.
     for holder in holders:
@@ -435,9 +516,10 @@ def main(argv: list[str]) -> None:
             sys.exit(f"Error: {error}")
         report = examine_config(values.config)
     elif any(paths.values()):
+        image_header.set_max_pixels(values.max_image_pixels)
         report = examine_lists(paths, values.root)
     else:
-        sys.exit("Error: Say what to look at: --labeled=F --unlabeled=F --val=F, or --config=….")
+        sys.exit("Error: Nothing to check: give --labeled=F --unlabeled=F --val=F, or --config=….")
     print_report(report, Console(highlight=False, soft_wrap=True))
     if report.errors:
         sys.exit(1)

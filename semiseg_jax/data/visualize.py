@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from semiseg_jax.data import image_io
+from semiseg_jax.data import fonts, image_io
 
 # Colours of text, of secondary text, and of the background.
 TEXT_COLOUR, SECONDARY_COLOUR, PAPER = (28, 30, 34), (112, 117, 125), (255, 255, 255)
@@ -49,14 +49,29 @@ def _blend(image: Image.Image, label: Image.Image, palette: Sequence[Sequence[in
     return Image.blend(image, label.convert("RGB"), _OPACITY)
 
 
-def _font(size: int) -> Any:
+@functools.cache
+def _default_font(size: int) -> Any:
     # Pillow's built-in font, so that the images are equal on every machine.
     return ImageFont.load_default(size)
 
 
+@functools.lru_cache(maxsize=1024)
+def _has_glyph(character: str) -> bool:
+    """Returns whether Pillow's built-in font has a glyph for a character."""
+    font = _default_font(TEXT)
+    no_character = "\uffff"
+    return bytes(font.getmask(character)) != bytes(font.getmask(no_character))
+
+
+def _font(text: str, size: int) -> tuple[str, Any]:
+    """Returns what to draw for a text, and the font for it; see `fonts.choose`."""
+    text, path = fonts.choose(text, _has_glyph)
+    return text, _default_font(size) if path is None else ImageFont.truetype(path, size)
+
+
 def words(text: str, size: int, colour: tuple[int, int, int] = TEXT_COLOUR) -> Image.Image:
     """Draws one line of text on the background colour; `size` is the font size in pixels."""
-    font = _font(size)
+    text, font = _font(text, size)
     image = Image.new("RGB", (round(font.getlength(text)) + 2, round(1.35 * size)), PAPER)
     ImageDraw.Draw(image).text((0, 0), text, colour, font)
     return image
@@ -64,7 +79,9 @@ def words(text: str, size: int, colour: tuple[int, int, int] = TEXT_COLOUR) -> I
 
 def shorten(text: str, size: int, width: int) -> str:
     """Replaces the middle of a text by "…" until it is at most `width` pixels wide."""
-    font, shortened = _font(size), text
+    # The font must also have the "…".
+    text, font = _font(f"{text}…", size)
+    text = shortened = text.removesuffix("…")
     while font.getlength(shortened) > width and len(text) > 2:
         text = text[: len(text) // 2 - 1] + text[len(text) // 2 + 1 :]
         shortened = text[: len(text) // 2] + "…" + text[len(text) // 2 :]

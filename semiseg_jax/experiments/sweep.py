@@ -12,19 +12,18 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from rich import box
-from rich.console import Console
 from rich.table import Column
 from rich.table import Table as ConsoleTable
 
-from semiseg_jax import results, self_training
+from semiseg_jax import pseudo_labels, results, self_training
 from semiseg_jax import stages as stages_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.data import load
+from semiseg_jax.data.data_record import SETS
 from semiseg_jax.experiments import paper_tables, tables
-from semiseg_jax.pseudo_labels import MANIFEST, PSEUDO_LABELS
-from semiseg_jax.runtime import fileio, multihost
+from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.runtime.logger import capture_lines
+from semiseg_jax.runtime.logger import RunConsole, capture_lines
 from semiseg_jax.stages import Stage
 
 
@@ -125,16 +124,38 @@ class Trial:
             lambda: any(row.stage_key == key for row in self.results()["rows"]),
         )
 
+    def has_changed_files(self) -> bool:
+        """Returns whether an image or mask was changed since the workdir was last written.
+
+        False in a workdir of older code, which has no record of the files. True if a file cannot be
+        read: the run itself reports it.
+
+        Raises:
+            UserError: a file cannot be read, in a sweep of several processes.
+        """
+        recorded = workdir_lib.share_record(self.workdir)
+        if recorded is None:
+            return False
+        try:
+            with capture_lines():
+                dataset = load.load_dataset(self.config, recorded)
+        except UserError:
+            if multihost.process_count() > 1:
+                raise  # The process that reads the file has the error alone; the others wait.
+            return True
+        assert dataset.record is not None
+        return recorded.first_change(dataset.record, SETS) is not None
+
     def num_labels(self) -> int:
         """Returns the number of images that its teacher has labelled.
 
         0 while labelling is not complete, or if the manifest is damaged: the run itself inspects a
         damaged one and reports it.
         """
-        path = self.workdir / "round_0" / "teacher" / PSEUDO_LABELS / MANIFEST
+        folder = self.workdir / "round_0" / "teacher" / pseudo_labels.PSEUDO_LABELS
 
         def count() -> int:
-            return len((fileio.read_json(path, "images") or {"images": ()})["images"])
+            return len((pseudo_labels.read_manifest(folder) or {"images": ()})["images"])
 
         return multihost.broadcast_from_main(f"labels of {self.name} counted", count)
 
@@ -184,7 +205,7 @@ class Sweep:
         self._config = config
         self._seeds = list(seeds)
         self._workdir = epath.Path(workdir)
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
+        self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
         names = list(dict.fromkeys(row.run for row in self.table.rows))
         if unknown := [name for name in only if name not in names]:
             raise UserError(
@@ -274,7 +295,8 @@ class Sweep:
         """
         failures: dict[str, str] = {}
         for number, trial in enumerate(self.trials, 1):
-            if not all(trial.is_done(stage) for stage in trial.stages):
+            is_done = all(trial.is_done(stage) for stage in trial.stages)
+            if not is_done or trial.has_changed_files():
                 self._console.rule(f"{number}/{len(self.trials)}: {trial.title}")
                 try:
                     self._run_trial(trial)
@@ -320,7 +342,8 @@ class Sweep:
         for count in trial.counts:
             if not all(trial.is_trained(stage) for stage in trial.stages if stage.round <= count):
                 self_training.run(trial.config_with(count, teacher_from), trial.workdir)
-        if not all(trial.is_done(stage) for stage in trial.stages):
+        is_done = all(trial.is_done(stage) for stage in trial.stages)
+        if not is_done or trial.has_changed_files():
             self_training.run(trial.config_with(trial.counts[-1]), trial.workdir)
 
     def _shared_teacher(self, trial: Trial) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from matplotlib import figure
 
 from semiseg_jax.eval_protocol import COMPARED, EVALUATION, EvalProtocol
 from semiseg_jax.experiments.paper_tables import Row, Setting, Table, published_miou
 from semiseg_jax.reporting.plots import COLOURS
 from semiseg_jax.results import ResultRow
 from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.plain_matplotlib import default_style, figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +343,7 @@ def to_csv(table: Table, rows: Sequence[TableRow], meta: TableMeta) -> str:
     return text.getvalue()
 
 
+@default_style()
 def plot_png(table: Table, rows: Sequence[TableRow]) -> bytes:
     """Returns a PNG with a panel for every protocol."""
     panels = group_by_protocol(table, rows)

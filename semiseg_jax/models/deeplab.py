@@ -21,9 +21,11 @@ from semiseg_jax.models import (
     efficientnet_lite,
     layers,
     pretrained,
+    published_weights,
     resnet,
     xception,
 )
+from semiseg_jax.runtime import rules
 from semiseg_jax.runtime.errors import UserError
 
 # By name: mean and standard deviation of each channel, for RGB values 0..255.
@@ -44,6 +46,46 @@ USUAL_NORMALIZATIONS = (
 )
 
 HEADS = ("v3plus", "v3plus_smp", "v2")
+
+_CHANNELS = rules.integer(1, 4096)
+# float32 has no smaller numbers.
+_EPSILON: rules.Rule = (lambda v: rules.is_number(v, 1e-30, 1000), "at most 1000 and above 0")
+# By key of `config.model`: the values it accepts; `check_multi_grid` has the constraint between
+# keys. `resolve` gives the keys a value that may be open, None or "auto".
+RULES: dict[str, rules.Rule] = {
+    "backbone": rules.one_of(*BACKBONES),
+    "head": rules.one_of(*HEADS),
+    "pretrained": rules.TEXT,
+    "output_stride": (lambda v: type(v) is int and v in (8, 16, 32), "8, 16 or 32"),
+    "first_dilation": rules.one_of("auto", *layers.FIRST_DILATIONS),
+    "multi_grid": rules.tuple_of(
+        rules.integer(1, 64), "a tuple of integers above 0 and at most 64, or ()"
+    ),
+    "norm": rules.one_of(*dsbn.NORM_KINDS),
+    "norm_momentum": rules.below(0, 1),
+    "norm_epsilon.backbone": rules.or_none(_EPSILON),
+    "norm_epsilon.head": rules.or_none(_EPSILON),
+    "head_features": _CHANNELS,
+    "low_level_features": _CHANNELS,
+    "aspp_rates": rules.tuple_of(
+        rules.integer(1, 256),
+        "a tuple of integers above 0 and at most 256, at most 16 of them, or ()",
+        longest=16,
+    ),
+    "dropout": rules.below(0, 1),
+    "align_corners": rules.or_none(rules.BOOL),
+    "input_normalization": rules.one_of("auto", *INPUT_NORMALIZATIONS),
+    "compute_dtype": rules.one_of("float32", "bfloat16"),
+    "remat": rules.BOOL,
+}
+# The same for a config whose open keys have values.
+RESOLVED_RULES = RULES | {
+    "first_dilation": rules.one_of(*layers.FIRST_DILATIONS),
+    "norm_epsilon.backbone": _EPSILON,
+    "norm_epsilon.head": _EPSILON,
+    "align_corners": rules.BOOL,
+    "input_normalization": rules.one_of(*INPUT_NORMALIZATIONS),
+}
 
 
 @flax.struct.dataclass
@@ -400,8 +442,16 @@ def resolve(model_config: Any) -> Any:
     defaults = {**_DEFAULTS, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
     open_keys = [key for key in defaults if _value(model_config, key) in (None, "auto")]
     trained_with: Mapping[str, Any] = {}
-    if open_keys and model_config.pretrained:
-        trained_with = pretrained.inspect(model_config.pretrained).settings()
+    if open_keys and (path := published_weights.path(model_config)):
+        trained_with = pretrained.inspect(path).settings()
+        for key, value in trained_with.items():
+            if not rules.accepts(RESOLVED_RULES[key], value):
+                raise UserError(
+                    f"{path} says that its network has {key} "
+                    f"{rules.shortened(value)}, which is not {RESOLVED_RULES[key][1]}: get the "
+                    "file again.",
+                    code="weights-description-invalid",
+                )
     resolved.update_from_flattened_dict(
         {key: trained_with.get(key, defaults[key]) for key in open_keys}
     )
@@ -436,9 +486,10 @@ def pretrained_mismatches(model_config: Any) -> list[str]:
     Raises:
         UserError: the weights cannot be read.
     """
-    if not model_config.pretrained:
+    path = published_weights.path(model_config)
+    if not path:
         return []
-    trained_with = pretrained.inspect(model_config.pretrained).settings()
+    trained_with = pretrained.inspect(path).settings()
     resolved = resolve(model_config)
     return [
         f"model.{key} is {_value(resolved, key)}, where the weights were trained with {value}: "

@@ -1,12 +1,15 @@
-"""EfficientNet-Lite0: a backbone that is fast enough to train on a CPU.
+"""EfficientNet-Lite0, 1 and 2: backbones that are fast enough to train on a CPU.
 
-Source: Tan and Le, ICML 2019 (EfficientNet-B0). The Lite variant, which the authors released with
-TensorFlow's TPU models, has ReLU6 in place of swish and no squeeze-and-excitation. Dilation in
-place of stride as in DeepLab (Chen et al., 2017).
+Source: Tan and Le, ICML 2019 (EfficientNet-B0 and its compound scaling). The Lite variants, which
+the authors released with TensorFlow's TPU models, have ReLU6 in place of swish and no
+squeeze-and-excitation; stem, head and the numbers of blocks in the first and the last stage are
+not scaled. Dilation in place of stride as in DeepLab (Chen et al., 2017).
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 from jax.typing import DTypeLike
@@ -23,16 +26,58 @@ from semiseg_jax.models.layers import (
 
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
-# (number of blocks, side of the depthwise kernel, stride of the first block, expansion, channels)
+
+
+class StageSpec(NamedTuple):
+    """A stage of blocks of one width.
+
+    Attributes:
+        depth: number of blocks.
+        kernel_size: side of the depthwise kernel.
+        stride: of the first block.
+        expand: see `InvertedResidual`.
+        width: channels.
+    """
+
+    depth: int
+    kernel_size: int
+    stride: int
+    expand: int
+    width: int
+
+
+# Lite0; the others are scaled.
 STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+    StageSpec(1, 3, 1, 1, 16),
+    StageSpec(2, 3, 2, 6, 24),
+    StageSpec(2, 5, 2, 6, 40),
+    StageSpec(3, 3, 2, 6, 80),
+    StageSpec(3, 5, 1, 6, 112),
+    StageSpec(4, 5, 2, 6, 192),
+    StageSpec(1, 3, 1, 6, 320),
 )
+
+
+def scaled_stages(width: float = 1.0, depth: float = 1.0) -> tuple[StageSpec, ...]:
+    """Returns the stages of a variant.
+
+    Args:
+        width: factor on the channels, which are rounded to multiples of 8, and lowered by the
+            rounding by 10 % at most.
+        depth: factor on the number of blocks, rounded up; not of the first and the last stage.
+    """
+
+    def scale(index: int, stage: StageSpec) -> StageSpec:
+        exact = stage.width * width
+        rounded = int(exact + 4) // 8 * 8
+        if rounded < 0.9 * exact:
+            rounded += 8
+        is_inner = 0 < index < len(STAGES) - 1
+        # Rounded before, because 5 * 1.2 is above 6.
+        blocks = math.ceil(round(stage.depth * depth, 6)) if is_inner else stage.depth
+        return stage._replace(width=rounded, depth=blocks)
+
+    return tuple(scale(i, stage) for i, stage in enumerate(STAGES))
 
 
 class InvertedResidual(nn.Module):
@@ -80,12 +125,13 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0; dilation replaces the stride of the stages beyond the output stride.
+    """EfficientNet-Lite; dilation replaces the stride of the stages beyond the output stride.
 
     Padding is TensorFlow's SAME, which the published weights were trained with.
 
     Attributes:
         norm: factory of the norms.
+        stages: of the variant, see `scaled_stages`.
         output_stride: 8, 16 or 32: the stride of the last features.
         first_dilation: see `layers.dilated_stages`.
         head: include the classifier's 1x1 convolution to 1280 channels, which segmentation does
@@ -95,6 +141,7 @@ class EfficientNetLite(nn.Module):
     """
 
     norm: NormFactory
+    stages: tuple[StageSpec, ...] = STAGES
     output_stride: int = 16
     first_dilation: FirstDilation = "previous"
     head: bool = False
@@ -105,7 +152,10 @@ class EfficientNetLite(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w 3"], layout: DomainLayout
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """Returns {"low": 24 channels at stride 4, "high": 320 channels}, and "head" if made."""
+        """Returns {"low": features at stride 4, "high": the last features}, and "head" if made.
+
+        With Lite0 "low" has 24 channels and "high" 320.
+        """
         conv = functools.partial(
             ConvNorm, norm=self.norm, padding="same", activation=nn.relu6, dtype=self.dtype
         )
@@ -113,16 +163,16 @@ class EfficientNetLite(nn.Module):
         block = rematerialized(InvertedResidual, self.remat)
         features = {}
         stride, index = 2, 0
-        strides = [stage[2] for stage in STAGES]
+        strides = [spec.stride for spec in self.stages]
         stages = dilated_stages(strides, stride, self.output_stride, self.first_dilation)
-        for (depth, kernel_size, _, expand, width), stage in zip(STAGES, stages, strict=True):
+        for spec, stage in zip(self.stages, stages, strict=True):
             stride *= stage.stride
-            for i in range(depth):
+            for i in range(spec.depth):
                 x = block(
-                    width,
+                    spec.width,
                     self.norm,
-                    kernel_size,
-                    expand,
+                    spec.kernel_size,
+                    spec.expand,
                     stride=stage.stride if i == 0 else 1,
                     dilation=stage.dilation if i == 0 else stage.dilation_after,
                     dtype=self.dtype,
@@ -137,4 +187,13 @@ class EfficientNetLite(nn.Module):
         return features
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"efficientnet_lite0": EfficientNetLite}
+# (factor on the widths, factor on the depths)
+_SCALES = {
+    "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.0, 1.1),
+    "efficientnet_lite2": (1.1, 1.2),
+}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    name: functools.partial(EfficientNetLite, stages=scaled_stages(*scales))
+    for name, scales in _SCALES.items()
+}

@@ -3,8 +3,9 @@
 A network with a norm for each domain gets both from the one norm in the file.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -68,7 +69,9 @@ def inspect(path: epath.PathLike) -> Conventions:
         UserError: the file is missing, damaged, or of an unknown layout.
     """
     file = weight_files.read_header(path)
-    return _detect_layout(path, file).conventions(file)
+    layout = _detect_layout(path, file)
+    with _layout_errors(path):
+        return layout.conventions(file)
 
 
 def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any], LoadReport]:
@@ -89,6 +92,14 @@ def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any
     tensors, conventions = _translate(path, file, variables)
     flat = traverse_util.flatten_dict(variables)
     loaded = {key: tensors[canonical_name(key)] for key in flat if canonical_name(key) in tensors}
+    for name, tensor in loaded.values():
+        # float16 and bfloat16 sums would overflow; min and max propagate NaN.
+        if tensor.size and not np.isfinite([tensor.min(), tensor.max()]).all():
+            raise UserError(
+                f"{path} holds NaN or infinite values in {name}: give weights of a training that "
+                "did not diverge.",
+                code="weights-not-finite",
+            )
     used = {name for name, _ in loaded.values()}
     report = LoadReport(
         conventions,
@@ -123,11 +134,12 @@ def _translate(
 ) -> tuple[_Tensors, Conventions]:
     """Returns the file's tensors by name in the network, and its conventions; checks the fit."""
     layout = _detect_layout(path, file)
-    conventions = layout.conventions(file)
     tensors: dict[str, tuple[str, np.ndarray]] = {}
-    for name, tensor in file.tensors.items():
-        if translated := layout.translate(name, tensor):
-            tensors[translated[0]] = name, translated[1]
+    with _layout_errors(path):
+        conventions = layout.conventions(file)
+        for name, tensor in file.tensors.items():
+            if translated := layout.translate(name, tensor):
+                tensors[translated[0]] = name, translated[1]
     leaves = {
         canonical_name(key): leaf for key, leaf in traverse_util.flatten_dict(variables).items()
     }
@@ -138,14 +150,28 @@ def _translate(
 
 
 def _detect_layout(path: epath.PathLike, file: File) -> WeightLayout:
-    for layout in LAYOUTS.values():
-        if layout.matches(file):
-            return layout
+    with _layout_errors(path):
+        for layout in LAYOUTS.values():
+            if layout.matches(file):
+                return layout
     raise UserError(
         f"{path} holds weights of a layout that is not known (its names: "
         f"{_shortened(tuple(file.tensors))}): known are {', '.join(LAYOUTS)}.",
         code="weights-layout-unknown",
     )
+
+
+@contextlib.contextmanager
+def _layout_errors(path: epath.PathLike) -> Iterator[None]:
+    """Turns the errors of a layout about tensors and descriptions of any form into a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} has tensors or a description that do not fit the names of its tensors "
+            f"({error!r}): get the file again.",
+            code="weights-layout-malformed",
+        ) from error
 
 
 def _has_other_classes(tensors: _Tensors, leaves: Mapping[str, Any]) -> bool:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import importlib
 import io
 import json
-import pickle
+import math
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +15,9 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from semiseg_jax.runtime.errors import UserError, read_error
+from semiseg_jax.models import torch_files
+from semiseg_jax.runtime import fileio, rules
+from semiseg_jax.runtime.errors import UserError, first_line, read_error
 
 # Names of counters and of optimiser variables, which are not weights.
 NO_WEIGHT = re.compile(
@@ -50,14 +50,9 @@ class File:
     description: Mapping[str, Any]
 
 
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    safetensors.SafetensorError,
-)
+# The largest compression of a file with more than this many bytes of tensors. Weights hardly
+# shrink, while a file of zeros, which would fill the memory, shrinks to a thousandth.
+_MAX_COMPRESSION, _FREE_BYTES = 64, 2**28
 
 
 def read(path: epath.PathLike) -> File:
@@ -67,7 +62,8 @@ def read(path: epath.PathLike) -> File:
         path: a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, has none of these formats, or needs torch.
+        UserError: the file is missing or damaged, has none of these formats, or holds more than
+            tensors.
     """
     return _call_reader(path, _READERS)
 
@@ -88,11 +84,24 @@ def read_header(path: epath.PathLike) -> File:
     return _call_reader(path, _HEADER_READERS)
 
 
+def parts(path: epath.PathLike) -> list[epath.Path]:
+    """Returns the files that a path stands for: itself, or those of a TensorFlow checkpoint."""
+    prefix = _checkpoint_prefix(epath.Path(path))
+    if prefix is None:
+        return [epath.Path(path)]
+    return [*sorted(prefix.parent.glob(f"{prefix.name}.data-*")), epath.Path(f"{prefix}.index")]
+
+
+def _checkpoint_prefix(path: epath.Path) -> epath.Path | None:
+    """Returns the prefix of a TensorFlow checkpoint; None for another file."""
+    prefix = path.with_suffix("") if path.suffix == ".index" else path
+    return prefix if epath.Path(f"{prefix}.index").exists() else None
+
+
 def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Path], File]]) -> File:
     """Calls the reader for the format of the path, and turns its errors into UserErrors."""
     path = epath.Path(path)
-    prefix = path.with_suffix("") if path.suffix == ".index" else path
-    if epath.Path(f"{prefix}.index").exists():
+    if prefix := _checkpoint_prefix(path):
         path, file_format = prefix, "tensorflow"
     elif path.suffix in readers:
         file_format = path.suffix
@@ -103,6 +112,8 @@ def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Pat
             code="weights-format-unknown",
         )
     try:
+        for part in parts(path):
+            fileio.require_regular(part)
         return readers[file_format](path)
     except FileNotFoundError as error:
         raise UserError(
@@ -111,10 +122,13 @@ def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Pat
         ) from error
     except PermissionError as error:
         raise read_error(path, error, "make it readable") from error
-    except _DAMAGED as error:
+    except UserError:
+        raise
+    # The readers of NumPy, zipfile, PyTorch and TensorFlow raise many types for damaged content.
+    except Exception as error:
         raise UserError(
-            f"{path} cannot be read ({error}): it is truncated, corrupt or no such file; get it "
-            "again.",
+            f"{path} cannot be read ({first_line(error)}): it is truncated, corrupt or no such "
+            "file; get it again.",
             code="weights-damaged",
         ) from error
 
@@ -124,36 +138,46 @@ def _placeholder(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarr
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _open_npz(file: Any) -> np.lib.npyio.NpzFile:
-    # Without pickles: loading a pickle executes code from the file.
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("one array instead of an archive of arrays")
-    return archive
-
-
 def _read_npz(path: epath.Path) -> File:
-    archive = _open_npz(io.BytesIO(path.read_bytes()))
-    return File({name: archive[name] for name in archive.files}, {})
+    content = path.read_bytes()
+    names = _read_npz_members(io.BytesIO(content))
+    # Without pickles: loading a pickle executes code from the file.
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        return File({name: archive[name] for name in names}, {})
 
 
 def _read_npz_header(path: epath.Path) -> File:
     with path.open("rb") as file:
-        _open_npz(file)
-        with zipfile.ZipFile(file) as archive:
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            return File({k: _npy_placeholder(archive, v) for k, v in members.items()}, {})
+        return File(_read_npz_members(file), {})
 
 
-def _npy_placeholder(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _read_npz_members(file: Any) -> dict[str, np.ndarray]:
+    """Returns placeholders for the arrays of a .npz archive by name, and checks their sizes."""
+    with zipfile.ZipFile(file) as archive:
+        placeholders = {
+            member.filename.removesuffix(".npy"): _npy_placeholder(archive, member)
+            for member in archive.infolist()
+        }
+        compressed = sum(member.compress_size for member in archive.infolist())
+    expanded = sum(tensor.nbytes for tensor in placeholders.values())
+    if expanded > max(_FREE_BYTES, _MAX_COMPRESSION * compressed):
+        raise ValueError(f"{compressed} bytes would expand to {expanded}")
+    return placeholders
+
+
+def _npy_placeholder(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Returns a placeholder for the array in one member of a .npz archive."""
-    with archive.open(name) as member:
+    with archive.open(info) as member:
         if np.lib.format.read_magic(member) == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(member)
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    # Compared before anything of the declared size is allocated.
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size > info.file_size:
+        raise ValueError(f"{info.filename} declares {shape} in {info.file_size} bytes")
     return _placeholder(shape, dtype)
 
 
@@ -178,18 +202,27 @@ def _read_safetensors_header(path: epath.Path) -> File:
     with path.open("rb") as file:
         header, data_size = _parse_safetensors_header(file)
     tensors = {}
-    end = 0
+    spans = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (_, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"the header has no dtype, shape and offsets of {name}") from error
         if dtype not in _SAFETENSORS_DTYPES:
             raise _numpy_lacks(path, dtype)
+        if not all(rules.is_integer(n, 0, 2**48) for n in (*shape, first, last)):
+            raise ValueError(f"the header has impossible numbers for {name}")
+        if math.prod(shape) * np.dtype(_SAFETENSORS_DTYPES[dtype]).itemsize != last - first:
+            raise ValueError(f"{name} has another size than its shape {shape}")
         tensors[name] = _placeholder(tuple(shape), _SAFETENSORS_DTYPES[dtype])
-        end = max(end, last)
+        spans.append((first, last))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(first, end)}")
+        end = last
     if end != data_size:
         raise ValueError(f"{data_size} bytes of tensors instead of {end}")
     return File(tensors, _safetensors_description(header))
@@ -214,45 +247,21 @@ def _parse_safetensors_header(file: Any) -> tuple[dict[str, Any], int]:
 
 def _safetensors_description(header: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the description that `checkpoints.save_weights` puts into the metadata."""
-    return json.loads(header.get("__metadata__", {}).get("description", "{}"))
+    description = json.loads(header.get("__metadata__", {}).get("description", "{}"))
+    if not isinstance(description, dict):
+        raise ValueError("the description in the header is not a JSON object")
+    return description
 
 
 def _read_torch(path: epath.Path) -> File:
-    """Reads a state dict by PyTorch's reader, which with weights_only executes no code."""
-    content = io.BytesIO(path.read_bytes())
     try:
-        torch = importlib.import_module("torch")
-    except ImportError as error:
+        return File(torch_files.read(path.read_bytes()), {})
+    except torch_files.UnsafeFileError as error:
         raise UserError(
-            f"{path} can be read only where torch is installed; convert it there with python -c "
-            '"import sys, torch, safetensors.torch as s; '
-            "w = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-            's.save_file({k: v.contiguous() for k, v in w.items()}, sys.argv[2])" '
-            f"{path.name} {path.stem}.safetensors, and give that file.",
-            code="torch-missing",
-        ) from error
-    try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, which reading would run, or is damaged: save the "
-            "model's state_dict() alone, best as .safetensors.",
+            f"{path} holds more than tensors ({error}), and is not read, because reading it could "
+            "execute code: save the model's state_dict() alone, best as .safetensors.",
             code="torch-weights-unsafe",
         ) from error
-    except (RuntimeError, LookupError) as error:
-        # PyTorch raises RuntimeError for a truncated archive; its unpickler raises LookupErrors for
-        # a file that is not a pickle.
-        raise ValueError(str(error).partition(". ")[0]) from error
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(hasattr(v, "numpy") for v in state.values()):
-        raise ValueError("it holds no state dict")
-    return File({name: _torch_to_numpy(value, torch) for name, value in state.items()}, {})
-
-
-def _torch_to_numpy(value: Any, torch: Any) -> np.ndarray:
-    """Converts a tensor or parameter; bfloat16, which NumPy lacks, becomes float32."""
-    return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 
 def _read_torch_header(path: epath.Path) -> File:

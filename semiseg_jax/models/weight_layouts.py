@@ -336,6 +336,31 @@ def _is_efficientnet_lite(file: File) -> bool:
     )
 
 
+# By (number of blocks, channels of the last block).
+_EFFICIENTNET_LITE_NAMES = {
+    (16, 320): "efficientnet_lite0",
+    (21, 320): "efficientnet_lite1",
+    (21, 352): "efficientnet_lite2",
+}
+
+
+def _efficientnet_lite_conventions(file: File) -> Conventions:
+    projections = {
+        int(match[1]): tensor
+        for name, tensor in file.tensors.items()
+        if (match := re.fullmatch(r"_blocks\.(\d+)\._project_conv\.weight", name))
+    }
+    last = projections.get(len(projections) - 1)
+    width = last.shape[0] if last is not None and last.ndim else 0
+    return Conventions(
+        "efficientnet_lite",
+        input_normalization="lite",
+        first_dilation="previous",
+        epsilon_backbone=1e-3,
+        backbone=_EFFICIENTNET_LITE_NAMES.get((len(projections), width)),
+    )
+
+
 def _translate_efficientnet_lite(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
     layer, _, leaf = name.rpartition(".")
     converted = _from_torch(leaf, tensor)
@@ -356,7 +381,7 @@ def _is_own(file: File) -> bool:
 
 def _own_conventions(file: File) -> Conventions:
     model = file.description.get("model", {})
-    epsilon = model.get("norm_epsilon", {})
+    epsilon = model.get("norm_epsilon", {})  # May be of any type; `pretrained` catches the error.
     return Conventions(
         "semiseg_jax",
         input_normalization=model.get("input_normalization"),
@@ -379,13 +404,7 @@ LAYOUTS: dict[str, WeightLayout] = {
     "semiseg_jax": WeightLayout(_is_own, _own_conventions, _translate_own),
     "efficientnet_lite": WeightLayout(
         _is_efficientnet_lite,
-        lambda _: Conventions(
-            "efficientnet_lite",
-            input_normalization="lite",
-            first_dilation="previous",
-            epsilon_backbone=1e-3,
-            backbone="efficientnet_lite0",
-        ),
+        _efficientnet_lite_conventions,
         _translate_efficientnet_lite,
         optional=("backbone/head/",),
     ),

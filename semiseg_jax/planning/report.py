@@ -164,7 +164,7 @@ def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
         cells["memory traffic, GB"] = f"{cost.traffic / 1e9:,.2f}"
     if cost.main_traffic is not None:
         cells["operands and results, GB"] = f"{cost.total_traffic / 1e9:,.2f}"
-        cells["of it with main memory, GB"] = f"{cost.main_traffic / 1e9:,.2f}"
+        cells["of these in main memory, GB"] = f"{cost.main_traffic / 1e9:,.2f}"
     for kind, (count, size) in cost.collectives.items():
         cells[f"{kind}s, MB"] = f"{size / 1e6:,.2f} in {count}"
     if roofline is None:
@@ -195,7 +195,7 @@ def _layers_table(plan: Plan, count: int) -> Table:
 
     An operand that is read in part counts as a whole.
     """
-    right = [Column(name, justify="right") for name in ("GB", "of it with main memory")]
+    right = [Column(name, justify="right") for name in ("GB", "of these in main memory")]
     table = Table(Column("student step: layer"), *right, box=box.SIMPLE_HEAD)
     cost = plan.student_step.cost
     for layer, sizes in list(cost.by_layer.items())[:count] if isinstance(cost, Cost) else ():
@@ -231,8 +231,8 @@ def _suggestion_lines(plan: Plan) -> list[str]:
     changed_keys = {key for tried in plan.suggestions.values() for s in tried for key in s.change}
     if "train.accumulate" in changed_keys:
         lines.append(
-            "With train.accumulate batch, loss and update stay what they are, but batch norm sees "
-            "one micro-batch at a time."
+            "train.accumulate changes neither batch nor loss nor update, but batch norm computes "
+            "its moments from each micro-batch."
         )
     return lines
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from semiseg_jax import mesh as mesh_lib
+from semiseg_jax import stages
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 from semiseg_jax.runtime.errors import UserError
@@ -59,7 +60,7 @@ def try_changes(
         for combination in itertools.combinations(singles, size):
             change = {key: value for single in combination for key, value in single.items()}
             candidate = with_change(config, change)
-            if not _batches_divide(candidate, num_devices):
+            if not _are_batches_valid(candidate, num_devices):
                 continue  # Half of the batch may be too small for micro-batches.
             program = compile_program(candidate)
             suggestions.append(Suggestion(change, program, fits(program.cost, limit)))
@@ -110,14 +111,15 @@ def _more_micro_batches(config: Any, num_devices: int) -> int | None:
     train = config.train
     most = min(train.batch_labeled, train.batch_unlabeled) // num_devices
     for count in range(train.accumulate + 1, most + 1):
-        if _batches_divide(with_change(config, {"train.accumulate": count}), num_devices):
+        if _are_batches_valid(with_change(config, {"train.accumulate": count}), num_devices):
             return count
     return None
 
 
-def _batches_divide(config: Any, num_devices: int) -> bool:
+def _are_batches_valid(config: Any, num_devices: int) -> bool:
     try:
         mesh_lib.check_batches(config, num_devices)
+        stages.check_norm_values(config)
     except UserError:
         return False
     return True

@@ -8,7 +8,8 @@
     STAGE/pseudo_gallery.json           images whose pseudo-labels are shown, and why
     STAGE/pseudo_gallery/ID.jpg         thumbnails of these images
 
-A run never reads these files, so no result depends on them.
+A run never reads these files, so no result depends on them. The functions that read the JSON files
+for the report return None if a file is missing, damaged or of another form.
 """
 
 import datetime
@@ -35,9 +36,10 @@ from semiseg_jax import pseudo_label_stats
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.data import image_io
 from semiseg_jax.data.load import Dataset
+from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.evaluate import EvalExample, Score
 from semiseg_jax.models.dsbn import DOMAINS, stats_collection
-from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime import fileio, json_forms
 from semiseg_jax.train_state import Variables
 
 RUN, GALLERY = "run.json", "gallery"
@@ -55,6 +57,58 @@ NUM_LAYERS, MAX_CHANNELS = 4, 512
 _FIRST_MODULES = ("stem", "entry", "middle")
 # Pseudo-labels shown as least confident.
 _NUM_LEAST_CONFIDENT = 4
+# The norms that a layer can have, by name, each with its values by channel.
+_CHANNELS = json_forms.list_of(json_forms.is_number, range(1, MAX_CHANNELS + 1))
+_BY_DOMAIN = json_forms.both(
+    json_forms.mapping_of(_CHANNELS, lambda name: name in DOMAINS),
+    # Their values are plotted against each other.
+    lambda by_domain: len(set(map(len, by_domain.values()))) <= 1,
+)
+_NUMBERS_BY_NAME = json_forms.mapping_of(json_forms.is_number, json_forms.is_name)
+_CONFUSION = json_forms.both(
+    json_forms.list_of(json_forms.list_of(json_forms.is_count), range(1, 256)),
+    lambda rows: all(len(row) == len(rows) for row in rows),
+)
+_COLOUR = json_forms.list_of(
+    json_forms.both(json_forms.is_count, lambda level: level < 256), range(3, 4)
+)
+# The forms of the files.
+_RUN_FORM = json_forms.both(
+    json_forms.record(
+        {
+            "started": json_forms.is_text,
+            "classes": json_forms.list_of(json_forms.is_text, range(256)),
+            "palette": json_forms.list_of(_COLOUR),
+            "images": json_forms.mapping_of(json_forms.is_count),
+            "split_hash": json_forms.is_text,
+            "devices": json_forms.is_text,
+            "machine": json_forms.is_text,
+            "processes": json_forms.is_count,
+            "versions": json_forms.mapping_of(json_forms.is_text),
+        }
+    ),
+    lambda run: len(run["classes"]) == len(run["palette"]),
+)
+_EVALUATION_FORM = json_forms.both(
+    json_forms.record(
+        {
+            "protocol": json_forms.is_object,  # in detail by `EvalProtocol.from_json`
+            "gallery": json_forms.is_name,
+            "kept": json_forms.list_of(json_forms.is_name),
+            "confusion": _CONFUSION,
+            "miou_by_image": json_forms.mapping_of(
+                json_forms.optional(json_forms.is_number), json_forms.is_name
+            ),
+        }
+    ),
+    lambda evaluation: evaluation["miou_by_image"].keys() >= set(evaluation["kept"]),
+)
+_NORMS_FORM = json_forms.mapping_of(
+    json_forms.record(dict.fromkeys(("mean", "var", "scale", "bias"), _BY_DOMAIN))
+)
+_PSEUDO_FORM = json_forms.record(
+    {"least_confident": _NUMBERS_BY_NAME, "most_changed": _NUMBERS_BY_NAME}
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu", "tensorflow")
 
 
@@ -82,6 +136,11 @@ def write_run(workdir: epath.Path, dataset: Dataset, mesh: Mesh) -> None:
         },
     }
     _write_json(workdir / RUN, content)
+
+
+def read_run(workdir: epath.Path) -> dict[str, Any] | None:
+    """Returns the content of run.json."""
+    return fileio.read_json(workdir / RUN, _RUN_FORM)
 
 
 def gallery_ids(dataset: Dataset) -> list[str]:
@@ -129,10 +188,12 @@ class PredictionSink:
         if not self._final:
             return
         truth = self._gallery / f"{seen.id}.png"
-        if not truth.exists():
+        encoded = image_io.encode_mask(label, self._palette)
+        # The mask may have been corrected since another stage was evaluated.
+        if not truth.exists() or truth.read_bytes() != encoded:
             jpeg = encode_jpeg(image)
             fileio.write_bytes(self._gallery / f"{seen.id}.jpg", jpeg, sync=False)
-            fileio.write_bytes(truth, image_io.encode_mask(label, self._palette), sync=False)
+            fileio.write_bytes(truth, encoded, sync=False)
         prediction = image_io.encode_mask(predicted, self._palette)
         fileio.write_bytes(self._predictions / f"{seen.id}.png", prediction, sync=False)
 
@@ -169,6 +230,16 @@ def write_evaluation(
         "miou_by_image": {e.id: by_image[e.id] for e in dataset.evaluation if e.id in by_image},
     }
     _write_json(stage / EVALUATION, content)
+
+
+def read_evaluation(stage: epath.Path) -> dict[str, Any] | None:
+    """Returns the content of evaluation.json."""
+    evaluation = fileio.read_json(stage / EVALUATION, _EVALUATION_FORM)
+    try:
+        EvalProtocol.from_json(evaluation["protocol"] if evaluation else {})
+    except ValueError:
+        return None
+    return evaluation
 
 
 # {layer: {"mean", "var", "scale", "bias": {domain: values by channel}}}
@@ -222,6 +293,11 @@ def write_norms(stage: epath.Path, layers: Norms) -> None:
     )
 
 
+def read_norms(stage: epath.Path) -> dict[str, Any] | None:
+    """Returns the content of norms.json."""
+    return fileio.read_json(stage / NORMS, _NORMS_FORM)
+
+
 def write_summaries(
     writer: metric_writers.MetricWriter, step: int, pictures: PredictionSink, layers: Norms
 ) -> None:
@@ -255,9 +331,7 @@ def write_pseudo(
     ascending = sorted(confidence.items(), key=lambda item: item[1])
     content = {
         "least_confident": dict(ascending[:_NUM_LEAST_CONFIDENT]),
-        "most_changed": (fileio.read_json(folder / pseudo_label_stats.STATS_FILE) or {}).get(
-            "most_changed", {}
-        ),
+        "most_changed": (pseudo_label_stats.read_stats(folder) or {}).get("most_changed", {}),
     }
     ids = {name for scores in content.values() for name in scores}
     for example in dataset.unlabeled:
@@ -265,6 +339,11 @@ def write_pseudo(
             jpeg = encode_jpeg(thumbnail(image_io.read_image(example.image)))
             fileio.write_bytes(stage / PSEUDO_GALLERY / f"{example.id}.jpg", jpeg, sync=False)
     _write_json(stage / f"{PSEUDO_GALLERY}.json", content)
+
+
+def read_pseudo(stage: epath.Path) -> dict[str, Any] | None:
+    """Returns the content of pseudo_gallery.json."""
+    return fileio.read_json(stage / f"{PSEUDO_GALLERY}.json", _PSEUDO_FORM)
 
 
 def _write_json(path: epath.Path, content: Any) -> None:

@@ -11,7 +11,7 @@ from semiseg_jax.reporting import plots as plots_lib
 from semiseg_jax.reporting.markup import Section, data_uri
 from semiseg_jax.reporting.run import Run, StageReport, read
 from semiseg_jax.results import ResultRow
-from semiseg_jax.runtime import fileio, metric_writer
+from semiseg_jax.runtime import metric_writer
 from semiseg_jax.runtime.errors import UserError
 
 _MAX_CONFUSIONS = 8
@@ -134,7 +134,7 @@ def norms_picture(workdir: epath.PathLike) -> bytes:
 def _norm_plots(run: Run) -> tuple[StageReport | None, dict[str, bytes]]:
     """Returns the last student with two norms, and a PNG of each of its stored layers by name."""
     for stage in reversed(run.stages):
-        layers = fileio.read_json(stage.folder / artifacts.NORMS) if stage.done else None
+        layers = artifacts.read_norms(stage.folder) if stage.done else None
         if stage.kind == "student" and layers and all(len(v["mean"]) == 2 for v in layers.values()):
             return stage, {name: plots_lib.plot_norms(name, v) for name, v in layers.items()}
     return None, {}

@@ -1,5 +1,6 @@
 """Sections of pictures: evaluation images and pseudo-labels; and a contact sheet of predictions."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,6 @@ from semiseg_jax.pseudo_labels import PSEUDO_LABELS
 from semiseg_jax.reporting import artifacts, plots
 from semiseg_jax.reporting.markup import Section, colour_code, data_uri, percent
 from semiseg_jax.reporting.run import Run, StageReport, read
-from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
 
 # Number of best, median and worst images in the gallery; and of most improved and most worsened.
@@ -97,7 +97,7 @@ def pseudo_labels(run: Run) -> Section:
     """Builds the section of the newest pseudo-labels: least confident and most changed."""
     for index in range(len(run.stages) - 1, -1, -1):
         stage = run.stages[index]
-        selection = fileio.read_json(stage.folder / f"{artifacts.PSEUDO_GALLERY}.json")
+        selection = artifacts.read_pseudo(stage.folder)
         if selection is None:
             continue
         reasons_by_image: dict[str, list[str]] = {}
@@ -171,17 +171,19 @@ def _picture(
 ) -> dict[str, str]:
     """Returns a stored JPEG or a coloured label map for a card; `src` is "" without the file."""
     src = ""
-    if path.suffix == ".jpg" and path.exists():
-        src = data_uri(path.read_bytes(), "jpeg")
+    if path.suffix == ".jpg":
+        with contextlib.suppress(OSError):  # missing or not readable
+            src = data_uri(path.read_bytes(), "jpeg")
     elif (label_map := _read_label_map(path)) is not None:
         src = data_uri(image_io.encode_mask(label_map, palette), "png")
     return {"title": title, "score": score, "src": src}
 
 
 def _plotted_picture(title: str, plot: Callable[..., bytes], *paths: epath.Path) -> dict[str, str]:
-    """Returns a picture plotted from label maps; `src` is "" if one of them is missing."""
+    """Returns a picture plotted from label maps of one size; `src` is "" if one is missing."""
     maps = [_read_label_map(path) for path in paths]
-    complete = all(label_map is not None for label_map in maps)
+    shapes = {None if label_map is None else label_map.shape for label_map in maps}
+    complete = None not in shapes and len(shapes) == 1
     return {"title": title, "score": "", "src": data_uri(plot(*maps), "png") if complete else ""}
 
 

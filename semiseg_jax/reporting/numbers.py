@@ -7,13 +7,12 @@ from typing import Any
 from flax import traverse_util
 
 from semiseg_jax.eval_protocol import EvalProtocol
-from semiseg_jax.pseudo_label_stats import STATS_FILE
+from semiseg_jax.pseudo_label_stats import read_stats
 from semiseg_jax.pseudo_labels import PSEUDO_LABELS
 from semiseg_jax.reporting import artifacts
 from semiseg_jax.reporting.markup import Section, percent
 from semiseg_jax.reporting.run import Run, find_row, group_comparable
 from semiseg_jax.results import ResultRow
-from semiseg_jax.runtime import fileio
 
 
 def what_ran(run: Run, defaults: Mapping[str, Any]) -> Section:
@@ -126,11 +125,13 @@ def _iou_by_class(
 
 def health(run: Run) -> Section:
     """Builds the section on the health of the pseudo-labels, with a column per round."""
-    contents = [(s, fileio.read_json(s.folder / PSEUDO_LABELS / STATS_FILE)) for s in run.stages]
+    contents = [(s, read_stats(s.folder / PSEUDO_LABELS)) for s in run.stages]
     rounds = [(stage, content) for stage, content in contents if content is not None]
     if not rounds:
         return {"missing": "No pseudo-labels have been checked yet.", "rounds": []}
     labeled_share = rounds[0][1]["labeled_share"]
+    # A file of other classes belongs to another run.
+    rounds = [(s, c) for s, c in rounds if c["class_share"].keys() == labeled_share.keys()]
     return {
         "missing": "",
         "rounds": [f"by {stage.name}" for stage, _ in rounds],

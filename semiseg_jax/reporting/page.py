@@ -11,9 +11,25 @@ from configs import default
 from semiseg_jax.reporting import drawings, galleries, numbers
 from semiseg_jax.reporting.run import read
 from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime.errors import first_line
+from semiseg_jax.runtime.logger import logger
 
 FILE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+def update(workdir: epath.PathLike) -> None:
+    """Writes report.html during a run; logs a warning if it cannot be written.
+
+    Nothing that a run computes depends on the report, so no report ends a run.
+    """
+    try:
+        write(workdir)
+    except Exception as error:
+        logger.warning(
+            f"Warning: {epath.Path(workdir) / FILE} could not be written ({first_line(error)}): "
+            "the run goes on without it; python -m semiseg_jax.report writes it later."
+        )
 
 
 def write(workdir: epath.PathLike) -> list[str]:
@@ -53,5 +69,6 @@ def write(workdir: epath.PathLike) -> list[str]:
         legend=run.legend,
         **sections,
     )
-    fileio.write_bytes(run.workdir / FILE, page.encode())
+    # File names that are not UTF-8 are shown with question marks.
+    fileio.write_bytes(run.workdir / FILE, page.encode(errors="replace"))
     return [section["missing"] for section in sections.values() if section["missing"]]

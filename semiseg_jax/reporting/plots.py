@@ -4,17 +4,18 @@ Each plot is small and complete, so that a phone shows it at full screen width.
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
-from matplotlib import figure
 from PIL import Image
 
-from semiseg_jax.data import visualize
+from semiseg_jax.data import fonts, visualize
 from semiseg_jax.data.image_io import IGNORE
+from semiseg_jax.runtime.plain_matplotlib import default_style, figure, font_manager
 
 # Colours that colour-blind people can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -58,6 +59,7 @@ def stage_colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+@default_style()
 def plot_curves(title: str, lines: Sequence[Curve], dots: bool = False) -> bytes:
     """Plots lines over the steps of the run as SVG.
 
@@ -90,6 +92,7 @@ def plot_curves(title: str, lines: Sequence[Curve], dots: bool = False) -> bytes
     return _svg(canvas)
 
 
+@default_style()
 def plot_confusion(matrix: Int64[np.ndarray, "classes classes"], classes: Sequence[str]) -> bytes:
     """Plots a confusion matrix as SVG, in percent of the pixels of each row; rows are labels."""
     percent = 100 * row_shares(matrix)
@@ -98,8 +101,14 @@ def plot_confusion(matrix: Int64[np.ndarray, "classes classes"], classes: Sequen
     axes = canvas.add_subplot()
     axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
     ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=90, fontsize=_TEXT)
-    axes.set_yticks(ticks, classes, fontsize=_TEXT)
+    texts, font_files = zip(*(fonts.choose(name, _has_glyph) for name in classes), strict=True)
+    # A "$" in a name starts no formula.
+    axes.set_xticks(ticks, texts, rotation=90, fontsize=_TEXT, parse_math=False)
+    axes.set_yticks(ticks, texts, fontsize=_TEXT, parse_math=False)
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for label, file in zip(labels, font_files, strict=True):
+            if file is not None:
+                label.set_fontproperties(font_manager.FontProperties(fname=file, size=_TEXT))
     axes.set_xlabel("predicted", fontsize=_TEXT)
     axes.set_ylabel("label", fontsize=_TEXT)
     if len(classes) <= _MAX_NUMBERED_CLASSES:
@@ -110,6 +119,18 @@ def plot_confusion(matrix: Int64[np.ndarray, "classes classes"], classes: Sequen
                 text = f"{value:.0f}"
                 axes.text(column, row, text, color=colour, fontsize=_TEXT - 1, **centred)
     return _svg(canvas)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_glyph(character: str) -> bool:
+    """Returns whether Matplotlib's default font has a glyph for a character."""
+    return ord(character) in _default_charmap()
+
+
+@functools.cache
+def _default_charmap() -> frozenset[int]:
+    path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())
 
 
 def row_shares(
@@ -129,6 +150,7 @@ _PANELS = {
 }
 
 
+@default_style()
 def plot_norms(layer: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     """Plots the weak against the strong norm of a layer as PNG, with a dot per channel.
 

@@ -14,8 +14,27 @@ from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.reporting import artifacts
 from semiseg_jax.reporting.markup import colour_code
 from semiseg_jax.results import ResultRow
-from semiseg_jax.runtime import fileio, metric_writer
+from semiseg_jax.runtime import fileio, json_forms, metric_writer
 from semiseg_jax.runtime.errors import UserError
+
+# What a report reads of config.json; the rest is printed.
+_STREAM = json_forms.list_of(json_forms.is_text)
+_CONFIG_FORM = json_forms.record(
+    {
+        "seed": json_forms.is_integer,
+        "data": json_forms.record({"weak_stream": _STREAM, "strong_stream": _STREAM}),
+        "model": json_forms.record({"head": json_forms.is_text, "backbone": json_forms.is_text}),
+        "rounds": json_forms.record(
+            {
+                "count": json_forms.both(json_forms.is_count, lambda count: count <= 1000),
+                "control": json_forms.is_flag,
+            }
+        ),
+        "train": json_forms.record(
+            {"steps": json_forms.is_count, "teacher_steps": json_forms.is_count}
+        ),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +94,7 @@ class StageReport:
     @property
     def seconds(self) -> float:
         """Duration of training, in seconds."""
-        return sum(line["seconds"] for line in self.history)
+        return sum(line.get("seconds", 0.0) for line in self.history)
 
     def scalar(self, name: str) -> list[tuple[int, float]]:
         """Returns the (step, value) pairs of a training scalar."""
@@ -120,8 +139,11 @@ class Run:
         return [(name, colour_code(colour)) for name, colour in pairs]
 
     def classes(self, count: int) -> list[tuple[str, str]]:
-        """Returns name and colour of `count` classes; numbers as names if run.json is missing."""
-        if self.about is None:
+        """Returns name and colour of `count` classes.
+
+        The names are numbers if run.json is missing or has another number of classes.
+        """
+        if len(self.legend) != count:
             colours = image_io.generated_palette(count)
             return [(f"class {i}", colour_code(colour)) for i, colour in enumerate(colours)]
         return self.legend
@@ -141,7 +163,11 @@ def group_comparable(rows: Sequence[ResultRow]) -> list[list[ResultRow]]:
     """Groups rows whose protocols are comparable, in the order of the first row of each group."""
     groups: list[list[ResultRow]] = []
     for row in rows:
-        matches = (g for g in groups if g[0].protocol.is_comparable(row.protocol))
+        matches = (
+            g
+            for g in groups
+            if g[0].protocol.is_comparable(row.protocol) and len(g[0].iou) == len(row.iou)
+        )
         group = next(matches, None)
         if group is None:
             groups.append([row])
@@ -154,36 +180,35 @@ def read(workdir: epath.PathLike) -> Run:
     """Reads a workdir.
 
     Raises:
-        UserError: the folder has no config.json.
+        UserError: the folder has no config.json, or it is damaged.
     """
     workdir = epath.Path(workdir)
-    config = fileio.read_json(workdir / "config.json", "model", "rounds", "train")
+    config = fileio.read_json(workdir / "config.json", _CONFIG_FORM)
     if config is None:
         raise UserError(
-            f"{workdir} has no config.json: give the --workdir of a run that has begun.",
+            f"{workdir} has no config.json of a run: restore it, or give the --workdir of a run "
+            "that has begun.",
             code="report-config-missing",
         )
     scores = _read_results(workdir)
-    about = fileio.read_json(workdir / artifacts.RUN, "classes", "palette", "images")
+    about = artifacts.read_run(workdir)
     stage_reports = list(_read_stages(workdir, config))
     return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports)
 
 
 def _read_results(workdir: epath.Path) -> dict[str, list[ResultRow]]:
-    """Returns the content of results.json; no rows if it is missing or damaged."""
+    """Returns the unchanged rows of results.json; no rows if it is missing or damaged."""
     try:
-        return results.parse(fileio.read_json(workdir / "results.json"))
-    except ValueError:
+        return results.read(workdir / "results.json")
+    except UserError as error:
+        if error.code not in ("results-damaged", "row-hashes-damaged"):
+            raise
         return {"rows": [], "curve": []}
 
 
 def _read_stages(workdir: epath.Path, config: Mapping[str, Any]) -> Iterator[StageReport]:
     schedule = stages.schedule(ConfigDict(config), workdir)
     for number, stage in enumerate(schedule):
-        evaluation = fileio.read_json(stage.folder / artifacts.EVALUATION, "gallery", "protocol")
-        try:
-            EvalProtocol.from_json(evaluation["protocol"] if evaluation else {})
-        except (TypeError, ValueError):
-            evaluation = None
+        evaluation = artifacts.read_evaluation(stage.folder)
         begins = stages.first_step_of_run(ConfigDict(config).train, stage.kind, stage.round)
         yield StageReport(number, stage, begins, stage.is_done, evaluation)

@@ -1,15 +1,17 @@
 """The command line of the programs: flags, one-line errors, and the set-up of a process."""
 
 import contextlib
+import io
 import itertools
 import logging as python_logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -26,15 +28,40 @@ def define_config_flag(description: str) -> flags.FlagHolder:
     Args:
         description: what the command does with the config, for --help.
     """
-    holder = config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"{description}, such as configs/streets.py; --config.key=value changes a key of it. "
-        "configs/default.py documents every key.",
-        lock_config=True,
-    )
+    try:
+        holder = config_flags.DEFINE_config_file(
+            "config",
+            None,
+            f"{description}, such as configs/streets.py; --config.key=value changes a key of it. "
+            "configs/default.py documents every key.",
+            lock_config=True,
+        )
+    except (flags.Error, ValueError) as error:  # It reads the files that --flagfile names.
+        _exit_on_wrong_flag(error)
     # --help lists the flags of the module that was started.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return holder
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parses a path; ~ at its beginning is the home folder."""
+
+    def parse(self, argument: str) -> str:
+        if "\0" in argument:
+            raise ValueError("a path has no NUL character: correct it")
+        try:
+            return paths.expand_home(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    def flag_type(self) -> str:
+        return "string"
+
+
+def define_path_flag(name: str, default: str | None, description: str) -> flags.FlagHolder:
+    """Defines a flag whose value is a path of a file or folder, with arguments as DEFINE_string."""
+    holder = flags.DEFINE(_PathParser(), name, default, description)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     return holder
 
 
@@ -64,8 +91,16 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"Error: {str(error).strip()}; --help has the flags.")
+    except (flags.Error, ValueError) as error:  # The latter if a --flagfile is no text.
+        _exit_on_wrong_flag(error)
+
+
+def _exit_on_wrong_flag(error: Exception) -> NoReturn:
+    """Exits with one sentence on a wrong flag."""
+    problem = str(error).removeprefix("ERROR:: ").strip()
+    if isinstance(error, ValueError):
+        problem = f"A --flagfile cannot be read ({problem})"
+    sys.exit(f"Error: {problem}; --help lists the flags.")
 
 
 def parse_flags_and_config(argv: list[str]) -> list[str]:
@@ -74,10 +109,11 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     Returns:
         The arguments that are not flags; the first is the program.
     """
+    argv = [_expand_config_path(argument) for argument in argv]
     files = _config_files(argv)
     _require_config_files(files)
     try:
-        positional = flags.FLAGS(argv)
+        positional = flags.FLAGS(_without_replaced_overrides(argv))
         config = flags.FLAGS.config
         # ml_collections raises an OSError of the config file at the first access to a key.
         getattr(config, "seed", None)
@@ -86,7 +122,40 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {_format_flag_error(error, files[-1] if files else 'given')}")
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         sys.exit(f"Error: {_format_not_a_config(type(config).__name__)}")
+    try:
+        paths.expand_home_in_config(config)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
     return positional
+
+
+def _without_replaced_overrides(argv: list[str]) -> list[str]:
+    """Returns the arguments without each --config.key that a later one of the same key replaces.
+
+    ml_collections lets the last of two values win, except for tuples, which it joins.
+    """
+    arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    overrides: dict[str, list[range]] = {}
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        match = re.fullmatch(r"--?(config\.[^=]+)(=.*)?", argument, re.DOTALL)
+        if match is None:
+            continue
+        follower = arguments[number + 1 : number + 2]
+        # A key without a value and without a follower that may be its value is a boolean.
+        has_own_value = match[2] is not None or not follower or follower[0].startswith("--")
+        positions = range(number, number + (1 if has_own_value else 2))
+        overrides.setdefault(match[1], []).append(positions)
+    replaced = {n for earlier in overrides.values() for given in earlier[:-1] for n in given}
+    return [argv[0], *(a for number, a in enumerate(arguments) if number not in replaced)]
+
+
+def _expand_config_path(argument: str) -> str:
+    """Returns an argument --config=~/…, which ml_collections would take as it is, without the ~."""
+    flag, equals, path = argument.partition("=")
+    is_config = flag in ("--config", "-config") and path.startswith("~")
+    return f"{flag}{equals}{os.path.expanduser(path)}" if is_config else argument
 
 
 def _config_files(argv: list[str]) -> list[str]:
@@ -190,19 +259,47 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def start_command(argv: list[str]) -> None:
-    """Sets the log levels of the libraries; exits with one sentence on a positional argument.
+    """Sets log levels and standard output; exits with one sentence on a positional argument.
 
     Args:
         argv: the return value of `parse_flags` or `parse_flags_and_config`.
     """
+    # Names of files and classes may hold characters that standard output cannot encode. Standard
+    # error escapes them by itself.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The user reads our lines; libraries log warnings and errors only, unless --verbosity is given.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-        # Orbax logs the failures of its threads here; the caller reports them in one sentence.
-        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        _silence_checkpoint_threads()
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is not an option: options start with --.")
+
+
+def _silence_checkpoint_threads() -> None:
+    """Turns off what orbax and tensorstore print when a checkpoint cannot be written.
+
+    Their threads print a traceback for each array. The caller receives the same failure, and
+    reports it in one sentence.
+    """
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    logging.get_absl_logger().addFilter(_is_no_failure_of_orbax)
+    # Other writes may end after the first failure has closed the event loop.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = report
+
+
+def _is_no_failure_of_orbax(record: python_logging.LogRecord) -> bool:
+    """Returns False for the errors that orbax logs, True for all other records."""
+    in_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not (in_orbax and record.levelno >= python_logging.ERROR)
 
 
 def start_command_with_config(argv: list[str]) -> str:
@@ -216,7 +313,7 @@ def start_command_with_config(argv: list[str]) -> str:
     """
     start_command(argv)
     if not flags.FLAGS["config"].present:
-        sys.exit("Error: Say what to run, such as --config=configs/streets.py.")
+        sys.exit("Error: --config is missing: give the config to run, such as configs/streets.py.")
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
@@ -244,6 +341,7 @@ def setup_run(config: Any, check: Callable[[Any], None]) -> Iterator[None]:
             xla.force_cpu()
         xla.enable_compilation_cache(paths.cache_dir(config.data) / "compiled")
         initialize_multihost(on_cpu)
+        xla.require_platform()
         yield
 
 

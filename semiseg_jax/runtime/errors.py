@@ -23,8 +23,13 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str, *, code: str = "") -> None:
-        super().__init__(sentence)
+        super().__init__(printable(sentence))
         self.code = code
+
+
+def printable(text: str) -> str:
+    """Returns a text that UTF-8 can encode; bytes of file names that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: BaseException) -> str:

@@ -1,15 +1,19 @@
 """Files: written atomically, read with errors a user can act on."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+import stat
 from typing import Any, BinaryIO
 
 from etils import epath
 
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import read_error, write_error
+from semiseg_jax.runtime.json_forms import Form, is_object
 
 # The names of temporary files: .NAME.PROCESS_INDEX-PROCESS_ID.tmp
 _TEMPORARY_NAME = re.compile(r"\..+\.\d+-(?P<process_id>\d{1,9})\.tmp")
@@ -57,10 +61,8 @@ def _write_and_rename(path: str, content: bytes, sync: bool) -> None:
     Uses few system calls and no path objects: prediction and labelling write thousands of small
     files, and epath doubles the time for each.
     """
-    folder, name = os.path.split(path)
-    # On a shared file system, processes of several machines may have the same process id.
-    writer = f"{multihost.process_index()}-{os.getpid()}"
-    temporary = os.path.join(folder, f".{name}.{writer}.tmp")  # matches _TEMPORARY_NAME
+    folder = os.path.dirname(path)
+    temporary = temporary_name(path)
     try:
         with _create_file(temporary) as file:
             file.write(content)
@@ -83,6 +85,24 @@ def _write_and_rename(path: str, content: bytes, sync: bool) -> None:
                 os.close(descriptor)
 
 
+def temporary_name(path: epath.PathLike) -> str:
+    """Returns a path in the same folder, for a file or folder that is renamed once complete."""
+    folder, name = os.path.split(os.fspath(path))
+    # On a shared file system, processes of several machines may have the same process id.
+    writer = f"{multihost.process_index()}-{os.getpid()}"
+    return os.path.join(folder, f".{name}.{writer}.tmp")  # matches _TEMPORARY_NAME
+
+
+def remove_leftover_folders(path: epath.PathLike) -> None:
+    """Removes the folders at a `temporary_name` of this path that killed processes left."""
+    parent, name = os.path.split(os.fspath(path))
+    for entry in os.listdir(parent or "."):
+        match = _TEMPORARY_NAME.fullmatch(entry)
+        is_of_path = re.fullmatch(rf"\.{re.escape(name)}\.\d+-\d+\.tmp", entry)
+        if match and is_of_path and not _is_other_process_alive(int(match["process_id"])):
+            shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+
+
 def remove_leftovers(folder: epath.PathLike) -> None:
     """Removes temporary files that a killed `write_bytes` left below a folder.
 
@@ -100,19 +120,59 @@ def remove_leftovers(folder: epath.PathLike) -> None:
                     os.unlink(os.path.join(parent, name))
 
 
-def read_json(path: epath.Path, *keys: str) -> Any:
-    """Returns the JSON object in a file; None if it is missing, damaged or lacks one of `keys`.
+def require_regular(path: epath.PathLike) -> None:
+    """Raises an OSError for a pipe, socket or device: to open or read it may never end."""
+    if not has_rename(path):
+        return
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
+def read_text(path: epath.PathLike) -> str:
+    """Returns the text of a regular file.
+
+    Raises:
+        OSError: it is missing, not readable, or no regular file.
+        ValueError: it is not UTF-8.
+    """
+    require_regular(path)
+    return epath.Path(path).read_text()
+
+
+def read_json(path: epath.Path, form: Form = is_object) -> Any:
+    """Returns the JSON value in a file; None if it is missing, damaged or of another form.
+
+    A folder, pipe or device of this name counts as missing.
+
+    Args:
+        path: path of the file.
+        form: the form that the value must have (see `json_forms`).
 
     Raises:
         UserError: the file is not readable.
     """
     try:
-        content = json.loads(path.read_text()) if path.exists() else None
-        return content if isinstance(content, dict) and content.keys() >= set(keys) else None
+        # `path.is_file` of epath is true for a pipe.
+        is_there = os.path.isfile(path) if has_rename(path) else path.exists()
+        content = parse_json(read_text(path)) if is_there else None
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
     except ValueError:
         return None
+    return content if form(content) else None
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        ValueError: the text is no JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _create_file(path: str) -> BinaryIO:

@@ -10,12 +10,14 @@ a run works on one stage at a time, and the threads that it starts log lines of 
 """
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 
 from rich.console import Console
 
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import interrupts, multihost
+from semiseg_jax.runtime.errors import printable
 
 logger = logging.getLogger("semiseg_jax")
 
@@ -45,12 +47,20 @@ def capture_lines() -> Iterator[list[str]]:
         _captured = before
 
 
+class RunConsole(Console):
+    """A console whose closed pipe does not end the process, as a run saves its work before."""
+
+    def on_broken_pipe(self) -> None:
+        """Discards what is printed from now on; rich would exit."""
+        interrupts.discard_output(1)
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints records through rich, which wraps no line and finds standard output at each call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = RunConsole(highlight=False, soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record in process 0, or adds it to the lines that `capture_lines` collects."""
@@ -58,10 +68,22 @@ class _ConsoleHandler(logging.Handler):
         if _captured is not None:
             _captured.append(line)
         elif multihost.is_main():
-            self._console.print(line, markup=False)
+            try:
+                self._console.print(line, markup=False)
+            except OSError as error:
+                # A run goes on if its lines cannot be printed, as after the terminal was closed.
+                if error.errno == errno.EIO:
+                    interrupts.discard_output(1)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escapes what UTF-8 cannot encode in a record, such as a part of a file's name."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 # absl's handler at the root would print each line a second time, to standard error.
 logger.propagate = False
 logger.setLevel(logging.INFO)
+logger.addFilter(_make_printable)
 logger.addHandler(_ConsoleHandler())

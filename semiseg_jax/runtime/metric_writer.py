@@ -5,6 +5,7 @@ metrics.jsonl each step occurs once: a restart drops the lines after its checkpo
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,41 @@ import jax
 from clu import metric_writers
 from etils import epath
 
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import fileio, json_forms, multihost
 from semiseg_jax.runtime.errors import read_error, write_error
-from semiseg_jax.runtime.fileio import write_bytes
+from semiseg_jax.runtime.fileio import parse_json, read_text, write_bytes
 from semiseg_jax.runtime.quiet_tensorflow import tf
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether a value is a number; a metric of no pixels may be NaN."""
+    return isinstance(value, float)
+
+
+# The windows of the newest checkpoints (see `MetricWindow`), by step.
+WINDOWS_FILE = "metrics_since_last_line.json"
+# There are two checkpoints, and the one that is being written.
+_KEPT_WINDOWS = 3
+_WINDOWS = json_forms.mapping_of(
+    json_forms.both(
+        json_forms.record(
+            {
+                "values": json_forms.list_of(json_forms.mapping_of(_is_metric)),
+                "seconds": json_forms.is_number,
+                "input_wait": json_forms.is_number,
+            }
+        ),
+        # Every step has the same metrics, and the window no further keys.
+        lambda window: len(window) == 3 and len({tuple(v) for v in window["values"]}) == 1,
+    ),
+    lambda step: step.isdecimal() and step.isascii() and len(step) < 19,
+)
+# A line of metrics.jsonl.
+_LINE = json_forms.both(
+    json_forms.record({"step": json_forms.is_count}), json_forms.mapping_of(json_forms.is_number)
+)
 # Scalars of metrics.jsonl that TensorBoard does not show.
 _JSON_ONLY = frozenset({"seconds"})
 
@@ -182,18 +212,66 @@ class JsonLinesWriter(metric_writers.MetricWriter):
 
 
 def read_metrics(folder: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a stage's metrics.jsonl by step; [] if it is missing or damaged.
+    """Returns the lines of a stage's metrics.jsonl; [] if it is missing or of another form.
 
     Raises:
         UserError: the file is not readable.
     """
     path = folder / METRICS_FILE
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = read_text(path) if path.exists() else ""
+        lines = [parse_json(line) for line in text.splitlines()]
     except OSError as error:
         raise read_error(path, error, "make it readable") from error
     except ValueError:
         return []
+    return lines if all(map(_LINE, lines)) else []
+
+
+@dataclasses.dataclass
+class MetricWindow:
+    """What was measured since the last line of metrics.jsonl.
+
+    Attributes:
+        values: the metrics of each step, by name.
+        seconds: time that these steps took.
+        input_wait: the part of it, in seconds, in which the devices waited for input.
+    """
+
+    values: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    input_wait: float = 0.0
+
+
+def write_window(folder: epath.Path, step: int, window: MetricWindow) -> None:
+    """Stores the window that belongs to a checkpoint, so that a restart writes the same lines.
+
+    Keeps the windows of the newest checkpoints; a restart may go back to an earlier one.
+
+    Args:
+        folder: folder of the stage.
+        step: of the checkpoint.
+        window: what was measured up to there; nothing is stored for an empty one.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    earlier = _read_windows(folder)
+    windows = {k: v for k, v in earlier.items() if int(k) < step}
+    windows = dict(sorted(windows.items(), key=lambda item: int(item[0]))[-_KEPT_WINDOWS:])
+    if window.values:
+        windows[str(step)] = dataclasses.asdict(window)
+    if windows != earlier and multihost.is_main():
+        write_bytes(folder / WINDOWS_FILE, (json.dumps(windows) + "\n").encode())
+
+
+def read_window(folder: epath.Path, step: int) -> MetricWindow:
+    """Returns the window that `write_window` stored at a step; an empty one if there is none."""
+    return MetricWindow(**_read_windows(folder).get(str(step), {}))
+
+
+def _read_windows(folder: epath.Path) -> dict[str, Any]:
+    return fileio.read_json(folder / WINDOWS_FILE, _WINDOWS) or {}
 
 
 def copy_metrics(source: epath.Path, folder: epath.Path) -> None:

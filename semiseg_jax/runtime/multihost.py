@@ -70,9 +70,11 @@ def initialize(
         # JAX detects the cluster, but only in a Slurm step of several tasks or beside a TPU chip:
         # where libtpu is installed just to compile (see `plan`), JAX would wait for a metadata
         # server. On import JAX sets jax_platforms to "tpu,cpu" where it finds a chip.
-        slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        tasks = _slurm_tasks()
         platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
-        if slurm or "tpu" in platforms.split(","):
+        if tasks > 1:
+            _join("the cluster's coordinator", {"num_processes": tasks}, on_cpu)
+        elif "tpu" in platforms.split(","):
             _join("the cluster's coordinator", {}, on_cpu)
         return
     if coordinator is None or num_processes is None or process_id is None:
@@ -95,6 +97,18 @@ def initialize(
     address: dict[str, Any] = {"coordinator_address": coordinator, "num_processes": num_processes}
     address |= {"process_id": process_id, "cluster_detection_method": "deactivate"}
     _join(coordinator, address, on_cpu)
+
+
+def _slurm_tasks() -> int:
+    """Returns the number of tasks of the Slurm step that this process is in, 1 outside of one.
+
+    SLURM_NTASKS may be that of the whole job: the shell of an interactive job is a step of one task
+    in a job of several, and waits for nobody.
+    """
+    if "SLURM_STEP_NODELIST" not in os.environ:
+        return 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    return int(tasks) if re.fullmatch(r"\d{1,9}", tasks) else 1
 
 
 def _join(where: str, address: dict[str, Any], on_cpu: bool) -> None:

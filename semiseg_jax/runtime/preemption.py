@@ -1,6 +1,8 @@
-"""Stopping on request: after SIGTERM or SIGINT a run stops where the same command can go on.
+"""Stopping on request: after a signal a run stops where the same command can go on.
 
-Preemptible machines send SIGTERM some seconds before they are taken away; a person presses Ctrl-C.
+Preemptible machines send SIGTERM some seconds before they are taken away; a person presses Ctrl-C,
+or closes the terminal, which sends SIGHUP.
+
 The request is a property of the process: loops call `should_stop` or `raise_if_stopping` where they
 can stop, and no function passes a flag along. Several processes agree on a call and not on a step,
 because labelling and evaluation loops stop too and have no step: all processes run the same loops,
@@ -8,12 +10,12 @@ so the n-th call is the same place in each of them.
 """
 
 import contextlib
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import interrupts, multihost
 
 # EX_TEMPFAIL of sysexits.h: a temporary failure, try again.
 EXIT_STATUS = 75
@@ -57,7 +59,10 @@ def stop_when(condition: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def install_signal_handlers() -> Iterator[None]:
-    """Stops the run after the first SIGTERM or SIGINT; a second signal ends the process at once.
+    """Stops the run after SIGTERM, SIGINT or SIGHUP, which a closed terminal sends.
+
+    A second SIGTERM or SIGINT ends the process at once. If SIGHUP was ignored when the process
+    started, as under nohup, it stays ignored.
 
     With several processes a signal to one of them is enough, and all stop at the same point.
     """
@@ -68,21 +73,32 @@ def install_signal_handlers() -> Iterator[None]:
 @contextlib.contextmanager
 def _record_signals() -> Iterator[list[int]]:
     """Installs this process's handlers; yields the list to which they add the signals."""
-    signals = (signal.SIGTERM, signal.SIGINT)
     received: list[int] = []
 
     def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        # The default action kills the process even while the interpreter is waiting.
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
-        print(
-            f"{signal.Signals(number).name}: stopping as soon as what is under way is saved; once "
-            "more to end at once.",
-            file=sys.stderr,
-            flush=True,
+        if hears_hangup:
+            # The shell and the system each send one when a terminal is closed.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        once_more = ""
+        if number != signal.SIGHUP:
+            # The default action kills the process even while the interpreter is waiting.
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, signal.SIG_DFL)
+            once_more = "; once more to end at once"
+        sentence = (
+            f"{signal.Signals(number).name}: stopping as soon as the current work is saved"
+            f"{once_more}.\n"
         )
+        try:
+            # Not by `print`, which may be interrupted by this handler in the middle of a line.
+            os.write(2, sentence.encode())
+        except OSError:
+            # The terminal is gone, and the next line printed would raise before all is saved.
+            interrupts.discard_output(1, 2)
 
+    hears_hangup = interrupts.is_heard(signal.SIGHUP)
+    signals = (signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hears_hangup)
     before = {each: signal.signal(each, record) for each in signals}
     try:
         yield received

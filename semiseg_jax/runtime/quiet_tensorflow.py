@@ -13,6 +13,9 @@ def _import_quietly() -> None:
     """Imports TensorFlow while file descriptor 2 is redirected to the null device."""
     if "tensorflow" in sys.modules:
         return
+    # Keras imports Matplotlib, which $MPLBACKEND may prevent.
+    from semiseg_jax.runtime import plain_matplotlib  # noqa: F401
+
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -5,6 +5,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+from semiseg_jax.runtime.errors import UserError, first_line
+from semiseg_jax.runtime.logger import logger
+
 
 def runs_on_cpu() -> bool:
     """Predicts, before JAX starts its backend, whether JAX will compute on the CPU.
@@ -26,10 +29,41 @@ def _has_tpu() -> bool:
     return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
 
 
-def enable_compilation_cache(folder: os.PathLike | str) -> None:
-    """Stores compiled programs in a folder, so that a restart does not compile them again."""
+def require_platform() -> None:
+    """Starts JAX's backend; refuses a platform that this machine does not have.
+
+    Raises:
+        UserError: JAX cannot start the platform, such as that of JAX_PLATFORMS.
+    """
     import jax
 
+    try:
+        jax.devices()
+    except Exception as error:  # For cuda an AssertionError without text.
+        wanted = os.environ.get("JAX_PLATFORMS")
+        where = f"JAX_PLATFORMS={wanted}" if wanted else "the devices of this machine"
+        raise UserError(
+            f"JAX cannot start with {where} ({first_line(error)}): set JAX_PLATFORMS to a platform "
+            "that this machine has, such as cpu, and end what else uses its devices.",
+            code="platform-missing",
+        ) from error
+
+
+def enable_compilation_cache(folder: os.PathLike | str) -> None:
+    """Stores compiled programs in a folder, so that a restart does not compile them again.
+
+    If the folder is not writable, the cache stays off: JAX would log a warning for each program.
+    """
+    import jax
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.info(f"{folder} cannot be written: compiled programs are not kept")
+        return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

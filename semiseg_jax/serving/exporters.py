@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,14 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.dataset import IMAGE_SUFFIXES, files_below, is_image
 from semiseg_jax.data.image_io import read_image
 from semiseg_jax.data.sources import streets
+from semiseg_jax.data.sources.downscale import shrink_image
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
+from semiseg_jax.runtime import fileio, interrupts
 from semiseg_jax.runtime.errors import UserError, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.quiet_tensorflow import tf
-from semiseg_jax.serving import model_bundle
+from semiseg_jax.serving import downscaling, model_bundle
 from semiseg_jax.train_state import Variables
 
 # The main file of each format.
@@ -84,17 +85,26 @@ class ExportDiff:
 
 
 def predict(
-    model: nn.Module, variables: Variables, images: UInt8[Array, "n h w 3"]
+    model: nn.Module,
+    variables: Variables,
+    images: UInt8[Array, "n h w 3"],
+    downscale: int = 1,
 ) -> dict[str, Array]:
     """Computes the outputs of an exported model (see `PredictFn`).
 
-    Each image is processed once, without windows, at its own size.
+    Each image is processed once, without windows, at its own size divided by `downscale`.
     """
+    height, width = images.shape[1:3]
+    if downscale > 1:
+        images = downscaling.traced_shrink(images, downscale)
     logits = model.apply(variables, images, domain="weak", train=False)
     probabilities = jax.nn.softmax(logits)
     # uint8 is sufficient: there are at most 255 classes, because 255 is the ignore label.
     class_map = jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
-    return {"class_map": class_map, "probabilities": probabilities}
+    outputs = {"class_map": class_map, "probabilities": probabilities}
+    if downscale > 1:
+        outputs = {k: downscaling.traced_enlarge(v, (height, width)) for k, v in outputs.items()}
+    return outputs
 
 
 def export(workdir: Path, output: Path, format_: str, photographs: Path | None) -> None:
@@ -127,15 +137,16 @@ def export(workdir: Path, output: Path, format_: str, photographs: Path | None) 
             logger.info(
                 f"the mIoU of {100 * bundle.description['miou']:.2f} was measured with "
                 f"{', '.join(differences)}; the exported model predicts each image once, whole, at "
-                "its own size"
+                "its own size" + f" divided by {bundle.downscale}" * (bundle.downscale > 1)
             )
-        _write(model, bundle.variables, format_, folder)
-        diff = compare(model, bundle.variables, load(folder, format_), batches)
+        _write(model, bundle.variables, format_, folder, bundle.downscale)
+        exported = load(folder, format_)
+        diff = compare(model, bundle.variables, exported, batches, bundle.downscale)
         logger.info(f"parity on {sum(map(len, batches))} images: {diff}")
         check_diff(diff)
         weights = (workdir / model_bundle.FOLDER / model_bundle.WEIGHTS).stat().st_size
-        exported = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        logger.info(f"size: {weights:,} bytes of weights before, {exported:,} bytes after")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        logger.info(f"size: {weights:,} bytes of weights before, {size:,} bytes after")
         text = json.dumps(_describe(bundle, format_, diff), indent=1) + "\n"
         (folder / DESCRIPTION).write_text(text)
     logger.info(f"{output / FORMATS[format_]} and {DESCRIPTION} beside it are written")
@@ -168,8 +179,10 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            # A subfolder, because other users may not read the temporary folder itself.
+        # What an export left that was killed.
+        fileio.remove_leftover_folders(output)
+        scratch = fileio.temporary_name(output)
+        with interrupts.scratch_folder(scratch):
             folder = Path(scratch) / output.name
             folder.mkdir()
             yield folder
@@ -185,23 +198,27 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
 # --- The formats ---------------------------------------------------------------------------------
 
 
-def _write(model: deeplab.DeepLab, variables: Variables, format_: str, folder: Path) -> None:
+def _write(
+    model: deeplab.DeepLab, variables: Variables, format_: str, folder: Path, downscale: int
+) -> None:
     """Folds the weak norm into the convolutions and writes the model in a format."""
     folded, weights = folding.fold(model, variables)
     if format_ == "stablehlo":
-        (folder / FORMATS[format_]).write_bytes(_stablehlo(folded, weights))
+        (folder / FORMATS[format_]).write_bytes(_stablehlo(folded, weights, downscale))
     else:
-        _write_saved_model(folded, weights, folder)
+        _write_saved_model(folded, weights, folder, downscale)
 
 
-def _stablehlo(model: nn.Module, variables: Variables) -> bytearray:
+def _stablehlo(model: nn.Module, variables: Variables, downscale: int) -> bytearray:
     """Returns the serialised program, which contains the weights as constants."""
     images = jax.ShapeDtypeStruct(jax_export.symbolic_shape(SHAPE), jnp.uint8)
-    program = jax.jit(functools.partial(predict, model, variables))
+    program = jax.jit(functools.partial(predict, model, variables, downscale=downscale))
     return jax_export.export(program, platforms=PLATFORMS)(images).serialize()
 
 
-def _write_saved_model(model: nn.Module, variables: Variables, folder: Path) -> None:
+def _write_saved_model(
+    model: nn.Module, variables: Variables, folder: Path, downscale: int
+) -> None:
     """Writes a SavedModel; its variables are the weights, which the programs of all sizes share."""
     flat = traverse_util.flatten_dict(variables, sep="/")
     names = sorted(flat)
@@ -210,7 +227,7 @@ def _write_saved_model(model: nn.Module, variables: Variables, folder: Path) -> 
 
     def predict_from_list(weights: Sequence[Array], images: Array) -> dict[str, Array]:
         tree = traverse_util.unflatten_dict(dict(zip(names, weights, strict=True)), sep="/")
-        return predict(model, tree, images)
+        return predict(model, tree, images, downscale)
 
     program = jax2tf.convert(
         predict_from_list,
@@ -266,7 +283,9 @@ def _describe(bundle: model_bundle.ModelBundle, format_: str, diff: ExportDiff) 
             "class_map": {"dtype": "uint8", "shape": ["n", "h", "w"], "is": "ids of classes"},
             "probabilities": {"dtype": "float32", "shape": ["n", "h", "w", num_classes]},
         },
-        "inference": "each image once, whole, at its own size; the sizes of a batch are equal",
+        "inference": "each image once, whole, at its own size"
+        + f" divided by {bundle.downscale}" * (bundle.downscale > 1)
+        + "; the sizes of a batch are equal",
         "miou": description["miou"],
         "protocol": description["protocol"],
         "trained_on": description["trained_on"],
@@ -307,7 +326,11 @@ def read_photographs(folder: Path) -> list[Images]:
 
 
 def compare(
-    model: nn.Module, variables: Variables, exported: PredictFn, batches: Sequence[Images]
+    model: nn.Module,
+    variables: Variables,
+    exported: PredictFn,
+    batches: Sequence[Images],
+    downscale: int = 1,
 ) -> ExportDiff:
     """Compares an exported model with the `Predictor` of the network on the same images.
 
@@ -315,14 +338,17 @@ def compare(
         model, variables: the network, in float32.
         exported: the exported model.
         batches: the images to compare on.
+        downscale: factor of the model (`config.data.downscale`).
     """
     mesh = mesh_lib.make_mesh(jax.devices()[:1])
     predictor = Predictor(model, mesh)
     pixels = differing = 0
     difference = 0.0
     for images in batches:
-        on_device = mesh_lib.shard_batch({"image": images}, mesh)["image"]
-        expected = np.asarray(predictor(variables, on_device))
+        small = np.stack([shrink_image(image, downscale) for image in images])
+        on_device = mesh_lib.shard_batch({"image": small}, mesh)["image"]
+        probabilities = np.asarray(predictor(variables, on_device))
+        expected = np.stack([downscaling.enlarge(p, images.shape[1:3]) for p in probabilities])
         outputs = {name: np.asarray(value) for name, value in exported(images).items()}
         pixels += outputs["class_map"].size
         differing += int((outputs["class_map"] != expected.argmax(-1)).sum())

@@ -8,10 +8,7 @@ from etils import epath
 
 from semiseg_jax.data.dataset import IMAGE_SUFFIXES, Example, files_below, is_image
 from semiseg_jax.runtime.errors import UserError
-
-# Prediction writes this file, which describes the model, into its output folder. A folder that
-# contains the file is a folder of predictions and not of images.
-RECORD = "predictions.json"
+from semiseg_jax.serving.output_folder import RECORD, read_record
 
 
 class Images:
@@ -20,6 +17,7 @@ class Images:
     Attributes:
         examples: the images; `id` is the name of the output file without its suffix.
         others: number of skipped files, whose names have no image suffix.
+        predictions: the skipped folders, which hold the output of earlier predictions.
     """
 
     def __init__(self, source: epath.PathLike, output: epath.PathLike):
@@ -30,8 +28,7 @@ class Images:
             output: the folder of the predictions.
 
         Raises:
-            UserError: there is no image, or an output file would overwrite a file that is not a
-                prediction.
+            UserError: there is no image, or the output folder holds images.
         """
         source, output = epath.Path(source), epath.Path(output)
         if not source.exists():
@@ -45,16 +42,21 @@ class Images:
                 f"--output is the folder of the images, {folder}: give another one.",
                 code="output-is-input",
             )
-        if (folder / RECORD).exists():
+        if read_record(folder) is not None:
             raise UserError(
                 f"{folder} holds predictions, by its {RECORD}: give a folder of images.",
                 code="input-holds-predictions",
             )
+        self.predictions: list[epath.Path] = []
+
+        def skip_predictions(folder: epath.Path) -> bool:
+            if read_record(folder) is None:
+                return False
+            self.predictions.append(folder)
+            return True
+
         if source.is_dir():
-            # Earlier predictions, in this output folder or in another, are not input.
-            files = list(
-                files_below(folder, lambda f: _is_same_path(f, output) or (f / RECORD).exists())
-            )
+            files = list(files_below(folder, skip_predictions))
             images = [f for f in files if is_image(f.name)]
         else:
             files = images = [source]
@@ -63,24 +65,25 @@ class Images:
                 f"{source} holds no image: its files should end in {', '.join(IMAGE_SUFFIXES)}.",
                 code="input-empty",
             )
+        if _is_below(output, folder) and (below := [f for f in images if _is_below(f, output)]):
+            raise UserError(
+                f"--output is {output}, where {below[0]} is an image of --input: give another "
+                "--output.",
+                code="output-holds-images",
+            )
         names = output_names([f.relative_to(folder).as_posix() for f in images])
         self.others = len(files) - len(images)
         self.examples = tuple(
             Example(name, os.fspath(f), None) for name, f in zip(names, images, strict=True)
         )
-        # Hand-drawn masks may have the same names as the predictions.
-        if output.exists() and not (output / RECORD).exists():
-            for example in self.examples:
-                if (output / f"{example.id}.png").exists():
-                    raise UserError(
-                        f"{output / example.id}.png is there already, and is no prediction: "
-                        f"{output} has no {RECORD}; give another --output.",
-                        code="output-holds-other-files",
-                    )
 
 
 def _is_same_path(first: epath.Path, second: epath.Path) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)
+
+
+def _is_below(path: epath.Path, folder: epath.Path) -> bool:
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def output_names(paths: Sequence[str]) -> list[str]:

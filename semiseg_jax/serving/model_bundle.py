@@ -4,8 +4,8 @@ No other file of the run is read, so that a copy of the folder works without the
 """
 
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,19 +16,71 @@ from flax import traverse_util
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from semiseg_jax import inference
 from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.data.sources.downscale import DOWNSCALE
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.models import deeplab, weight_files
 from semiseg_jax.results import ResultRow
-from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime import fileio, hashes, json_forms, rules
+from semiseg_jax.runtime.errors import UserError, first_line
+from semiseg_jax.runtime.logger import logger
+from semiseg_jax.runtime.rules import Rule
 from semiseg_jax.shape_buckets import ShapeBuckets, Size, has_few_sizes, pad_size
 from semiseg_jax.train_state import Variables, inference_variables, variable_shapes
 
 FOLDER = "model"
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
-# Format number of model.json; increased if a reader of the earlier format would misread the file.
-FORMAT = 1
+# Entries of model.json that people may edit, and the one that only the file itself can hold; all
+# others are also in the header of the weights, and must agree.
+EDITABLE = ("classes", "palette")
+WEIGHTS_HASH = "weights_sha256"
+# Format numbers of model.json; increased if a reader of the earlier format would misread the file.
+# Readers of format 1 do not downscale images.
+FORMAT, FORMAT_DOWNSCALED = 1, 2
+
+_COLOUR = rules.tuple_of(rules.integer(0, 255), "three integers from 0 to 255", 3, 3)
+_NUMBERS = rules.tuple_of(rules.number(-1e6, 1e6), "three numbers", 3, 3)
+_TEXT: Rule = (json_forms.is_text, "text")
+_NAME: Rule = (lambda v: json_forms.is_text(v) and v != "", "a name")
+_SIZE = rules.pair(rules.integer(1, 2**31), "(height, width)")
+
+
+def _is_window(value: Any) -> bool:
+    sides = value["size"], value["stride"]
+    return all(len(v) == 2 and rules.accepts(inference.RULES["window"], v) for v in sides) and all(
+        step <= side for side, step in zip(*sides, strict=True)
+    )
+
+
+# By field of model.json: the values it accepts, lists as tuples. Other fields are not read.
+_SCHEMA: dict[str, Rule] = {
+    "classes": rules.tuple_of(_NAME, "2 to 255 class names", 2, 255),
+    "palette": rules.tuple_of(_COLOUR, "a colour (R, G, B) for each class, 0 to 255"),
+    **{f"model.{key}": rule for key, rule in deeplab.RESOLVED_RULES.items()},
+    "preprocessing.input": _TEXT,
+    "preprocessing.downscale": DOWNSCALE,
+    "preprocessing.mean": _NUMBERS,
+    "preprocessing.std": _NUMBERS,
+    "preprocessing.padding_colour": _COLOUR,
+    "preprocessing.pad_to": inference.RULES["pad_to"],
+    "preprocessing.exact_sizes": rules.tuple_of(_SIZE, "a list of sizes (height, width)"),
+    "trained_on": (lambda v: isinstance(v, dict), "an object"),
+    "miou": rules.number(0, 1),
+    # `EvalProtocol.from_json` checks the other fields of the protocol.
+    "protocol.scales": inference.RULES["scales"],
+    "protocol.flip": rules.BOOL,
+    "protocol.window": (
+        lambda v: v == "whole" or _is_window(v),
+        '"whole", or the size and stride of a window',
+    ),
+    "protocol.pad_to": inference.RULES["pad_to"],
+    "batch": inference.RULES["batch"],
+    "largest_pixels": rules.integer(0, 2**40),
+}
+# Fields that older code did not write, each with the value that equals its behaviour.
+_ADDED_FIELDS = {"preprocessing": {"downscale": 1}, "protocol": {"evaluation_hash": None}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +98,8 @@ class ModelBundle:
         pad_to: multiple to which the sides of images are padded in sets with many sizes, in
             pixels; 1 for no padding (`config.eval.pad_to`).
         exact_sizes: (height, width) of the evaluation images in pixels, if they were not padded.
+        downscale: factor by which the sides of images are divided before anything else
+            (`config.data.downscale`); all sizes here are those of downscaled images.
         batch: number of images per batch in the evaluation (`config.eval.batch`).
         largest_pixels: number of pixels of the largest evaluation image, with padding.
         protocol: evaluation protocol of the mIoU.
@@ -60,6 +114,7 @@ class ModelBundle:
     pad_value: UInt8[np.ndarray, "3"]
     pad_to: int
     exact_sizes: frozenset[Size]
+    downscale: int
     batch: int
     largest_pixels: int
     protocol: EvalProtocol
@@ -74,6 +129,8 @@ def describe(
     trained_on: Mapping[str, Any],
     row: ResultRow,
     evaluated_sizes: Collection[Size] = (),
+    downscale: int = 1,
+    initial_weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of model.json, from which `load` builds the network.
 
@@ -83,7 +140,10 @@ def describe(
         classes, palette: of the data set.
         trained_on: name of the training data and numbers of images.
         row: result row of the network.
-        evaluated_sizes: (height, width) of the evaluation images in pixels.
+        evaluated_sizes: (height, width) of the evaluation images in pixels, downscaled.
+        downscale: `config.data.downscale`.
+        initial_weights: that the network started from, see `published_weights.describe`; None for
+            random ones. A model.json of older code has no such key.
     """
     pad_to = row.protocol.pad_to
     is_exact = pad_to == 1 and has_few_sizes(evaluated_sizes)
@@ -91,12 +151,14 @@ def describe(
     mean, std = deeplab.INPUT_NORMALIZATIONS[model_config.input_normalization]
     corners = "corners aligned" if model_config.align_corners else "half-pixel centres"
     return {
-        "format": FORMAT,
+        "format": FORMAT if downscale == 1 else FORMAT_DOWNSCALED,
         "classes": list(classes),
         "palette": [list(colour) for colour in palette],
         "model": model_config.to_dict(),
         "preprocessing": {
             "input": "RGB, 0 to 255, upright as the EXIF orientation says",
+            # Sides are divided by it and rounded down: bilinear, with antialiasing, to 8 bits.
+            "downscale": downscale,
             "mean": list(mean),
             "std": list(std),
             "resize": f"bilinear, {corners}, no antialiasing; sizes are rounded",
@@ -106,6 +168,7 @@ def describe(
             "exact_sizes": sorted(map(list, evaluated_sizes)) if is_exact else [],
         },
         "trained_on": dict(trained_on),
+        "pretrained": initial_weights and dict(initial_weights),
         "miou": row.miou,
         "iou": list(row.iou),
         "protocol": row.protocol.to_json(),
@@ -126,58 +189,90 @@ def load(workdir: epath.PathLike) -> ModelBundle:
     """
     folder = epath.Path(workdir) / FOLDER
     for name in (WEIGHTS, DESCRIPTION):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise UserError(
                 f"{workdir} has no {FOLDER}/{name}: a run writes it when it ends; start "
                 "semiseg_jax.main again with this workdir to end it, or correct --workdir.",
                 code="model-bundle-missing",
             )
     description = _read_description(folder / DESCRIPTION)
+    # The file of the weights that training started from is not needed.
+    model_config = ConfigDict(description["model"] | {"pretrained": ""}).lock()
+    classes = tuple(description["classes"])
     try:
-        model_config = ConfigDict(description["model"]).lock()
-        classes = tuple(map(str, description["classes"]))
         model = deeplab.build(model_config, len(classes))
-        shapes = inference_variables(variable_shapes(model))
-        preprocessing = description["preprocessing"]
-        fields: dict[str, Any] = {
-            "model": model,
-            "classes": classes,
-            "palette": tuple((int(r), int(g), int(b)) for r, g, b in description["palette"]),
-            "model_config": model_config,
-            "pad_value": np.asarray(preprocessing["padding_colour"], np.uint8),
-            "pad_to": int(preprocessing["pad_to"]),
-            "exact_sizes": frozenset((int(h), int(w)) for h, w in preprocessing["exact_sizes"]),
-            "batch": int(description["batch"]),
-            "largest_pixels": int(description["largest_pixels"]),
-            "protocol": EvalProtocol.from_json(description["protocol"]),
-            "description": description,
-        }
-        normalization = preprocessing["mean"], preprocessing["std"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _format_error(folder / DESCRIPTION, f"{type(error).__name__}: {error}") from error
-    num_colours = len(fields["palette"])
-    if normalization != ([*model.mean], [*model.std]) or num_colours != len(classes):
+        protocol = EvalProtocol.from_json(description["protocol"])
+    except (UserError, ValueError) as error:
+        raise _format_error(folder / DESCRIPTION, str(error)) from error
+    preprocessing = description["preprocessing"]
+    normalization = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    if normalization != (model.mean, model.std) or len(description["palette"]) != len(classes):
         raise _format_error(folder / DESCRIPTION, "its parts contradict each other")
-    return ModelBundle(variables=_read_weights(folder, shapes, description), **fields)
+    shapes = inference_variables(variable_shapes(model))
+    return ModelBundle(
+        model=model,
+        variables=_read_weights(folder, shapes, description),
+        classes=classes,
+        palette=tuple((r, g, b) for r, g, b in description["palette"]),
+        model_config=model_config,
+        pad_value=np.asarray(preprocessing["padding_colour"], np.uint8),
+        pad_to=preprocessing["pad_to"],
+        exact_sizes=frozenset((h, w) for h, w in preprocessing["exact_sizes"]),
+        downscale=preprocessing["downscale"],
+        batch=description["batch"],
+        largest_pixels=description["largest_pixels"],
+        protocol=protocol,
+        description=description,
+    )
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:
-    """Returns the content of model.json.
+    """Returns the content of model.json, with _ADDED_FIELDS.
 
     Raises:
-        UserError: the file is unreadable or of another format.
+        UserError: the file is unreadable, of another format, or a field is not as _SCHEMA says.
     """
     try:
-        description = json.loads(path.read_text())
+        description = fileio.parse_json(fileio.read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): start the run's command again, which writes it "
-            "anew.",
+            f"{path} cannot be read ({first_line(error)}): start the run's command again, which "
+            "writes it anew.",
             code="model-description-damaged",
         ) from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise _format_error(path, f"format {FORMAT} is known")
+    if not isinstance(description, dict):
+        raise _format_error(path, "it is no JSON object")
+    _warn_of_unknown_downscaling(path, description)
+    description = _with_added_fields(description)
+    is_downscaled = rules.find(description, "preprocessing.downscale") not in (1, None)
+    expected = FORMAT_DOWNSCALED if is_downscaled else FORMAT
+    if (number := description.get("format")) != expected or type(number) is not int:
+        raise _format_error(path, f"format {expected} is known")
+    if violations := rules.violations(rules.to_tuples(description), _SCHEMA):
+        raise _format_error(path, violations[0])
     return description
+
+
+def _with_added_fields(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of model.json, or of the header of its weights, with _ADDED_FIELDS."""
+    added = {
+        name: fields | description[name]
+        for name, fields in _ADDED_FIELDS.items()
+        if isinstance(description.get(name), dict)
+    }
+    return {**description, **added}
+
+
+def _warn_of_unknown_downscaling(path: epath.Path, description: Mapping[str, Any]) -> None:
+    """Logs a warning for a model of older code that was trained on downscaled images."""
+    # `downscale_dataset` ends the names of data sets so.
+    suffix = re.search(r"_by(\d+)$", str(rules.find(description, "protocol.data")))
+    if suffix and rules.find(description, "preprocessing.downscale") is None:
+        logger.warning(
+            f"{path} was written by older code, which did not record that the images were "
+            f"downscaled by {suffix[1]} (data.downscale): give images of that size, or start the "
+            "run's command again, which writes the file anew."
+        )
 
 
 def _format_error(path: epath.Path, reason: str) -> UserError:
@@ -202,9 +297,11 @@ def _read_weights(folder: epath.Path, shapes: Variables, description: dict[str, 
     """
     path = folder / WEIGHTS
     file = weight_files.read(path)
-    # Users may edit the class names and colours in model.json, so these are not compared.
-    for key in ("model", "protocol", "miou"):
-        if file.description.get(key) != description[key]:
+    _check_hash(path, description.get(WEIGHTS_HASH))
+    header = _with_added_fields(file.description)
+    keys = dict.fromkeys(("model", "protocol", "miou", *header))
+    for key in (key for key in keys if key not in EDITABLE):
+        if header.get(key) != description.get(key):
             raise UserError(
                 f"{path} and {DESCRIPTION} beside it are of two models, which differ in {key}: "
                 "start the run's command again, which writes both anew.",
@@ -222,7 +319,30 @@ def _read_weights(folder: epath.Path, shapes: Variables, description: dict[str, 
                 f"{required}: start the run's command again, which writes both anew.",
                 code="model-weights-of-another-shape",
             )
+        if stored.startswith(("float", "bfloat")) and not np.isfinite(file.tensors[name]).all():
+            raise UserError(
+                f"{path} holds values as {name} that are not finite, with which every pixel would "
+                "be of the first class: train again with a lower learning rate, or restore the "
+                "weights.",
+                code="model-weights-not-finite",
+            )
     return traverse_util.unflatten_dict(dict(file.tensors), sep="/")
+
+
+def _check_hash(path: epath.Path, expected: str | None) -> None:
+    """Refuses weights that are not those that model.json was written for.
+
+    Args:
+        path: of the weights.
+        expected: their SHA-256; None in a model.json of older code.
+    """
+    if expected not in (None, hashes.hash_files(path)):
+        raise UserError(
+            f"{path} was changed or damaged after it was written (its SHA-256 is not that in "
+            f"{DESCRIPTION}): restore it, or start the run's command again, which writes both "
+            "anew.",
+            code="model-weights-changed",
+        )
 
 
 # Default of the number of pixels that a device processes at a time, padding included. It is larger

@@ -1,11 +1,12 @@
 """Predicts the label maps of images with the model of a run, and writes them.
 
-    OUTPUT/predictions.json            model, protocol and unreadable images
+    OUTPUT/predictions.json            model, protocol, unreadable images, and the files written
     OUTPUT/NAME.png                    class ids; palette PNG in the colours of the classes
     OUTPUT/overlays/NAME.jpg           the image overlaid with its classes, with a legend
     OUTPUT/probabilities/NAME.npz      class probabilities (optional)
 
-NAME is the path of the image in the input folder, without its suffix.
+NAME is the path of the image in the input folder, without its suffix. The results have the size of
+the image, also where the network predicts a downscaled copy of it (`config.data.downscale`).
 """
 
 import dataclasses
@@ -27,19 +28,15 @@ from jaxtyping import Array, Float, UInt8
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir
 from semiseg_jax.data import image_io, input_pipeline, visualize
-from semiseg_jax.data.dataset import Dataset, Example
+from semiseg_jax.data.dataset import Dataset, Example, check_name
 from semiseg_jax.data.input_pipeline import ImageBatch
+from semiseg_jax.data.sources.downscale import shrink_image, shrunk
 from semiseg_jax.inference import Predictor, pipelined_map
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
-from semiseg_jax.serving import model_bundle, tiling
-from semiseg_jax.serving.inputs import RECORD
+from semiseg_jax.serving import downscaling, model_bundle, output_folder, tiling
 from semiseg_jax.serving.model_bundle import ModelBundle
 from semiseg_jax.shape_buckets import ShapeBuckets, Size
-
-OVERLAYS, PROBABILITIES = "overlays", "probabilities"
-# A damaged header may contain any size; cameras and scanners make no larger images.
-MAX_READ_PIXELS = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,7 @@ class _LargeImage:
 
     Attributes:
         id: name of the output files.
-        image: RGB.
+        image: RGB, downscaled.
         classes: class ids.
         levels: class probabilities as 0..255; without classes if they are not written.
     """
@@ -104,6 +101,8 @@ class PredictionWriter:
         self._output = epath.Path(output)
         self._overlays = overlays
         self._probabilities = probabilities
+        # The hash of each file that predictions wrote, by its path in the output folder.
+        self._written: dict[str, str | None] = {}
         self._predictor = Predictor(
             bundle.model,
             mesh,
@@ -113,6 +112,8 @@ class PredictionWriter:
             window_stride=protocol.window_stride,
         )
         self._variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
+        # (height, width) of the images by id, before downscaling; of the present call.
+        self._file_sizes: dict[str, Size] = {}
         self._quantize = jax.jit(self._quantize_outputs)
 
     def __call__(
@@ -120,7 +121,7 @@ class PredictionWriter:
         examples: Sequence[Example],
         progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
-        """Predicts the images and writes the results, replacing files of an earlier call.
+        """Predicts the images and writes the results, replacing files of earlier predictions only.
 
         Args:
             examples: the images; their ids are the names of the output files.
@@ -131,10 +132,14 @@ class PredictionWriter:
             The error message of each unreadable image, by the path of its file.
 
         Raises:
-            UserError: the output folder cannot be written.
+            UserError: the output folder cannot be written, or a file of the user is in the way.
             Preempted: the command must stop; the files written so far remain.
         """
-        self._write_record({"ended": False})
+        names = {name for e in examples for name in self._file_names(e.id)}
+        self._written = output_folder.claim_files(self._output, names)
+        # If the command is killed, the next one knows that these files are predictions.
+        planned = self._written | dict.fromkeys(names)
+        self._write_record({"ended": False, "files": planned})
         fileio.remove_leftovers(self._output)
         errors: dict[str, str] = {}
 
@@ -142,7 +147,10 @@ class PredictionWriter:
             errors[example.image] = str(error)
             progress(1)
 
-        image_sizes = _read_sizes(examples, on_read_error)
+        file_sizes = _read_sizes(examples, on_read_error)
+        self._file_sizes = {e.id: file_sizes[e.image] for e in examples if e.image in file_sizes}
+        factor = self._bundle.downscale
+        image_sizes = {image: shrunk(size, factor) for image, size in file_sizes.items()}
         buckets = model_bundle.make_shape_buckets(
             self._bundle, self._protocol, list(image_sizes.values()), self._mesh.size
         )
@@ -162,7 +170,8 @@ class PredictionWriter:
             progress(int(tile_batch.is_last))
         # Sorted, because the reading threads report errors in any order.
         errors = dict(sorted(errors.items()))
-        self._write_record({"ended": True, "images": len(examples) - len(errors), "broken": errors})
+        outcome = {"ended": True, "images": len(examples) - len(errors), "broken": errors}
+        self._write_record(outcome | {"files": dict(sorted(self._written.items()))})
         return errors
 
     def _write_record(self, progress: dict[str, Any]) -> None:
@@ -171,6 +180,7 @@ class PredictionWriter:
         content = {
             "classes": list(bundle.classes),
             "palette": [list(colour) for colour in bundle.palette],
+            "downscale": bundle.downscale,
             "protocol": dataclasses.asdict(self._protocol),
             "as_evaluated": self._protocol
             == model_bundle.evaluation_config(bundle, self._mesh.size),
@@ -178,7 +188,18 @@ class PredictionWriter:
             "code_version": workdir.code_version(),
         }
         text = json.dumps(content | progress, indent=1) + "\n"
-        fileio.write_bytes(self._output / RECORD, text.encode())
+        fileio.write_bytes(self._output / output_folder.RECORD, text.encode())
+
+    def _file_names(self, name: str) -> list[str]:
+        """Returns the files of an image, relative to the output folder; the label map last."""
+        overlays = [f"{output_folder.OVERLAYS}/{name}.jpg"] * self._overlays
+        probabilities = [f"{output_folder.PROBABILITIES}/{name}.npz"] * self._probabilities
+        return [*overlays, *probabilities, f"{name}.png"]
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        """Writes a file of the output folder, and remembers it for the record."""
+        fileio.write_bytes(self._output / name, content, sync=False)
+        self._written[name] = output_folder.content_hash(content)
 
     def _image_batches(
         self,
@@ -199,6 +220,7 @@ class PredictionWriter:
             buckets.batch_size,
             bundle.pad_value,
             on_read_error,
+            bundle.downscale,
         )
 
     def _tile_batches(
@@ -211,10 +233,11 @@ class PredictionWriter:
         num_classes = len(self._bundle.classes) if self._probabilities else 0
         for example in examples:
             try:
-                image = image_io.read_image(example.image)
+                file_image = image_io.read_image(example.image)
             except UserError as error:
                 on_read_error(example, error)
                 continue
+            image = shrink_image(file_image, self._bundle.downscale)
             size = image.shape[:2]
             levels = np.zeros((*size, num_classes), np.uint8)
             source = _LargeImage(example.id, image, np.zeros(size, np.uint8), levels)
@@ -284,24 +307,23 @@ class PredictionWriter:
         classes: UInt8[np.ndarray, "h w"],
         levels: UInt8[np.ndarray, "h w _"],
     ) -> None:
-        """Writes the files of an image; the label map last."""
+        """Writes the files of an image in the size of its file; the label map last."""
         bundle = self._bundle
+        if bundle.downscale > 1:
+            size = self._file_sizes[name]
+            image = downscaling.enlarge_image(image, size)
+            classes, levels = (downscaling.enlarge(a, size) for a in (classes, levels))
         if self._overlays:
             picture = visualize.with_legend(image, classes, bundle.classes, bundle.palette)
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=90)
-            fileio.write_bytes(
-                self._output / OVERLAYS / f"{name}.jpg", buffer.getvalue(), sync=False
-            )
+            self._write_file(f"{output_folder.OVERLAYS}/{name}.jpg", buffer.getvalue())
         if self._probabilities:
             buffer = io.BytesIO()
             names = np.array(bundle.classes)
             np.savez_compressed(buffer, probabilities=levels, classes=names)
-            fileio.write_bytes(
-                self._output / PROBABILITIES / f"{name}.npz", buffer.getvalue(), sync=False
-            )
-        png = image_io.encode_mask(classes, bundle.palette)
-        fileio.write_bytes(self._output / f"{name}.png", png, sync=False)
+            self._write_file(f"{output_folder.PROBABILITIES}/{name}.npz", buffer.getvalue())
+        self._write_file(f"{name}.png", image_io.encode_mask(classes, bundle.palette))
 
 
 def _read_sizes(
@@ -311,18 +333,11 @@ def _read_sizes(
 
     def read_size(example: Example) -> Size | None:
         try:
-            height, width = image_io.image_size(example.image)
-            if height * width > MAX_READ_PIXELS:
-                raise UserError(
-                    f"{example.image} is {width}x{height} by its header, more than the "
-                    f"{MAX_READ_PIXELS:,} pixels that are read: cut it into parts, if it is no "
-                    "damage.",
-                    code="image-too-large",
-                )
+            check_name(example)
+            return image_io.image_size(example.image)
         except UserError as error:
             on_read_error(example, error)
             return None
-        return height, width
 
     with futures.ThreadPoolExecutor() as pool:
         sizes = zip(examples, pool.map(read_size, examples), strict=True)

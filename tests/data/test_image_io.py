@@ -8,9 +8,9 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from semiseg_jax.data import image_io
+from semiseg_jax.data import image_header, image_io
 from semiseg_jax.runtime import fileio
 from tests.errors import raises_code
 
@@ -124,7 +124,7 @@ def test_encode_mask_round_trip_with_text(tmp_path, mask):
     assert image.mode == "P"
     np.testing.assert_array_equal(np.asarray(image), mask)
     assert tuple(np.asarray(image.convert("RGB"))[0, 1]) == (9, 8, 7)
-    assert image_io.read_png_text(str(path)) == {"stamp": "a"}
+    assert image_io.read_png(str(path))[1] == {"stamp": "a"}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 12)])
@@ -183,8 +183,9 @@ def test_malformed_tag_does_not_affect_orientation(tmp_path):
     assert image_io.read_image(tmp_path / "i.jpg").shape == (8, 4, 3)
 
 
-def test_any_decoder_exception_becomes_user_error(tmp_path):
+def test_any_decoder_exception_becomes_user_error(tmp_path, monkeypatch):
     """A width that overflows the decoder's integers raises neither OSError nor ValueError."""
+    monkeypatch.setattr(image_header, "_max_pixels", 2**40)
     path = tmp_path / "i.bmp"
     Image.new("RGB", (8, 4)).save(path)
     content = bytearray(path.read_bytes())
@@ -315,3 +316,51 @@ def test_remove_leftovers_removes_only_dead_temporaries(tmp_path, monkeypatch):
     fileio.remove_leftovers(folder)
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(other_files)
     fileio.remove_leftovers(tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_soft_masks_of_two_classes_point_to_another_file(tmp_path, suffix, quality):
+    """A mask of 0 and 255, saved as JPEG or blurred."""
+    rows, columns = np.mgrid[:64, :64]
+    mask = Image.fromarray(
+        np.where((rows - 32) ** 2 + (columns - 30) ** 2 < 500, 255, 0).astype(np.uint8)
+    )
+    if suffix == ".png":
+        mask = mask.filter(ImageFilter.GaussianBlur(quality / 60))
+    mask.save(tmp_path / f"m{suffix}", quality=quality)
+    reason = "it is a JPEG" if suffix == ".jpg" else "soft edges"
+    keys = "PNG of 0 and 255 alone, and read it with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+    for ignore_ids in ((255,), ()):
+        with raises_code("mask-values-unknown", reason, keys):
+            image_io.read_mask(tmp_path / f"m{suffix}", image_io.id_table(2, ignore_ids))
+
+
+def test_a_jpeg_of_class_ids_points_to_its_source(tmp_path):
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 5, (32, 32), np.uint8) * 9)
+    mask.save(tmp_path / "m.jpg")
+    with raises_code("mask-values-unknown", "it is a JPEG", "from its source"):
+        image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(5))
+
+
+@pytest.mark.parametrize("levels", [(0, 60, 120), (0, 1, 2), (0, 127)])
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_a_jpeg_of_mostly_one_class_is_no_binary_mask(tmp_path, levels, quality):
+    mask = np.zeros((64, 64), np.uint8)
+    for number, level in enumerate(levels):
+        mask[8 * number : 8 * number + 8, 10:40] = level
+    mask[::16, ::16] = 30
+    Image.fromarray(mask).save(tmp_path / "m.jpg", quality=quality)
+    with raises_code("mask-values-unknown", "from its source"):
+        image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(3))
+
+
+def test_few_soft_values_between_two_classes(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[10:20, 10:20] = 255
+    mask[9, 10:20], mask[20, 10:20], mask[10:20, 9] = 64, 128, 191
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    with raises_code("mask-values-unknown", "soft edges"):
+        image_io.read_mask(tmp_path / "m.png", image_io.id_table(2))
+    with raises_code("mask-values-unknown", "give them in data.id_map"):
+        image_io.read_mask(tmp_path / "m.png", image_io.id_table(4))

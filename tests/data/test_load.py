@@ -1,5 +1,8 @@
 """Loading, splitting and checking the data sets of the sources."""
 
+import dataclasses
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -330,6 +333,28 @@ def test_list_names_files_with_blanks(folder_config, folder_data):
     assert [e.id for e in load.load_dataset(folder_config).labeled] == ["a b", "001"]
 
 
+@pytest.mark.parametrize("name", ["..", ".", "more/..", "more/../../more", "./more/", "/"])
+def test_no_id_leads_out_of_the_folder_of_label_maps(folder_config, folder_data, name):
+    outside = folder_data.parent / "more"
+    for folder in (folder_data / "more", outside):
+        folder.mkdir()
+        Image.new("RGB", (40, 32)).save(folder / "x.png")
+    # An absolute folder whose own name is empty, as that of the root of the file system.
+    folder_config.data.unlabeled_dir = f"{outside}/./" if name == "/" else name
+    dataset = load.plan_dataset(folder_config)[0]
+    labels = folder_data / "labels"
+    for example in dataset.unlabeled:
+        path = os.path.normpath(labels / f"{example.id}.png")
+        assert path.startswith(f"{labels}/"), example.id
+
+
+@pytest.mark.parametrize("id_", ["../x", "/x", "a/../../x", "", ".", "a//b"])
+def test_a_data_set_with_an_unsafe_id_is_refused(folder_config, id_):
+    dataset, _ = load.plan_dataset(folder_config)
+    with raises_code("image-id-unsafe", repr(id_)):
+        dataclasses.replace(dataset, unlabeled=(load.Example(id_, "x.png", None),))
+
+
 def test_unlabeled_dir_outside_root_skips_labelled_images(folder_config, tmp_path):
     extra = tmp_path / "camera"
     (extra / "day 1").mkdir(parents=True)
@@ -384,3 +409,32 @@ def test_impossible_unlabeled_ratio_raises(folder_config, ratio, count):
     folder_config.data.unlabeled_ratio = ratio
     with raises_code("unlabeled-ratio-too-large", f"{count} unlabelled images for 4", "are 8"):
         load.load_dataset(folder_config)
+
+
+@pytest.mark.parametrize("masks", [1, 2, 3, 4])
+@pytest.mark.parametrize("holdout", [0.2, 0.01, 9.0])
+def test_few_masks_and_the_default_holdout(folder_config, folder_data, masks, holdout):
+    for kind in ("images", "masks"):
+        for path in (folder_data / kind / "val").iterdir():
+            path.unlink()
+        (folder_data / kind / "val").rmdir()
+    for path in sorted((folder_data / "masks/train").iterdir())[masks:]:
+        path.unlink()
+    folder_config.data.labels = 0.0
+    folder_config.data.holdout = holdout
+    if masks == 1:
+        with raises_code("holdout-of-one-image", "only image with a mask", "000.png"):
+            load.plan_dataset(folder_config)
+        return
+    if holdout == 0.2 and masks > 2:
+        assert len(load.plan_dataset(folder_config)[0].evaluation) == 1
+        return
+    with raises_code("subset-size-invalid", f"of {masks} training images") as error:
+        load.plan_dataset(folder_config)
+    sentence = str(error.value)
+    # What the sentence proposes is accepted.
+    share = float(sentence.partition("at least ")[2].partition(",")[0])
+    counts = [int(n) for n in re.findall(r"(?:from|to|the count) (\d+)", sentence)]
+    for amount in (share, *counts):
+        folder_config.data.holdout = amount
+        assert load.plan_dataset(folder_config)[0].evaluation

@@ -1,5 +1,8 @@
 """Cityscapes and Pascal VOC from their archives: the files in use, and the class of every pixel."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -150,6 +153,15 @@ def test_sbd_is_converted_once(tmp_path):
         load.load_dataset(config)
     assert not any("masks of SBD are converted" in line for line in lines)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    # A corrected mask under the old name, with the old time of modification.
+    changed = root / "benchmark_RELEASE/dataset/cls/2008_000008.mat"
+    times = changed.stat()
+    time.sleep(0.02)
+    miniatures.write_sbd_mask(root, "2008_000008", np.full((32, 40), 7, np.uint8), "mat")
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (example,) = (e for e in load.load_dataset(config).labeled if e.id == "2008_000008")
+    assert (image_io.read_mask(example.mask, image_io.id_table(21)) == 7).all()
+    assert sum(p.stat().st_mtime_ns != before[p] for p in before) == 1
 
 
 def test_damaged_mat_file_raises(tmp_path):

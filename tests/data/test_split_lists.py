@@ -110,11 +110,11 @@ def test_missing_files_and_mismatched_masks_are_errors(valid_lists, folder_data)
     (folder_data / "images/train/007.png").unlink()
     errors = splits.examine_lists(valid_lists, str(folder_data)).errors
     for message in (
-        "labeled list has images/train/000.png, not there below",
-        "masks/train/001.png, a mask that is not there",
+        "labeled list names images/train/000.png, missing below",
+        "masks/train/001.png, missing: ",
         "masks/train/002.png differ in size",
         "masks/val/001.png holds colours",
-        "unlabeled list has images/train/007.png, not there below",
+        "unlabeled list names images/train/007.png, missing below",
     ):
         assert sum(message in error for error in errors) == 1, (message, errors)
     assert len(errors) == 5
@@ -132,7 +132,7 @@ def test_bare_ids_are_found_below_the_root(folder_data):
     (folder_data / "masks").rename(folder_data.parent / "masks")
     paths = write_lists(folder_data, labeled=["000", "011"], unlabeled=["002", "077"])
     (error,) = splits.examine_lists(paths, str(folder_data)).errors
-    assert "unlabeled list has 077, not there" in error
+    assert "unlabeled list names 077, missing below" in error
 
 
 def test_class_without_labelled_pixel_is_warning(valid_lists, folder_data):
@@ -225,7 +225,7 @@ def run_command(*arguments):
     ("override", "sentence"),
     [
         ({"data.name": "foldr"}, "data.name is 'foldr': make it one of "),
-        ({"data.split_seed": -1}, "data.split_seed is -1: make it at least 0."),
+        ({"data.split_seed": -1}, "data.split_seed is -1: make it at least 0"),
     ],
 )
 def test_invalid_config_exits_with_one_line(folder_config, monkeypatch, override, sentence):
@@ -255,7 +255,7 @@ def test_command_exit_status(valid_lists, folder_data):
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        ((), 1, "Error: Say what to look at"),
+        ((), 1, "Error: Nothing to check"),
         (("--labelled=x",), 1, "Unknown command line flag 'labelled'"),
         (("--config=configs/streets.py", "--config.data.lables=3"), 1, "lables"),
         (("--config=configs/streets.py", "--config.data.streets_train=20"), 0, "pavement"),

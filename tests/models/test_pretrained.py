@@ -1,9 +1,6 @@
 import functools
 import json
-import pickle
 import re
-import sys
-import types
 
 import jax
 import numpy as np
@@ -15,6 +12,7 @@ from semiseg_jax.models import deeplab, pretrained
 from semiseg_jax.train_state import inference_variables, variable_shapes
 from tests.conftest import tiny_config
 from tests.errors import raises_code
+from tests.models.torch_writer import state_file, stream_file, zip_file
 
 ORIGINAL = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 LAYERS = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
@@ -193,70 +191,17 @@ def test_unknown_layouts_and_suffixes_are_user_errors(tmp_path):
         pretrained.inspect(tmp_path / "weights.h5")
 
 
-def test_the_error_for_pth_without_torch_contains_a_command_to_convert_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pth").write_bytes(b"")
-    with raises_code("torch-missing", "v.contiguous()", "weights.safetensors"):
-        pretrained.inspect(tmp_path / "weights.pth")
-
-
-class Torch(types.SimpleNamespace):
-    """Replaces PyTorch: `load` returns a state dict, or raises PyTorch's errors."""
-
-    bfloat16 = "bfloat16"
-
-    def load(self, file, map_location, weights_only):
-        assert weights_only
-        content = file.read()
-        if content == b"module":
-            raise pickle.UnpicklingError("Unsupported global\nand much more")
-        if content == b"cut off":
-            raise RuntimeError(
-                "PytorchStreamReader failed reading zip archive. Much more. And more"
-            )
-        if content == b"no pickle":
-            raise KeyError(101)
-        names = ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
-        tensor = Tensor(self.bfloat16 if content == b"bfloat16" else "float32")
-        return {"state_dict": dict.fromkeys(names, tensor), "epoch": 3}
-
-
-class Tensor:
-    """Replaces a PyTorch parameter, which needs detaching and a dtype that NumPy has."""
-
-    def __init__(self, dtype, detached=False):
-        self.dtype, self._detached = dtype, detached
-
-    def float(self):
-        return Tensor("float32", self._detached)
-
-    def detach(self):
-        return Tensor(self.dtype, True)
-
-    def numpy(self):
-        if self.dtype != "float32" or not self._detached:
-            raise TypeError("Got unsupported ScalarType BFloat16")
-        return np.zeros(3, np.float32)
-
-
-def test_pth_is_read_by_torch_with_weights_only(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", Torch())
-    for content in (b"state dict", b"bfloat16"):
-        (tmp_path / "weights.pth").write_bytes(content)
-        assert pretrained.inspect(tmp_path / "weights.pth").layout == "resnet"
-    (tmp_path / "weights.pth").write_bytes(b"module")
-    with raises_code("torch-weights-unsafe", "weights.pth", "state_dict"):
-        pretrained.inspect(tmp_path / "weights.pth")
-
-
-@pytest.mark.parametrize(
-    ("content", "why"), [(b"cut off", "failed reading zip archive"), (b"no pickle", "101")]
-)
-def test_a_damaged_pth_is_a_user_error(content, why, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", Torch())
-    (tmp_path / "weights.pth").write_bytes(content)
-    with raises_code("weights-damaged", "weights.pth", f"{why})"):
-        pretrained.inspect(tmp_path / "weights.pth")
+@pytest.mark.parametrize("write", [zip_file, stream_file])
+def test_both_formats_of_pytorch_are_loaded(lite, tmp_path, write):
+    source = to_original(random_variables(lite, 0))
+    (tmp_path / "lite.pth").write_bytes(state_file(source, write))
+    np.savez(tmp_path / "lite.npz", **source)
+    assert pretrained.inspect(tmp_path / "lite.pth").backbone == "efficientnet_lite0"
+    target = random_variables(lite, 1)
+    loaded, report = pretrained.load(tmp_path / "lite.pth", target)
+    expected, expected_report = pretrained.load(tmp_path / "lite.npz", target)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert report == expected_report
 
 
 def test_safetensors_of_a_type_that_numpy_lacks_are_a_user_error(tmp_path):

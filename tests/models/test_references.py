@@ -97,6 +97,7 @@ FAST = [
     ("torchvision_resnet50", 16),
     ("timm_xception65", 16),
     ("smp_resnet18", 8),
+    *((f"original_efficientnet_lite{n}", 32) for n in range(3)),
 ]
 SLOW = [
     *(("torchvision_resnet50", stride) for stride in (8, 32)),
@@ -131,17 +132,28 @@ def test_outputs_equal_those_of_the_reference_at_every_stride(name, stride, weig
         ("timm_resnet50s", 25_680_808),
         ("timm_xception65", 39_916_312),
         ("smp_resnet18", 12_330_325),
+        ("original_efficientnet_lite0", 4_652_008),
+        ("original_efficientnet_lite1", 5_416_680),
+        ("original_efficientnet_lite2", 6_092_072),
     ],
 )
 def test_number_of_parameters(name, published):
-    """Published backbones have a classifier of 1000 ImageNet classes, which ours lack."""
+    """Published backbones have a classifier of 1000 ImageNet classes, which ours lack.
+
+    In EfficientNet, the last convolution belongs to the classifier.
+    """
     about = fixture(name)
     assert about["parameters"] == published
     whole = name.startswith("smp")
     params = variable_shapes(build(name, model__norm="shared"))["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params if whole else params["backbone"]))
     features = next((v[1] for k, v in about["shapes"].items() if k.endswith("fc.weight")), None)
-    assert count == published - (0 if whole else 1000 * features + 1000)
+    head = sum(
+        int(np.prod(shape))
+        for name, shape in about["shapes"].items()
+        if name in ("_conv_head.weight", "_bn1.weight", "_bn1.bias")
+    )
+    assert count == published - head - (0 if whole else 1000 * features + 1000)
 
 
 def test_dsbn_and_a_first_student_predict_like_the_loaded_network(weights):

@@ -1,7 +1,13 @@
 """The metric writer: files and their content, a resumed stage, and full disks."""
 
+import dataclasses
 import json
+import math
+import random
+import re
 import shutil
+import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,7 +17,11 @@ from clu import metric_writers
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from semiseg_jax import compiled_model, stages, train
+from semiseg_jax.data import input_pipeline
 from semiseg_jax.runtime import metric_writer
+from tests import json_mutants, workdirs
+from tests.conftest import tiny_config
 from tests.errors import raises_code
 
 FULL = ("stage", "No space left on device")
@@ -135,3 +145,70 @@ def test_a_file_with_the_name_of_the_folder_raises_a_user_error(tmp_path):
     (tmp_path / "stage").write_text("")
     with raises_code("path-unwritable", "stage", "Not a directory"):
         metric_writer.MetricWriter(tmp_path / "stage")
+
+
+def write_lines(folder, log_every, checkpoint_every, steps, kills, seen):
+    """Logs the steps of a stage as training does, from the newest checkpoint after each kill."""
+    program = mock.Mock(spec=compiled_model.StageProgram)
+    program.spec = types.SimpleNamespace(size=lambda domain: 2)
+    program.schedule = lambda step: 0.1 * step
+    config = types.SimpleNamespace(log_every=log_every, profile_at=0)
+    stage = stages.schedule(tiny_config(rounds__count=0), folder)[0]
+    stage = dataclasses.replace(stage, steps=steps, folder=folder)
+    checkpoints = [0]
+    for end in (*kills, steps):
+        lines = metric_writer.JsonLinesWriter(folder, checkpoints[-1])
+        writer = mock.Mock(spec=metric_writer.MetricWriter, tensorboard=None)
+        writer.write_scalars, writer.flush = lines.write_scalars, lines.flush
+        log = train._StepLogger(stage, program, writer, checkpoints[-1], config)
+        for step in range(checkpoints[-1] + 1, end + 1):
+            # A metric of no pixels is NaN; sums of these values depend on their order.
+            values = {"loss": 1 / step, "gradient_norm": 0.1, "w": math.nan if step == 2 else 0.3}
+            metrics = {name: jax.numpy.asarray(value) for name, value in values.items()}
+            log.on_step(step, metrics, mock.Mock(spec=input_pipeline.TrainBatch))
+            if step == steps or step % checkpoint_every == 0:
+                log.drain()
+                metric_writer.write_window(folder, step, log.window())
+                checkpoints.append(step)
+                seen.add((step % log_every, len(metric_writer._read_windows(folder))))
+        if end in kills[1::2] and len(checkpoints) > 1:
+            checkpoints.pop()  # It was damaged: the restart goes back to the one before.
+        checkpoints = [0, *checkpoints[1:][-2:]]
+    text = (folder / metric_writer.METRICS_FILE).read_text()
+    clock = "|".join(workdirs.CLOCK_TIMES)
+    return re.sub(rf', "({clock})": [^,}}]+', "", text)
+
+
+def test_a_restart_writes_the_lines_of_an_uninterrupted_stage(tmp_path, monkeypatch):
+    progress = lambda **options: lambda step: None  # noqa: E731
+    monkeypatch.setattr(train.periodic_actions, "ReportProgress", progress)
+    monkeypatch.setattr(train.logger, "info", lambda line: None)
+    rng, seen = random.Random(0), set()
+    for number in range(40):
+        log_every, checkpoint_every, steps = rng.randint(1, 6), rng.randint(1, 6), 17
+        kills = sorted(rng.sample(range(1, steps), rng.randint(1, 4)))
+        texts = [
+            write_lines(
+                epath.Path(tmp_path / f"{name}{number}"),
+                log_every,
+                checkpoint_every,
+                steps,
+                k,
+                seen,
+            )
+            for name, k in (("whole", []), ("killed", kills))
+        ]
+        assert texts[0] == texts[1], (log_every, checkpoint_every, kills)
+    assert len(seen) > 10
+
+
+def test_a_window_of_another_form_is_an_empty_one(tmp_path):
+    folder = epath.Path(tmp_path)
+    content = {"4": {"values": [{"loss": 0.5, "w": 1.0}], "seconds": 2.0, "input_wait": 0.5}}
+    (tmp_path / metric_writer.WINDOWS_FILE).write_text(json.dumps(content))
+    assert metric_writer.read_window(folder, 4).values == [{"loss": 0.5, "w": 1.0}]
+    for text in json_mutants.mutants(content):
+        (tmp_path / metric_writer.WINDOWS_FILE).write_text(text)
+        window = metric_writer.read_window(folder, 4)
+        assert all(isinstance(v, float) for step in window.values for v in step.values()), text
+        metric_writer.write_window(folder, 5, window)

@@ -25,7 +25,7 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(name):
     done = subprocess.run([sys.executable, "-c", TWICE, name], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"]
     assert done.returncode == -signal.Signals[name]
-    assert f"{name}: stopping as soon as what is under way is saved" in done.stderr
+    assert f"{name}: stopping as soon as the current work is saved" in done.stderr
 
 
 def test_handlers_are_put_back():

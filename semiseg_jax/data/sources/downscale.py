@@ -1,7 +1,6 @@
 """Downscaled copies of a data set's files, written to the cache once."""
 
 import dataclasses
-import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -10,47 +9,61 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from semiseg_jax.data import image_io
-from semiseg_jax.data.dataset import Dataset, Example
-from semiseg_jax.runtime import fileio
+from semiseg_jax.data.data_record import relative_path
+from semiseg_jax.data.dataset import MAX_NAME_BYTES, Dataset, Example
+from semiseg_jax.runtime import fileio, hashes, rules
 from semiseg_jax.runtime.paths import cache_dir
+
+# The factors that `data.downscale` accepts.
+DOWNSCALE = rules.integer(1, 64)
 
 
 def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
     """Returns the data set with every side divided by `data.downscale`.
 
-    Images are resized bilinearly with antialiasing, masks by nearest neighbour. A cached file has
-    the modification time of its source and is written again when the two differ.
+    Images are resized bilinearly with antialiasing, masks by nearest neighbour. The name of a
+    cached file contains the hash of its source's pixels, so that a changed source has another.
 
     Args:
-        dataset: the data set to downscale.
+        dataset: the data set to downscale, with its record.
         root: the folder of the source; paths in the cache are relative to it.
         data_config: `config.data`; `downscale` and `cache_dir` are read.
     """
     factor = data_config.downscale
     # Cached masks hold class ids, so the id table that produced them is part of the folder's name.
     cache_key = (os.path.realpath(root), dataset.table.tobytes(), dataset.palette)
-    digest = hashlib.sha256(repr(cache_key).encode()).hexdigest()[:12]
+    digest = hashes.hash_bytes(repr(cache_key).encode(), 12)
     folder = cache_dir(data_config) / f"{dataset.name}-{digest}-by{factor}"
 
+    assert dataset.record is not None
+    pixel_hashes = {f.path: f.pixel_hash for _, _, e in dataset.record.examples() for f in e.files}
+
+    def cached_file(kind: str, source: str) -> epath.Path:
+        pixel_hash = pixel_hashes[relative_path(source, dataset.root)]
+        path = folder / kind / f"{_cache_path(source, root)}-{pixel_hash}.png"
+        name = os.fsencode(path.stem)
+        # The name is longer than that of the source, and a file system may refuse it.
+        return path if len(name) <= MAX_NAME_BYTES else path.with_name(_short_name(name))
+
     def downscale_example(example: Example) -> Example:
-        image = folder / "images" / f"{_cache_path(example.image, root)}.png"
-        if _is_outdated(image, example.image):
-            pixels = Image.fromarray(image_io.read_image(example.image))
-            small = pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR)
+        image = cached_file("images", example.image)
+        if not image.exists():
+            small = shrink_image(image_io.read_image(example.image), factor)
             buffer = io.BytesIO()
-            small.save(buffer, "PNG", compress_level=1)
-            _write_with_mtime_of(example.image, image, buffer.getvalue())
+            Image.fromarray(small).save(buffer, "PNG", compress_level=1)
+            fileio.write_bytes(image, buffer.getvalue(), sync=False)
         if example.mask is None:
             return dataclasses.replace(example, image=os.fspath(image))
-        mask = folder / "masks" / f"{_cache_path(example.mask, root)}.png"
-        if _is_outdated(mask, example.mask):
+        mask = cached_file("masks", example.mask)
+        if not mask.exists():
             ids = Image.fromarray(image_io.read_mask(example.mask, dataset.table))
-            small = ids.resize(shrunk(ids.size, factor), Image.Resampling.NEAREST)
-            png = image_io.encode_mask(np.asarray(small), dataset.palette)
-            _write_with_mtime_of(example.mask, mask, png)
+            small_ids = ids.resize(shrunk(ids.size, factor), Image.Resampling.NEAREST)
+            png = image_io.encode_mask(np.asarray(small_ids), dataset.palette)
+            fileio.write_bytes(mask, png, sync=False)
         return dataclasses.replace(example, image=os.fspath(image), mask=os.fspath(mask))
 
     with futures.ThreadPoolExecutor() as pool:
@@ -79,19 +92,23 @@ def _cache_path(path: str, root: epath.Path) -> str:
     relative = os.path.relpath(path, root)
     if not relative.startswith(".."):
         return relative
-    folder = hashlib.sha256(os.path.realpath(os.path.dirname(path)).encode()).hexdigest()[:12]
+    folder = hashes.hash_bytes(os.fsencode(os.path.realpath(os.path.dirname(path))), 12)
     return os.path.join(f"outside-{folder}", os.path.basename(path))
 
 
-def _is_outdated(cached: epath.Path, source: str) -> bool:
-    return not cached.exists() or os.stat(cached).st_mtime_ns != os.stat(source).st_mtime_ns
+def _short_name(name: bytes) -> str:
+    return f"{hashes.hash_bytes(name, 32)}.png"
 
 
-def _write_with_mtime_of(source: str, path: epath.Path, content: bytes) -> None:
-    """Writes a file and gives it the modification time of `source`."""
-    fileio.write_bytes(path, content, sync=False)
-    mtime = os.stat(source).st_mtime_ns
-    os.utime(path, ns=(mtime, mtime))
+def shrink_image(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "sh sw 3"]:
+    """Returns an RGB image with every side divided by `factor`; bilinear with antialiasing.
+
+    Training, evaluation and prediction all downscale by this function.
+    """
+    if factor == 1:
+        return image
+    pixels = Image.fromarray(image)
+    return np.asarray(pixels.resize(shrunk(pixels.size, factor), Image.Resampling.BILINEAR))
 
 
 def shrunk(size: Sequence[int], factor: int) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Data sets in plain folders: one of images, one of masks."""
 
 import operator
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +8,16 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int16
 
-from semiseg_jax.data import image_io
-from semiseg_jax.data.dataset import Example, Layout, files_below, pairs
+from semiseg_jax.data import image_io, split_folders
+from semiseg_jax.data.dataset import Example, Layout, files_below, is_image, pairs
+from semiseg_jax.data.folder_walk import inside
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import data_root
 
 
 def layout(config: Any) -> Layout:
-    """Returns the layout of `data.image_dir` and `data.mask_dir`, with or without split subfolders.
+    """Returns the layout of `data.image_dir` and `data.mask_dir`, with or without split folders.
 
     Raises:
         UserError: the image folder is missing, or the names, colours or ids of the classes are
@@ -26,25 +26,128 @@ def layout(config: Any) -> Layout:
     data = config.data
     classes, palette, table = classes_from_config(data)
     root = data_root(data, "make it, with the images in one folder and the masks in another")
-    examples: dict[str, tuple[Example, ...]] = {}
-    for split in ("train", config.eval.split):
-        has_subfolder = (root / data.image_dir / split).is_dir()
-        subfolder = split if has_subfolder else ""
-        # Without a subfolder, evaluation images come only from data.evaluation_list or
-        # data.holdout.
-        if has_subfolder or split == "train":
-            images, masks = (root / d / subfolder for d in (data.image_dir, data.mask_dir))
-            examples[split] = pairs(images, masks, data.image_suffix, data.mask_suffix)
-            _report_unused_masks(examples[split], masks, data.mask_suffix)
+    train, evaluation = _examples(root, data, config.eval.split)
     return Layout(
         name="folder",
         root=root,
         classes=classes,
         palette=palette,
         table=table,
-        train=examples["train"],
-        evaluation=examples.get(config.eval.split, ()),
+        train=train,
+        evaluation=evaluation,
     )
+
+
+# A folder of images and the folder of their masks.
+_Folders = tuple[epath.Path, epath.Path]
+
+
+def _examples(
+    root: epath.Path, data_config: Any, eval_split: str
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Returns the training and the evaluation images, and logs which images are not read.
+
+    Without a folder of evaluation images, these come only from data.evaluation_list or
+    data.holdout. Without a folder of training images, these are all images; those in folders of
+    evaluation images only if data.evaluation_list says which images are evaluated.
+    """
+    data = data_config
+    suffixes = data.image_suffix, data.mask_suffix
+    whole = root / data.image_dir, root / data.mask_dir
+    train, evaluation = (_split_folders(root, data, split) for split in ("train", eval_split))
+
+    def is_evaluation_folder(folder: epath.Path) -> bool:
+        return folder.parent in whole and split_folders.is_evaluation(folder.name, eval_split)
+
+    if train:
+        train_examples = pairs(*train, *suffixes)
+    elif data.evaluation_list:
+        train_examples = pairs(*whole, *suffixes)
+    else:
+        train_examples = pairs(*whole, *suffixes, is_evaluation_folder)
+    evaluation_examples = pairs(*evaluation, *suffixes) if evaluation else ()
+    if not data.evaluation_list:
+        _report_unread_folders(root, data, eval_split, train, evaluation)
+    return train_examples, evaluation_examples
+
+
+def _split_folders(root: epath.Path, data_config: Any, split: str) -> _Folders | None:
+    """Returns the folders of a split: images/SPLIT and masks/SPLIT, or SPLIT/images and …/masks.
+
+    The second layout is read only if `data.image_dir` is no folder below the root.
+
+    Args:
+        root: the root folder of the data set.
+        data_config: `config.data`; `image_dir` and `mask_dir` are read.
+        split: name of the split; its folder may have another of the split's names.
+    """
+    image_dir, mask_dir = (root / d for d in (data_config.image_dir, data_config.mask_dir))
+    if image_dir.is_dir():
+        images = split_folders.find(image_dir, split)
+        if images is None:
+            return None
+        masks = mask_dir / images.name
+        if not masks.is_dir():
+            masks = split_folders.find(mask_dir, split, holds_masks=True) or masks
+        return images, masks
+    parent = split_folders.find(root, split)
+    if parent is None or not (parent / data_config.image_dir).is_dir():
+        return None
+    return parent / data_config.image_dir, parent / data_config.mask_dir
+
+
+def _report_unread_folders(
+    root: epath.Path,
+    data_config: Any,
+    eval_split: str,
+    train: _Folders | None,
+    evaluation: _Folders | None,
+) -> None:
+    """Logs folders of images beside those that are read, such as those of a further split.
+
+    A test set is expected to be there unread if there is another evaluation set.
+    """
+    data = data_config
+    images = root / data.image_dir
+    # Folders of splits, and where their images are inside them.
+    parent, inner = (images, "") if images.is_dir() else (root, data.image_dir)
+    folders = [f for f in inside(parent) if f.is_dir() and not f.name.startswith(".")]
+    if not train:
+        folders = [f for f in folders if split_folders.is_evaluation(f.name, eval_split)]
+    if evaluation:
+        folders = [f for f in folders if split_folders.split_of(f.name) != "test"]
+    unread = [f / inner for f in folders]
+    if not train and not evaluation:
+        unread += _evaluation_beside(root, data.image_dir, eval_split)
+    read = {split[0] for split in (train, evaluation) if split}
+    # The folder of the masks may be one of the folders, or be inside of one.
+    read |= {root / data.mask_dir, *(root / data.mask_dir).parents}
+    counts = {
+        folder: sum(is_image(file.name, data.image_suffix) for file in files_below(folder))
+        for folder in unread
+        if folder not in read and folder.is_dir()
+    }
+    if train and not inner:
+        # Images beside the folder of the training images.
+        counts[parent] = sum(is_image(file.name, data.image_suffix) for file in inside(parent))
+    listing = ", ".join(f"{folder} ({count} images)" for folder, count in counts.items() if count)
+    if listing:
+        evaluated = f"evaluates on {evaluation[0]}" if evaluation else f"has no {eval_split} folder"
+        logger.warning(
+            f"Not read: {listing}. The run trains on {train[0] if train else images} and "
+            f"{evaluated}: see eval.split, data.image_dir and data.unlabeled_dir."
+        )
+
+
+def _evaluation_beside(root: epath.Path, image_dir: str, eval_split: str) -> list[epath.Path]:
+    """Returns the folder of evaluation images beside an image folder such as images/train."""
+    components = epath.Path(image_dir).parts
+    for number, name in enumerate(components):
+        if split_folders.split_of(name) == "train":
+            folder = split_folders.find(root.joinpath(*components[:number]), eval_split)
+            if folder is not None:
+                return [folder.joinpath(*components[number + 1 :])]
+    return []
 
 
 def classes_from_config(
@@ -99,16 +202,3 @@ def _checked_palette(palette: Sequence[Any]) -> tuple[tuple[int, int, int], ...]
                 code="palette-color-invalid",
             )
     return tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
-
-
-def _report_unused_masks(examples: tuple[Example, ...], masks: epath.Path, suffix: str) -> None:
-    """Prints the number of masks without an image; such a mask is usually misnamed."""
-    if not masks.is_dir():
-        return
-    used = {e.mask for e in examples}
-    paths = (os.fspath(m) for m in files_below(masks) if m.name.endswith(suffix))
-    unused = [path for path in paths if path not in used]
-    if unused:
-        logger.info(
-            f"{len(unused)} masks below {masks} have no image of their name, such as {unused[0]}."
-        )

@@ -10,7 +10,6 @@ removed from SBD.
 Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 """
 
-import hashlib
 import io
 import os
 import zlib
@@ -22,9 +21,11 @@ import scipy.io
 from etils import epath
 
 from semiseg_jax.data import image_io
-from semiseg_jax.data.dataset import Example, Layout, inside
+from semiseg_jax.data.dataset import Example, Layout
+from semiseg_jax.data.file_content import file_state
+from semiseg_jax.data.folder_walk import inside
 from semiseg_jax.data.split_lists import read_list
-from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime import fileio, hashes
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import cache_dir, data_root
@@ -90,7 +91,7 @@ def _sbd_masks(root: epath.Path, voc: epath.Path, data_config: Any) -> dict[str,
     """Returns SBD's masks as PNG files, by image id; converts .mat files once."""
     for png_folder in (voc / "SegmentationClassAug", root / "SegmentationClassAug"):
         if png_folder.is_dir():
-            return {m.stem: m for m in inside(png_folder) if m.suffix == ".png"}
+            return {m.stem: m for m in inside(png_folder) if m.suffix.lower() == ".png"}
     subfolders = ("benchmark_RELEASE/dataset/cls", "sbd/cls", "dataset/cls", "cls")
     mat_folder = next((root / f for f in subfolders if (root / f).is_dir()), None)
     if mat_folder is None:
@@ -100,13 +101,12 @@ def _sbd_masks(root: epath.Path, voc: epath.Path, data_config: Any) -> dict[str,
             "masks with data.voc_augmented=False.",
             code="sbd-masks-missing",
         )
-    mat_files = [path for path in inside(mat_folder) if path.suffix == ".mat"]
-    digest = hashlib.sha256(os.path.realpath(mat_folder).encode()).hexdigest()[:12]
+    mat_files = [path for path in inside(mat_folder) if path.suffix.lower() == ".mat"]
+    digest = hashes.hash_bytes(os.fsencode(os.path.realpath(mat_folder)), 12)
     png_folder = cache_dir(data_config) / f"sbd-{digest}"
     masks = {path.stem: png_folder / f"{path.stem}.png" for path in mat_files}
-    converted = {path.name for path in inside(png_folder)} if png_folder.is_dir() else set()
     # Files are written atomically, so every existing file is complete.
-    pending = [path for path in mat_files if f"{path.stem}.png" not in converted]
+    pending = [path for path in mat_files if _is_outdated(masks[path.stem], path)]
     if pending:
         logger.info(f"{len(pending)} masks of SBD are converted into {png_folder}, once.")
     palette = image_io.generated_palette(len(CLASSES))
@@ -119,6 +119,16 @@ def _sbd_masks(root: epath.Path, voc: epath.Path, data_config: Any) -> dict[str,
         for _ in pool.map(convert, pending):
             pass
     return masks
+
+
+def _is_outdated(png: epath.Path, source: epath.Path) -> bool:
+    """Returns whether a converted file is missing, or its source was changed since.
+
+    By the time of the source's last change, which no program sets: the time of modification is that
+    in an archive. Converted again, an unchanged source gives an equal file.
+    """
+    state, source_state = file_state(os.fspath(png)), file_state(os.fspath(source))
+    return state is None or (source_state is not None and source_state[-2] > state[1])
 
 
 def read_mat(path: epath.PathLike) -> np.ndarray:

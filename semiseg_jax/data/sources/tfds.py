@@ -4,7 +4,6 @@ TFDS stores examples in sequential files, and training here needs random access.
 use is exported once, images and masks as the bytes that TFDS stores.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -15,9 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from semiseg_jax.data.dataset import Example, Layout, pairs, safe_id
+from semiseg_jax.data.image_header import FORMATS
 from semiseg_jax.data.sources import cityscapes
 from semiseg_jax.data.sources.folder import classes_from_config
-from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime import fileio, hashes
 from semiseg_jax.runtime.errors import UserError, first_line
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import cache_dir
@@ -180,7 +180,7 @@ class _Export:
         _prepare(builder)
         export_spec = (str(builder.info.full_name), sorted(features.items()), id_feature)
         cache_key = repr((export_spec, str(builder.data_path)))
-        digest = hashlib.sha256(cache_key.encode()).hexdigest()[:12]
+        digest = hashes.hash_bytes(cache_key.encode(), 12)
         self.folder = cache_dir(data_config) / f"tfds-{builder.name}-{digest}"
 
     def has_split(self, name: str) -> bool:
@@ -270,7 +270,7 @@ def _encode_png(array: np.ndarray, feature: str) -> bytes:
 def _file_suffix(content: bytes, feature: str) -> str:
     """Returns the suffix for an encoded image; raises a UserError for unsupported formats."""
     try:
-        kind = Image.open(io.BytesIO(content)).format or ""
+        kind = Image.open(io.BytesIO(content), formats=FORMATS).format or ""
     except UnidentifiedImageError:
         kind = ""
     if kind not in SUFFIXES:

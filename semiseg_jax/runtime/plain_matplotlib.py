@@ -1,0 +1,34 @@
+"""Matplotlib with its defaults, whatever the environment and the user's settings files say.
+
+$MPLBACKEND names a backend of the program that set it: a shell opened in Jupyter has one that is
+not installed elsewhere, and then Matplotlib cannot be imported. This package draws into files,
+for which no backend is needed. Every module takes Matplotlib's modules from here, and TensorFlow,
+which imports Matplotlib too, is imported after this module.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_backend = os.environ.pop("MPLBACKEND", None)
+try:
+    import matplotlib
+    from matplotlib import figure, font_manager, ft2font
+finally:
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+
+__all__ = ["default_style", "figure", "font_manager", "ft2font", "matplotlib"]
+
+# Without the backend, which belongs to the program that plots into windows.
+_DEFAULTS = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+
+
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Draws plots with Matplotlib's defaults; usable as a context and as a decorator.
+
+    Texts are shown as they are: a class may be named "$x$", which would be a formula.
+    """
+    with matplotlib.rc_context({**_DEFAULTS, "text.parse_math": False}):
+        yield
