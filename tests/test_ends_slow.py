@@ -17,6 +17,8 @@ from tests.test_export import make_workdir
 
 pytestmark = pytest.mark.slow
 
+NUM_PHOTOS = 12
+
 
 def run(folder, *arguments):
     environment = clean_environment() | {
@@ -49,8 +51,9 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(4):
-        pixels = rng.integers(0, 256, (33 + 3 * i, 40, 3)).astype(np.uint8)
+    # More than are in progress at a time, so that a signal at the second leaves some.
+    for i in range(NUM_PHOTOS):
+        pixels = rng.integers(0, 256, (33 + i % 4 * 3, 40, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
@@ -67,14 +70,14 @@ def test_predictions_that_were_ended_are_made_again(workdir, photos, tmp_path):
         status, output = run(tmp_path, "SIGKILL", "never", 1, "predict", *command)
         assert status == 0, output
     ended, whole = contents(tmp_path / "ended"), contents(tmp_path / "whole")
-    assert ended == whole and len(whole) == 9
+    assert ended == whole and len(whole) == 2 * NUM_PHOTOS + 1
 
 
 def test_an_export_that_was_killed_is_made_again(workdir, photos, tmp_path):
     output = tmp_path / "exported" / "model"
     arguments = (f"--workdir={workdir}", f"--output={output}", "--format=stablehlo")
     arguments += (f"--images={photos}",)
-    for number in (1, 2, 3):
+    for number in range(1, NUM_PHOTOS):
         (photos / f"{number}.png").unlink()
     status, text = run(tmp_path, "SIGKILL", "exported/model$", "before", "export", *arguments)
     assert status == -signal.SIGKILL, text
