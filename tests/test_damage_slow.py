@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from semiseg_jax import self_training
@@ -42,10 +44,21 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
-def flip_bit_of_data(checkpoint):
-    """Of the values of the arrays, which fill the largest file."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    flip_bit(max(files, key=lambda path: path.stat().st_size))
+def flip_bit_of_value(checkpoint):
+    """Of one array, stored anew, so that the storage finds nothing wrong.
+
+    A bit of a file will not do: some bytes of the files are no longer referred to, and others have
+    a checksum of the storage.
+    """
+    path = checkpoint / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(path)
+        name = max(state, key=lambda name: state[name].size)
+        bits = np.array(state[name]).view(np.uint32)
+        bits.flat[bits.size // 2] ^= 4
+        state[name] = bits.view(state[name].dtype)
+        shutil.rmtree(path)
+        checkpointer.save(path, state)
 
 
 def change_row(path):
@@ -111,7 +124,7 @@ def test_damage_is_repaired_to_the_same_bits(config, tmp_path, capsys):
             "1 label maps are missing or damaged",
         ),
         "a bit of a checkpoint": (
-            lambda run: flip_bit_of_data(run / STUDENT / "checkpoints/4"),
+            lambda run: flip_bit_of_value(run / STUDENT / "checkpoints/4"),
             "the checkpoint of step 4 is damaged (its content does not have the hash",
         ),
         "a bit of a marker": (
