@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from semiseg_jax import (
     checkpoints,
+    fitted_settings,
     optim,
     pseudo_label_stats,
     stages,
@@ -60,6 +61,7 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         Preempted: the run was asked to stop; the same call goes on.
     """
     with workdir_lib.locked(workdir):
+        config = fitted_settings.restore(workdir, config)
         training = open_run(config, epath.Path(workdir))
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)

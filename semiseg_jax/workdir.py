@@ -2,6 +2,7 @@
 
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
+      fitted.json            the settings that the run chose by itself, and what the config gave
       data.json              the training images: counts, hash of the ids, number of pixels, and
                              the hashes of all files
       pretrained.json        the initial weights of each backbone: name, hash, licence
@@ -73,12 +74,20 @@ _FORMS = {
         {"pixels": json_forms.is_count, "files": RECORD_FORM},
     ),
     "pretrained.json": json_forms.mapping_of(json_forms.record({"sha256": json_forms.is_text})),
+    # Of a value any JSON is accepted: the config's own types and `config_check` restrict it.
+    "fitted.json": json_forms.record(
+        {
+            "settings": json_forms.mapping_of(
+                json_forms.record(dict.fromkeys(("given", "value"), lambda value: True))
+            )
+        }
+    ),
 }
 
 
 def write_config(workdir: epath.PathLike, config: Any) -> None:
     """Writes config.json: from then on the workdir belongs to this config."""
-    _write_if_changed(epath.Path(workdir) / "config.json", _to_dict(config))
+    write_fingerprint(workdir, "config.json", _to_dict(config))
 
 
 def write_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
@@ -90,7 +99,7 @@ def write_data(workdir: epath.PathLike, dataset: load.Dataset) -> None:
         content["files"] = recorded.completed(dataset.record).to_json()
         old = read_fingerprint(folder, "data.json") or {}
         content["pixels"] = old.get("pixels", dataset.pixels)
-    _write_if_changed(folder / "data.json", content)
+    write_fingerprint(folder, "data.json", content)
 
 
 def read_record(workdir: epath.Path) -> DataRecord | None:
@@ -124,15 +133,22 @@ def write_pretrained(workdir: epath.PathLike, descriptions: dict[str, Any]) -> N
         descriptions: by backbone, see `published_weights.describe`; nothing is written for {}.
     """
     if descriptions:
-        _write_if_changed(epath.Path(workdir) / "pretrained.json", descriptions)
+        write_fingerprint(workdir, "pretrained.json", descriptions)
+
+
+def write_fingerprint(workdir: epath.PathLike, name: str, content: dict[str, Any]) -> None:
+    """Writes a file that `read_fingerprint` reads, unless it has this content already."""
+    path, text = epath.Path(workdir) / name, json.dumps(content, indent=1) + "\n"
+    if not path.exists() or read_text(path) != text:
+        write_bytes(path, text.encode())
 
 
 def read_fingerprint(workdir: epath.Path, name: str) -> dict[str, Any] | None:
-    """Returns the content of config.json, data.json or pretrained.json; None in a new workdir.
+    """Returns the content of one of the files that identify a workdir; None in a new workdir.
 
     Args:
         workdir: path of the workdir.
-        name: name of the file.
+        name: config.json, data.json, pretrained.json or fitted.json.
 
     Raises:
         UserError: the file is not readable; or it is damaged, or missing beside checkpoints.
@@ -208,12 +224,6 @@ def _describe_images(dataset: load.Dataset) -> dict[str, Any]:
         "pixels": dataset.pixels,
     }
     return content | ({"files": dataset.record.to_json()} if dataset.record else {})
-
-
-def _write_if_changed(path: epath.Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    if not path.exists() or read_text(path) != text:
-        write_bytes(path, text.encode())
 
 
 # ---------------------------------------------------------------- checks of its identity

@@ -10,7 +10,7 @@ from etils import epath
 from flax import traverse_util
 
 from configs import default
-from semiseg_jax import workdir
+from semiseg_jax import fitted_settings, workdir
 from semiseg_jax.data import image_io, load
 from semiseg_jax.reporting import artifacts, run
 from semiseg_jax.runtime.errors import UserError
@@ -46,11 +46,12 @@ def test_fingerprints_of_any_other_form_are_refused_or_compared(folder_config, t
     workdir.write_config(folder, folder_config)
     workdir.write_data(folder, data)
     workdir.write_pretrained(folder, weights)
+    fitted_settings.record(folder, folder_config, {"train.steps": folder_config.train.steps})
     (folder / "round_0/teacher").mkdir(parents=True)
     (folder / "round_0/teacher/DONE").touch()
 
     def check():
-        workdir.check_config(folder, folder_config)
+        workdir.check_config(folder, fitted_settings.restore(folder, folder_config))
         workdir.check_data(folder, data)
         workdir.check_pretrained(folder, weights)
         workdir.check_teacher(folder, folder_config, data)
@@ -58,7 +59,7 @@ def test_fingerprints_of_any_other_form_are_refused_or_compared(folder_config, t
 
     check()
     rng = random.Random(0)
-    for name in ("config.json", "data.json", "pretrained.json"):
+    for name in ("config.json", "data.json", "fitted.json", "pretrained.json"):
         path = folder / name
         original, refused = path.read_text(), 0
         mutants = list(json_mutants.mutants(json.loads(original), branches=2))

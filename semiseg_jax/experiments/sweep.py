@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Column
 from rich.table import Table as ConsoleTable
 
-from semiseg_jax import pseudo_labels, results, self_training
+from semiseg_jax import fitted_settings, pseudo_labels, results, self_training
 from semiseg_jax import stages as stages_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.data import load
@@ -102,7 +102,7 @@ class Trial:
             UserError: it belongs to another config, see `workdir.check_config`.
         """
         name = f"{self.name} {self.seed} belongs to this config"
-        config = self.config_with(self.counts[-1])
+        config = fitted_settings.restore(self.workdir, self.config_with(self.counts[-1]))
         multihost.broadcast_from_main(name, lambda: workdir_lib.check_config(self.workdir, config))
 
     def is_trained(self, stage: Stage) -> bool:

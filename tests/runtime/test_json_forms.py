@@ -89,7 +89,7 @@ NO_REPORT = {
     "row_hashes.json": lambda folder: results.read_row_hashes(folder / "results.json"),
     **{
         name: functools.partial(workdir.read_fingerprint, name=name)
-        for name in ("config.json", "data.json", "pretrained.json")
+        for name in ("config.json", "data.json", "fitted.json", "pretrained.json")
     },
     "model/model.json": model_bundle.load,
     output_folder.RECORD: output_folder.read_record,
