@@ -341,12 +341,11 @@ def setup_run(config: Any, check: Callable[[Any], None]) -> Iterator[None]:
             xla.force_cpu()
         xla.enable_compilation_cache(paths.cache_dir(config.data) / "compiled")
         initialize_multihost(on_cpu)
-        xla.require_platform()
         yield
 
 
 def initialize_multihost(on_cpu: bool) -> None:
-    """Connects this process to the others of the run, before JAX starts its backend.
+    """Connects this process to the others of the run, and starts JAX's backend.
 
     Flags take precedence over the SEMISEG_ environment variables; without both the cluster's own
     environment decides, see `multihost.initialize`.
@@ -355,7 +354,8 @@ def initialize_multihost(on_cpu: bool) -> None:
         on_cpu: whether the CPU computes.
 
     Raises:
-        UserError: the flags and variables contradict each other, or a variable is not a number.
+        UserError: the flags and variables contradict each other, a variable is not a number, or JAX
+            cannot start its backend.
     """
 
     def int_setting(name: str) -> int | None:
@@ -374,3 +374,5 @@ def initialize_multihost(on_cpu: bool) -> None:
     multihost.initialize(
         coordinator, int_setting("num_processes"), int_setting("process_id"), on_cpu
     )
+    xla.require_platform()
+    multihost.connect_devices()

@@ -20,11 +20,14 @@ class UserError(Exception):
     Attributes:
         code: identifies the kind of error, in kebab case, such as "mask-values-unknown". Each kind
             has a code of its own, which stays when the sentence is reworded.
+        in_every_process: whether all processes of a run raise it at the same place, so that they
+            may go on together; otherwise the others wait for this one.
     """
 
-    def __init__(self, sentence: str, *, code: str = "") -> None:
+    def __init__(self, sentence: str, *, code: str = "", in_every_process: bool = False) -> None:
         super().__init__(printable(sentence))
         self.code = code
+        self.in_every_process = in_every_process
 
 
 def printable(text: str) -> str:

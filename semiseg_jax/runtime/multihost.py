@@ -155,15 +155,16 @@ def _join(where: str, address: dict[str, Any], on_cpu: bool) -> None:
     _client = client
     client.listener.start()
     barrier("start")
-    _warm_up_collectives()
 
 
-def _warm_up_collectives() -> None:
-    """Connects the devices, which they do in their first common computation.
+def connect_devices() -> None:
+    """Connects the devices of all processes, which happens in their first common computation.
 
     On CPUs (gloo) they wait at most 30 s for each other there, less than compiling a program may
     take where another process loads it from the cache. Once connected, they wait half an hour.
     """
+    if _client is None:
+        return
     import jax
     from jax.experimental import multihost_utils
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -223,6 +224,7 @@ def broadcast_from_main(name: str, decide: Callable[[], T]) -> T:
         raise UserError(
             sentence,
             code=code,
+            in_every_process=True,
         ) from error
     return decision
 

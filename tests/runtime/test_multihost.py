@@ -245,6 +245,16 @@ def test_an_error_of_one_ends_the_other_with_its_sentence():
     assert "Traceback" in outputs[1] and "Traceback" not in outputs[0]
 
 
+def test_a_missing_platform_ends_both_with_one_sentence():
+    script = FAIL.replace("on_cpu=True", "on_cpu=False")
+    started = processes.start(2, 1, lambda i: ["-c", script], JAX_PLATFORMS="cuda")
+    statuses, outputs = processes.finish(started, 300)
+    assert statuses == [1, 1], "\n".join(outputs)
+    for output in outputs:
+        assert "JAX cannot start with JAX_PLATFORMS=cuda" in processes.sentence(output)
+        assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(("index", "prefix"), [(0, ""), (1, "process 1: ")])
 def test_an_error_that_cannot_be_published_names_its_process(monkeypatch, index, prefix):
     def refuse(kind, sentence):
