@@ -276,6 +276,7 @@ class _StepLogger:
                 f"lower optim.{rates}.learning_rate with another --workdir; the checkpoints before "
                 "it are kept.",
                 code="loss-not-finite",
+                in_every_process=True,
             )
         self._window.append(values)
         if step % self._config.log_every == 0 or step == self._stage.steps:

@@ -290,7 +290,8 @@ class Sweep:
         after an interruption continues where the last one stopped.
 
         Raises:
-            UserError: trials failed, see `self_training.run`; at once if two fail with one message.
+            UserError: trials failed, see `self_training.run`; at once if two fail with one message,
+                or if one of several processes fails alone.
             Preempted: the run was asked to stop.
         """
         failures: dict[str, str] = {}
@@ -301,7 +302,8 @@ class Sweep:
                 try:
                     self._run_trial(trial)
                 except UserError as error:
-                    if str(error) in failures.values():
+                    others_wait = multihost.process_count() > 1 and not error.in_every_process
+                    if others_wait or str(error) in failures.values():
                         raise
                     failures[trial.title] = str(error)
                     self._console.print(f"{trial.title} failed: {error}", markup=False)

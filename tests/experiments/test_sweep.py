@@ -132,6 +132,20 @@ def test_after_a_failed_trial_the_others_run(config, tmp_path, monkeypatch):
     assert set(called) == {row.run for row in paper_tables.TABLES["2"].rows}
 
 
+@pytest.mark.parametrize("in_every_process", [False, True])
+def test_an_error_of_one_of_several_processes_ends_the_study(
+    config, tmp_path, monkeypatch, in_every_process
+):
+    """The others wait for it inside the trial."""
+    error = UserError("An image is broken.", in_every_process=in_every_process)
+    called = failing(monkeypatch, {"full": error})
+    sweep = sweep_lib.Sweep(config, "2", [0], tmp_path)
+    monkeypatch.setattr(sweep_lib.multihost, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="An image is broken"):
+        sweep.run()
+    assert (len(called) > 1) == in_every_process
+
+
 def test_the_same_error_twice_ends_the_study(config, tmp_path, monkeypatch):
     same = UserError("There is no data.")
     called = failing(monkeypatch, dict.fromkeys(paper_tables.RUNS, same))
