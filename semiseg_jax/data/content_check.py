@@ -9,8 +9,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int, Int16
 
-from semiseg_jax.data.file_content import FileContent
+from semiseg_jax.data import image_io
+from semiseg_jax.data.dataset import Example
+from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.losses import IGNORE
+from semiseg_jax.runtime.errors import UserError
 
 # A file with its content.
 File = tuple[str, FileContent]
@@ -119,3 +122,40 @@ def class_warnings(
         f"No pixel of the {kind} masks is {', '.join(absent)}, so that {effect} tells nothing of "
         "it: add images with the class."
     ]
+
+
+def check_pair(
+    example: Example, table: Int16[np.ndarray, "256"], cache: FileCache
+) -> tuple[FileContent, FileContent]:
+    """Checks the size and the values of a mask; returns the contents of image and mask.
+
+    Args:
+        example: a labelled or an evaluated image.
+        table: int16 [256], the class id of each mask value.
+        cache: of contents.
+
+    Raises:
+        UserError: the mask is missing, of another size, or has a value that is no class; or a file
+            cannot be decoded.
+    """
+    if example.mask is None:
+        raise UserError(
+            f"{example.image} has no mask: add one, or take it out of its list.",
+            code="mask-missing",
+        )
+    image, mask = cache.image(example.image), cache.mask(example.mask)
+    if any(table[value] == image_io.UNKNOWN for value in mask.values):
+        image_io.count_classes(example.mask, table)  # Raises an error that names the values.
+    size, mask_size = image.size, mask.size
+    if size != mask_size:
+        hint = (
+            "; the image is shown as its EXIF orientation says, and its mask must be too"
+            if size == mask_size[::-1]
+            else ""
+        )
+        raise UserError(
+            f"{example.image} is {size[1]}x{size[0]} and its mask {example.mask} is "
+            f"{mask_size[1]}x{mask_size[0]}: they must be of one size{hint}.",
+            code="mask-size-differs",
+        )
+    return image, mask

@@ -443,7 +443,7 @@ def _read_pairs(
 ) -> list[_PairContent]:
     """Reads images and masks, and checks each pair."""
     with futures.ThreadPoolExecutor() as pool:
-        read = functools.partial(_check_pair, table=table, cache=cache)
+        read = functools.partial(content_check.check_pair, table=table, cache=cache)
         local = [
             [content.to_json() for content in pair]
             for pair in pool.map(read, multihost.local_shard(examples))
@@ -723,30 +723,3 @@ def _check_disjoint_sets(dataset: Dataset) -> None:
             "The evaluation set names an image twice: list every image once.",
             code="eval-image-listed-twice",
         )
-
-
-def _check_pair(
-    example: Example, table: Int16[np.ndarray, "256"], cache: FileCache
-) -> tuple[FileContent, FileContent]:
-    """Checks the size and the values of a mask; returns the contents of image and mask."""
-    if example.mask is None:
-        raise UserError(
-            f"{example.image} has no mask: add one, or take it out of its list.",
-            code="mask-missing",
-        )
-    image, mask = cache.image(example.image), cache.mask(example.mask)
-    if any(table[value] == image_io.UNKNOWN for value in mask.values):
-        image_io.count_classes(example.mask, table)  # Raises an error that names the values.
-    size, mask_size = image.size, mask.size
-    if size != mask_size:
-        hint = (
-            "; the image is shown as its EXIF orientation says, and its mask must be too"
-            if size == mask_size[::-1]
-            else ""
-        )
-        raise UserError(
-            f"{example.image} is {size[1]}x{size[0]} and its mask {example.mask} is "
-            f"{mask_size[1]}x{mask_size[0]}: they must be of one size{hint}.",
-            code="mask-size-differs",
-        )
-    return image, mask

@@ -295,30 +295,25 @@ def _read_files(
 ) -> None:
     """Decodes the files of a set; adds their contents, pixel counts and errors to the report."""
 
-    def read(example: Example) -> tuple[FileContent, FileContent | None] | str:
-        """Returns the contents of the image and the mask, or an error message."""
+    def read(example: Example) -> tuple[FileContent, FileContent | None] | UserError:
+        """Returns the contents of the image and the mask, or the error that a run would raise."""
         try:
-            mask = None
-            if example.mask is not None:
-                mask = cache.mask(example.mask)
-                if any(table[value] == image_io.UNKNOWN for value in mask.values):
-                    image_io.count_classes(example.mask, table)  # Raises an error with the values.
-            image = cache.image(example.image)
+            if example.mask is None:
+                return cache.image(example.image), None
+            return content_check.check_pair(example, table, cache)
         except UserError as error:
-            return str(error)
-        if mask is not None and image.size != mask.size:
-            return (
-                f"{example.image} and its mask {example.mask} differ in size: replace one of them."
-            )
-        return image, mask
+            return error
 
     total = np.zeros(256, np.int64)
     images = report.images.setdefault(name, [])
     errors: list[str] = []
     with futures.ThreadPoolExecutor() as pool:
         for example, result in zip(examples, pool.map(read, examples), strict=True):
-            if isinstance(result, str):
-                errors.append(result)
+            if isinstance(result, UserError):
+                if name == "unlabeled" and result.code == "image-undecodable":
+                    report.warnings.append(f"An unlabelled image is left out: {result}")
+                else:
+                    errors.append(str(result))
                 continue
             image, mask = result
             images.append((example.image, image))

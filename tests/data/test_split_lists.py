@@ -112,12 +112,21 @@ def test_missing_files_and_mismatched_masks_are_errors(valid_lists, folder_data)
     for message in (
         "labeled list names images/train/000.png, missing below",
         "masks/train/001.png, missing: ",
-        "masks/train/002.png differ in size",
+        "masks/train/002.png is 5x5: they must be of one size",
         "masks/val/001.png holds colours",
         "unlabeled list names images/train/007.png, missing below",
     ):
         assert sum(message in error for error in errors) == 1, (message, errors)
     assert len(errors) == 5
+
+
+def test_a_broken_unlabelled_image_is_a_warning_as_in_a_run(valid_lists, folder_data):
+    (folder_data / "images/train/007.png").write_bytes(b"nothing")
+    (folder_data / "images/train/001.png").write_bytes(b"nothing")
+    report = splits.examine_lists(valid_lists, str(folder_data))
+    (error,), (warning,) = report.errors, report.warnings
+    assert "images/train/001.png" in error
+    assert "images/train/007.png" in warning and "is left out" in warning
 
 
 def test_masks_of_unlabelled_images_are_not_read(valid_lists, folder_data):
