@@ -44,6 +44,8 @@ def signal_at(number, pattern, count):
 
 if __name__ == "__main__":
     name, pattern, count, command, *arguments = sys.argv[1:]
+    # Tests may run under nohup, which has their processes ignore it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal_at(signal.Signals[name], pattern, count)
     sys.argv = [command, *arguments]
     runpy.run_module(f"semiseg_jax.{command}", run_name="__main__")
