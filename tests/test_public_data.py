@@ -56,6 +56,7 @@ def opened():
     watching = False  # a hook cannot be taken away
 
 
+@pytest.mark.slow
 def test_cityscapes_from_lists_that_pair_every_image_with_its_truth(tmp_path, monkeypatch, opened):
     """The masks that the list of unlabelled images names are never opened."""
     root = miniatures.write_cityscapes(tmp_path / "cityscapes", COUNTS)
@@ -100,6 +101,7 @@ def test_cityscapes_through_tfds(tmp_path, monkeypatch):
     check_cityscapes(*run(tmp_path, monkeypatch, "cityscapes.py", root, *overrides))
 
 
+@pytest.mark.slow
 def test_pascal_voc_with_sbd(tmp_path, monkeypatch):
     """A list of the community's kind names the labelled images; the rest is unlabelled."""
     root = miniatures.write_voc(tmp_path / "voc", "mat")

@@ -318,6 +318,7 @@ def test_weights_that_do_not_fit_leave_the_workdir_to_others(config, tmp_path, k
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
     config.rounds.count = 0
     config.eval.every = 2
@@ -350,6 +351,7 @@ def test_a_workdir_takes_more_rounds_and_another_protocol(config, tmp_path):
         self_training.run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_teacher_from_another_run_gives_the_same_students(config, tmp_path):
     """Trained here or imported, from a network with another kind of norm too."""
     config.pseudo.keep_confidence = True

@@ -30,6 +30,7 @@ def config(config_of_pairs):
     return config_of_pairs
 
 
+@pytest.mark.slow
 def test_trials_share_the_teacher_and_its_labels_and_write_a_table(config, tmp_path, capsys):
     sweep = sweep_lib.Sweep(config, "2", [0], tmp_path, only=("full", "sda"))
     sweep.run()
@@ -269,6 +270,7 @@ def test_a_table_has_the_seeds_of_earlier_calls(config, tmp_path):
     assert {p.seed for p in sweep.trials} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_statistics_adopts_the_teacher_of_the_others(config, tmp_path, capsys):
     sweep_lib.Sweep(config, "2", [0], tmp_path, only=("sda_frozen",)).run()
     assert "taken from" in capsys.readouterr().out
