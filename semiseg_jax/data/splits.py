@@ -41,7 +41,7 @@ from semiseg_jax.data.dataset import (
 )
 from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.data.split_lists import Entry
-from semiseg_jax.runtime import cli, hashes
+from semiseg_jax.runtime import cli, config_files, hashes
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
 
@@ -505,7 +505,7 @@ def main(argv: list[str]) -> None:
     """Prints the report; the exit status is 1 if it has an error."""
     values = flags.FLAGS
     cli.start_command(argv)
-    paths = {name: values[name].value or "" for name in LIST_NAMES}
+    paths = {name: config_files.find_list(values[name].value or "") for name in LIST_NAMES}
     if values.config is not None:
         # Imported here, because `config_check` is in a higher layer; only the command needs it.
         from semiseg_jax import config_check
