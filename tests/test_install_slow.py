@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from semiseg_jax import __version__
-from tests.mains import TINY
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +42,9 @@ sys.addaudithook(refuse)
 
 
 def run(*command, cwd, check=True):
-    """Runs a command in an environment without variables of Python."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """Runs a command without the variables of the tests, on one device."""
+    own = ("PYTHON", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     process = subprocess.run(
         list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
@@ -138,33 +138,35 @@ def test_modules_come_from_the_environment(python, folder):
     assert (labeled, version) == ("configs/splits/camvid/1_30.txt", __version__)
 
 
-def test_commands_run_from_any_folder(python, folder):
+def test_commands_find_shipped_files_from_any_folder(python, folder):
     check = (python, "-m", "semiseg_jax.data.splits")
     lists = run(*check, "--labeled=configs/splits/camvid/1_30.txt", cwd=folder).stdout
     assert "The labelled images are those of CamVid 1/30" in lists
-    shipped = ("--config=configs/streets.py", "--config.data.streets_train=20")
-    for config in (shipped, ("--config=own/mine.py",)):
-        assert "pavement" in run(*check, *config, "--config.data.labels=4", cwd=folder).stdout
-    missing = run(*check, "--config=configs/mine.py", cwd=folder, check=False).stderr
-    assert (
-        missing.startswith("Error: The config configs/mine.py is missing") and "camvid" in missing
-    )
+    scenes = ("--config=configs/streets.py", "--config.data.streets_train=20")
+    assert "pavement" in run(*check, *scenes, "--config.data.labels=4", cwd=folder).stdout
 
 
-def test_a_run_its_report_and_its_predictions(python, folder):
-    """Of a network of random weights: its files are what counts."""
-    arguments = (
-        *TINY,
-        *("--config.data.streets_train=6", "--config.data.streets_val=2", "--config.data.labels=3"),
-        *("--config.data.streets_size=(32,32)", f"--config.data.cache_dir={folder / 'cache'}"),
+def test_a_missing_config_is_one_sentence(python, folder):
+    command = (python, "-m", "semiseg_jax.main", "--config=configs/mine.py")
+    error = run(*command, cwd=folder, check=False).stderr
+    assert error.startswith("Error: The config configs/mine.py is missing") and "camvid" in error
+
+
+def test_own_configs_start_from_the_shipped_ones(python, folder):
+    arguments = ("--config=own/mine.py", f"--config.data.cache_dir={folder / 'cache'}")
+    command = (python, "-m", "semiseg_jax.data.preview", *arguments, "--output=preview.png")
+    run(*command, cwd=folder)
+    assert (folder / "preview.png").exists()
+    command = (python, "-m", "semiseg_jax.main", *arguments, "--config.model.norm=none")
+    assert "Error: model.norm is 'none'" in run(*command, cwd=folder, check=False).stderr
+
+
+def test_the_report_finds_its_templates_and_defaults(python, folder):
+    """Without a run, whose training would take minutes."""
+    command = (
+        "import jinja2; from semiseg_jax.reporting import page; "
+        "from semiseg_jax.runtime import config_files; "
+        "loader = jinja2.FileSystemLoader(page._TEMPLATES); "
+        "print(loader.list_templates(), config_files.default_config().data.name)"
     )
-    run(python, "-m", "semiseg_jax.main", "--config=streets", *arguments, cwd=folder)
-    assert (folder / "runs/streets/report.html").exists()
-    assert json.loads((folder / "runs/streets/results.json").read_text())
-    photos = folder / "photos"
-    photos.mkdir()
-    make = "from PIL import Image; Image.new('RGB', (32, 32)).save('photos/a.png')"
-    run(python, "-c", make, cwd=folder)
-    flags = ("--workdir=runs/streets", "--input=photos", "--output=predicted")
-    run(python, "-m", "semiseg_jax.predict", *flags, cwd=folder)
-    assert (folder / "predicted/a.png").exists()
+    assert run(python, "-c", command, cwd=folder).stdout == "['report.css', 'report.html'] folder\n"

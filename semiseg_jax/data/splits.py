@@ -121,6 +121,7 @@ def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
         if not path:
             report.notes.append(f"No list of {name} images was given: none are checked.")
             continue
+        path = config_files.find_list(path)
         try:
             entries[name] = split_lists.read_list(path)
         except UserError as error:
@@ -505,7 +506,7 @@ def main(argv: list[str]) -> None:
     """Prints the report; the exit status is 1 if it has an error."""
     values = flags.FLAGS
     cli.start_command(argv)
-    paths = {name: config_files.find_list(values[name].value or "") for name in LIST_NAMES}
+    paths = {name: values[name].value or "" for name in LIST_NAMES}
     if values.config is not None:
         # Imported here, because `config_check` is in a higher layer; only the command needs it.
         from semiseg_jax import config_check

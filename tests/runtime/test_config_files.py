@@ -271,6 +271,8 @@ def test_shipped_lists_are_found_from_any_folder(folder, monkeypatch):
         assert workload._count_listed(config.data.labeled_list) == count
         found = config_files.find_list(f"./{config.data.labeled_list}")
         assert len(split_lists.read_list(found)) == count
+    report = splits.examine_lists({"labeled": "configs/splits/camvid/1_30.txt"})
+    assert report.sizes == {"labeled": 12} and not report.errors
     own = write(folder / "configs/splits/camvid/1_30.txt", "one.png\n")
     assert config_files.find_list("configs/splits/camvid/1_30.txt") == str(own.relative_to(folder))
 
@@ -281,7 +283,7 @@ def test_shipped_lists_are_found_from_any_folder(folder, monkeypatch):
 def test_other_lists_are_left_as_they_are(folder, name):
     assert config_files.find_list(name) == name
     if name:
-        report = splits.examine_lists({"labeled": config_files.find_list(name)})
+        report = splits.examine_lists({"labeled": name})
         assert report.errors
     with pytest.raises(UserError):
         split_lists.read_list(name or "none")
