@@ -11,6 +11,11 @@ GOOD := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	if $$p -c "$(GOOD)" >/dev/null 2>&1; then command -v $$p; break; fi; done)
 RUN := .venv/bin/python
+# The device that runs compute on: that of the environment that there is, else the CPU.
+ENVIRONMENT_DEVICE := $(shell cat .venv/device 2>/dev/null || echo cpu)
+DEVICE ?= $(ENVIRONMENT_DEVICE)
+REQUIREMENTS_gpu := requirements-gpu.txt
+REQUIREMENTS_tpu := requirements-tpu.txt
 # Further arguments for the command of a target: make quickstart ARGS="--config.seed=1"
 ARGS ?=
 # Without bytecode each of the tests' processes would compile the package's source again.
@@ -21,15 +26,25 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/ready ## create .venv with all dependencies for runs and tests
+setup: .venv/ready ## create .venv for runs and tests; DEVICE=gpu or DEVICE=tpu for these
 
-.venv/ready: requirements.txt requirements-dev.txt
+# An environment for another device is made anew.
+ifneq ($(DEVICE),$(ENVIRONMENT_DEVICE))
+.PHONY: .venv/ready
+endif
+
+.venv/ready: requirements.txt requirements-dev.txt $(REQUIREMENTS_$(DEVICE))
+	@case "$(DEVICE)" in cpu | gpu | tpu) ;; *) \
+		echo "DEVICE=$(DEVICE) is not known: make it cpu, gpu or tpu." >&2; \
+		exit 1 ;; esac
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c "$(GOOD)" >/dev/null 2>&1; then \
 		echo "This project runs on Python 3.11, 3.12 or 3.13; none was found: install one, or name it with PYTHON=/path/to/python." >&2; \
 		exit 1; fi
 	@rm -rf .venv
 	"$(PYTHON)" -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "$(DEVICE)" >.venv/device
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
+		$(addprefix -r ,$(REQUIREMENTS_$(DEVICE)))
 	@touch $@
 
 quickstart: setup ## train teacher, students and control on the built-in street scenes

@@ -85,10 +85,10 @@ def data() -> ConfigDict:
     # for none.
     data.unlabeled_dir = ""
     # Split lists of one or two columns (image, mask or None) or of bare ids; a path relative to
-    # the root or else to the working folder. With "" labelled images are drawn (`labels`),
-    # unlabelled images are all training images that are not labelled, and evaluation images are
-    # the source's list `eval.split`. Training images in `evaluation_list` are neither drawn as
-    # labelled nor used as unlabelled.
+    # the root, else to the working folder, else a shipped list below configs/splits. With ""
+    # labelled images are drawn (`labels`), unlabelled images are all training images that are not
+    # labelled, and evaluation images are the source's list `eval.split`. Training images in
+    # `evaluation_list` are neither drawn as labelled nor used as unlabelled.
     data.labeled_list = ""
     data.unlabeled_list = ""
     data.evaluation_list = ""

@@ -16,7 +16,7 @@ from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.models.deeplab import BACKBONES
-from semiseg_jax.runtime import rules
+from semiseg_jax.runtime import config_files, rules
 from semiseg_jax.runtime.errors import UserError, printable
 from semiseg_jax.runtime.rules import BOOL, TEXT, Rule
 
@@ -243,7 +243,7 @@ def _check_values(flat: dict[str, Any]) -> None:
     for key, value in flat.items():
         if value is None and key not in _OPTIONAL_KEYS:
             raise UserError(
-                f"{key} is None: give it a value, configs/default.py has the usual one.",
+                f"{key} is None: give it a value, {config_files.default_path()} has the usual one.",
                 code="config-value-none",
             )
         if not is_finite(value):

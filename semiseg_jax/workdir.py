@@ -46,7 +46,7 @@ from semiseg_jax.data import load
 from semiseg_jax.data.data_record import RECORD_FORM, DataRecord
 from semiseg_jax.data.split_lists import split_hash
 from semiseg_jax.models.dsbn import NORM_KINDS
-from semiseg_jax.runtime import hashes, json_forms, multihost, paths
+from semiseg_jax.runtime import config_files, hashes, json_forms, multihost, paths
 from semiseg_jax.runtime.errors import UserError, printable, read_error, write_error
 from semiseg_jax.runtime.fileio import has_rename, parse_json, read_text, write_bytes
 from semiseg_jax.stages import DONE
@@ -197,14 +197,33 @@ def config_hash(config: Any) -> str:
 def code_version() -> str:
     """Returns the package version with the commit of its git checkout, such as "0.1.0+6ade258…".
 
-    Returns the version alone if the package is not in a git checkout.
+    Returns the version alone if the package is not in a git checkout, or only lies in one of
+    another project, as the packages of an environment may.
     """
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    if config_files.is_installed():
+        return __version__
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git("rev-parse", "--short=12", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return __version__
-    return f"{__version__}+{commit.stdout.strip()}"
+    return f"{__version__}+{commit}"
+
+
+def _git(*arguments: str) -> str:
+    """Returns what a git command prints about the folder of this file.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no git, or the command failed.
+    """
+    # A program that git starts has these variables, which may name another repository.
+    names = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=10, env=environment
+    )
+    return process.stdout.strip()
 
 
 def _to_dict(config: Any) -> dict[str, Any]:

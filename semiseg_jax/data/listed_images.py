@@ -10,6 +10,7 @@ from etils import epath
 
 from semiseg_jax.data import split_lists
 from semiseg_jax.data.dataset import Example, Layout, normal_name, safe_id
+from semiseg_jax.runtime import config_files
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 
@@ -21,7 +22,8 @@ def read_listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Ex
     machine.
 
     Args:
-        name: path of the list; a path below the root takes precedence.
+        name: path of the list; a path below the root takes precedence, then one below the working
+            folder, then a list that comes with the shipped configs.
         layout: the files of the data set.
         known: examples of the source, which provide the masks of listed images.
 
@@ -29,7 +31,8 @@ def read_listed(name: str, layout: Layout, known: Sequence[Example]) -> tuple[Ex
         UserError: the list is not readable, or an image is missing.
     """
     below_root = layout.root / name
-    entries = split_lists.read_list(below_root if below_root.exists() else epath.Path(name))
+    path = below_root if below_root.exists() else epath.Path(config_files.find_list(name))
+    entries = split_lists.read_list(path)
     source = _SourceImages(known)
     examples = []
     ignored: collections.Counter[str] = collections.Counter()

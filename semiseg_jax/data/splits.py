@@ -41,7 +41,7 @@ from semiseg_jax.data.dataset import (
 )
 from semiseg_jax.data.file_content import FileCache, FileContent
 from semiseg_jax.data.split_lists import Entry
-from semiseg_jax.runtime import cli, hashes
+from semiseg_jax.runtime import cli, config_files, hashes
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
 
@@ -121,6 +121,7 @@ def examine_lists(paths: dict[str, str], root: str = "") -> SplitReport:
         if not path:
             report.notes.append(f"No list of {name} images was given: none are checked.")
             continue
+        path = config_files.find_list(path)
         try:
             entries[name] = split_lists.read_list(path)
         except UserError as error:

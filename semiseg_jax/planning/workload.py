@@ -11,6 +11,7 @@ from semiseg_jax.data import image_io, load, split_lists
 from semiseg_jax.data.dataset import Example
 from semiseg_jax.data.sources import camvid, cityscapes, pascal_voc, streets
 from semiseg_jax.data.sources.downscale import shrunk
+from semiseg_jax.runtime import config_files
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.runtime.paths import data_root
@@ -184,10 +185,11 @@ def _count_listed(name: str) -> int | None:
         return None
     if name == f"{pascal_voc.LISTS}/train.txt":
         return VOC_TRAIN
-    if not epath.Path(name).exists():
+    path = epath.Path(config_files.find_list(name))
+    if not path.exists():
         raise UserError(
             f"The list {name} is missing, and the data it may lie with are too: give their place "
             "with --config.data.root=…, or counts with data.labels.",
             code="listed-data-missing",
         )
-    return len(split_lists.read_list(epath.Path(name)))
+    return len(split_lists.read_list(path))

@@ -7,10 +7,9 @@ from pathlib import Path
 import jinja2
 from etils import epath
 
-from configs import default
 from semiseg_jax.reporting import drawings, galleries, numbers
 from semiseg_jax.reporting.run import read
-from semiseg_jax.runtime import fileio
+from semiseg_jax.runtime import config_files, fileio
 from semiseg_jax.runtime.errors import first_line
 from semiseg_jax.runtime.logger import logger
 
@@ -42,7 +41,7 @@ def write(workdir: epath.PathLike) -> list[str]:
         UserError: the folder is not the workdir of a run, or is not writable.
     """
     run = read(workdir)
-    defaults = json.loads(default.get_config().to_json_best_effort())
+    defaults = json.loads(config_files.default_config().to_json_best_effort())
     sections = {
         "ran": numbers.what_ran(run, defaults),
         "results": numbers.results(run),

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import logging as python_logging
 import os
 import re
@@ -10,13 +9,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from semiseg_jax.runtime import malloc, multihost, paths, preemption, xla
+from semiseg_jax.runtime import config_files, malloc, multihost, paths, preemption, xla
 from semiseg_jax.runtime.errors import UserError, first_line
 
 # ---------------------------------------------------------------- flags
@@ -32,8 +30,9 @@ def define_config_flag(description: str) -> flags.FlagHolder:
         holder = config_flags.DEFINE_config_file(
             "config",
             None,
-            f"{description}, such as configs/streets.py; --config.key=value changes a key of it. "
-            "configs/default.py documents every key.",
+            f"{description}: the path of a config file, or a shipped config, such as "
+            "configs/streets.py; --config.key=value changes a key of it. "
+            f"{config_files.default_path()} documents every key.",
             lock_config=True,
         )
     except (flags.Error, ValueError) as error:  # It reads the files that --flagfile names.
@@ -109,16 +108,18 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     Returns:
         The arguments that are not flags; the first is the program.
     """
-    argv = [_expand_config_path(argument) for argument in argv]
-    files = _config_files(argv)
-    _require_config_files(files)
+    files: list[str] = []
     try:
-        positional = flags.FLAGS(_without_replaced_overrides(argv))
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        arguments, files = _find_config_files(arguments)
+        with config_files.resolve_imports(files[-1]) if files else contextlib.nullcontext():
+            positional = flags.FLAGS([argv[0], *_without_replaced_overrides(arguments)])
         config = flags.FLAGS.config
         # ml_collections raises an OSError of the config file at the first access to a key.
         getattr(config, "seed", None)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
     except Exception as error:  # A config file may raise anything.
-        # If the config is named in a --flagfile, argv does not contain its path.
         sys.exit(f"Error: {_format_flag_error(error, files[-1] if files else 'given')}")
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         sys.exit(f"Error: {_format_not_a_config(type(config).__name__)}")
@@ -129,12 +130,42 @@ def parse_flags_and_config(argv: list[str]) -> list[str]:
     return positional
 
 
-def _without_replaced_overrides(argv: list[str]) -> list[str]:
+def _find_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Finds the config files that the arguments name.
+
+    Returns:
+        The arguments with the path of the file in each --config, and these paths.
+
+    Raises:
+        UserError: a file is missing, which ml_collections would report only at the first access
+            to a key.
+    """
+    with_paths, files = list(arguments), []
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        flag, equals, value = argument.partition("=")
+        position = number if equals else number + 1
+        if flag not in ("--config", "-config") or position == len(arguments):
+            continue
+        path, colon, chosen = (value if equals else arguments[position]).partition(":")
+        if not path:
+            raise UserError(
+                "--config is empty: name a file, such as configs/streets.py.",
+                code="config-file-empty",
+            )
+        path = config_files.find(os.path.expanduser(path))
+        config_files.require(path)
+        with_paths[position] = f"{flag}=" * bool(equals) + f"{path}{colon}{chosen}"
+        files.append(path)
+    return with_paths, files
+
+
+def _without_replaced_overrides(arguments: list[str]) -> list[str]:
     """Returns the arguments without each --config.key that a later one of the same key replaces.
 
     ml_collections lets the last of two values win, except for tuples, which it joins.
     """
-    arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
     overrides: dict[str, list[range]] = {}
     for number, argument in enumerate(arguments):
         if argument == "--":
@@ -148,35 +179,7 @@ def _without_replaced_overrides(argv: list[str]) -> list[str]:
         positions = range(number, number + (1 if has_own_value else 2))
         overrides.setdefault(match[1], []).append(positions)
     replaced = {n for earlier in overrides.values() for given in earlier[:-1] for n in given}
-    return [argv[0], *(a for number, a in enumerate(arguments) if number not in replaced)]
-
-
-def _expand_config_path(argument: str) -> str:
-    """Returns an argument --config=~/…, which ml_collections would take as it is, without the ~."""
-    flag, equals, path = argument.partition("=")
-    is_config = flag in ("--config", "-config") and path.startswith("~")
-    return f"{flag}{equals}{os.path.expanduser(path)}" if is_config else argument
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    """Returns the paths in the values of --config, without the argument after the colon."""
-    values = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-config")]
-    values += [a.partition("=")[2] for a in argv if re.match("--?config=", a)]
-    return [value.partition(":")[0] for value in values]
-
-
-def _require_config_files(files: list[str]) -> None:
-    """Exits with one sentence if a config file does not exist.
-
-    ml_collections would report it only at the first access to a key.
-    """
-    for file in files:
-        path = Path(file)
-        if not file:
-            sys.exit("Error: --config is empty: name a file, such as configs/streets.py.")
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "is missing"
-            sys.exit(f"Error: The config {path} {problem}: configs/ has those there are.")
+    return [argument for number, argument in enumerate(arguments) if number not in replaced]
 
 
 # ---------------------------------------------------------------- errors
@@ -197,10 +200,10 @@ def _format_flag_error(error: BaseException, file: str) -> str:
         return _format_not_a_config(match.group(1))
     else:
         return (
-            "A --config.key asks for a part that its value does not have: configs/default.py has "
-            "every key."
+            "A --config.key asks for a part that its value does not have: "
+            f"{config_files.default_path()} has every key."
         )
-    return f"{reason}; configs/default.py documents every key, --help the flags."
+    return f"{reason}; {config_files.default_path()} documents every key, --help the flags."
 
 
 def _original_error(error: BaseException) -> BaseException:
@@ -225,7 +228,7 @@ def _format_unknown_key(error: BaseException, module: str) -> str | None:
     if not (match and is_lookup and module.startswith("ml_collections")):
         return None
     key, near = match.groups()
-    hint = f"did you mean {near}?" if near else "configs/default.py has every key."
+    hint = f"did you mean {near}?" if near else f"{config_files.default_path()} has every key."
     return f"There is no config key {key}: {hint}"
 
 
