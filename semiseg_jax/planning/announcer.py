@@ -19,7 +19,7 @@ from semiseg_jax.planning.work import Part, ProgramId
 from semiseg_jax.planning.workload import Workload
 from semiseg_jax.run_observer import RunObserver
 from semiseg_jax.runtime import multihost
-from semiseg_jax.runtime.logger import logger
+from semiseg_jax.runtime.logger import log_prefix, logger
 from semiseg_jax.stages import Stage
 
 # A further forecast is announced if the time of the whole run differs by more than this share.
@@ -46,7 +46,6 @@ class Announcer(RunObserver):
         self._clock = clock
         self._began = clock() if began is None else began
         self._parts: tuple[Part, ...] = ()
-        self._load: Workload | None = None
         self._announced: float | None = None
         self._is_resumed = False
         # Of the part that the run is at.
@@ -79,7 +78,7 @@ class Announcer(RunObserver):
         if not multihost.is_main():
             return
         topology = chips.this_machine(mesh)
-        self._load = load = workload.from_dataset(config, dataset)
+        load = workload.from_dataset(config, dataset)
         self._parts = parts = work.parts(config, load, schedule)
         self._is_resumed = any(stage.folder.exists() for stage in schedule)
         if self.speed is None:
@@ -111,8 +110,7 @@ class Announcer(RunObserver):
         """Measures labelling."""
         if not self._parts or self._parts[0].kind != work.LABELS:
             return
-        part, load = self._parts[0], self._load
-        assert load is not None
+        part = self._parts[0]
         self._left_in_part = 1 - done / total
         seconds = self._meter.update(done, done == total)
         if seconds is None or self.speed is None or not part.passes:
@@ -189,9 +187,11 @@ class Announcer(RunObserver):
         if before is None and not self._is_resumed:
             elapsed = self._clock() - self._part_began
             whole = (PartTime(times[0].part, times[0].seconds + elapsed), *times[1:])
-            logger.info(f"This run takes {run_time.describe(whole, total)}.")
+            line = f"This run takes {run_time.describe(whole, total)}."
         else:
-            logger.info(f"The rest of this run takes {run_time.describe(times)}.")
+            line = f"The rest of this run takes {run_time.describe(times)}."
+        with log_prefix(""):  # It is not about the present stage alone.
+            logger.info(line)
 
     def _remaining(self) -> tuple[PartTime, ...]:
         """Returns the seconds of what is left of the present part, and of those after it."""

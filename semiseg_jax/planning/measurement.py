@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from semiseg_jax import mesh as mesh_lib
@@ -14,6 +15,7 @@ from semiseg_jax import stages, train_state
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
 from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.inference import Predictor
 from semiseg_jax.planning import chips, run_time, work, workload
 from semiseg_jax.planning.meter import Meter
 from semiseg_jax.planning.run_time import Speed
@@ -22,6 +24,7 @@ from semiseg_jax.planning.workload import Workload
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.logger import capture_lines, logger
 from semiseg_jax.shape_buckets import pad_size
+from semiseg_jax.train_state import Variables
 
 # Steps that batches are made for; the measurement ends long before.
 _STEPS = 10**6
@@ -41,8 +44,8 @@ class Measurement:
 def measure(config: Any) -> Measurement:
     """Measures each kind of training step, and a batch of evaluation; compiles these programs.
 
-    Labelling follows from evaluation by its arithmetic. All processes must call the function; the
-    times of process 0 count.
+    Labelling follows from the network's share of evaluation by its arithmetic. All processes must
+    call the function; the times of process 0 count.
 
     Raises:
         UserError: the data or the config are refused as by a run.
@@ -67,8 +70,13 @@ def measure(config: Any) -> Measurement:
             seconds, start = _measure_step(config, dataset, program, model, mesh)
             speed = speed.with_measured({program: seconds}, max(start, speed.start or 0.0))
         elif program.kind == "evaluation":
-            seconds = _measure_evaluation(dataset, model, costs[program], mesh)
+            seconds, network = _measure_evaluation(config, dataset, model, costs[program], mesh)
             speed = speed.with_measured({program: seconds})
+            labelling = ProgramId("labelling", program.backbone)
+            if labelling in costs:
+                # Reading and counting take as long for one scale as for all.
+                of_network = network * costs[labelling].flops / costs[program].flops
+                speed = speed.with_measured({labelling: of_network + max(seconds - network, 0.0)})
     return Measurement(counts, speed)
 
 
@@ -111,12 +119,13 @@ def _measure_step(
 
 
 def _measure_evaluation(
+    config: Any,
     dataset: Dataset,
     model: CompiledModel,
     cost: run_time.ProgramCost,
     mesh: Mesh,
-) -> float:
-    """Returns the seconds of a batch of evaluation, reading included.
+) -> tuple[float, float]:
+    """Returns the seconds of a batch of evaluation, reading included, and those of its network.
 
     The batch has images of the largest padded size; the same ones again where there are few.
     """
@@ -140,8 +149,38 @@ def _measure_evaluation(
         return multihost.broadcast_from_main(f"{count} batches measured", lambda: seconds)
 
     evaluate_batches(1)
-    one = evaluate_batches(1)
-    if one > LONG_SECONDS:
-        return one
-    # The difference is without the start of the input pipeline.
-    return max((evaluate_batches(FEW_BATCHES) - one) / (FEW_BATCHES - 1), 0.1 * one)
+    seconds = evaluate_batches(1)
+    if seconds < LONG_SECONDS:
+        # The difference is without the start of the input pipeline.
+        more = (evaluate_batches(FEW_BATCHES) - seconds) / (FEW_BATCHES - 1)
+        seconds = max(more, 0.1 * seconds)
+    return seconds, _measure_network(config, model, variables, cost, mesh)
+
+
+def _measure_network(
+    config: Any, model: CompiledModel, variables: Variables, cost: run_time.ProgramCost, mesh: Mesh
+) -> float:
+    """Returns the seconds that the network takes for a batch of evaluation."""
+    settings = config.eval
+    predictor = Predictor(
+        model.model,
+        mesh,
+        settings.scales,
+        settings.flip,
+        window=settings.window,
+        window_stride=settings.window_stride,
+    )
+    variables = train_state.inference_variables(variables)
+    local = cost.images // multihost.process_count()
+    image = np.zeros((local, *cost.size, 3), np.uint8)
+    seconds = []
+    for _ in range(FEW_BATCHES):
+        began = time.perf_counter()
+        arrays = mesh_lib.shard_batch({"image": image}, mesh)
+        jax.block_until_ready(predictor(variables, arrays["image"]))
+        seconds.append(time.perf_counter() - began)
+        # The first one is compiled in; one more is enough where it is long.
+        long = multihost.broadcast_from_main("network", lambda: seconds[-1] > LONG_SECONDS)
+        if long and len(seconds) > 1:
+            break
+    return min(seconds[1:])

@@ -21,10 +21,10 @@ from semiseg_jax.shape_buckets import Size
 
 # Assumed until measured; see docs/scaling.md for the measurements.
 # Seconds per operation of inference, relative to those of a training step.
-INFERENCE_RATIO = 0.6
+INFERENCE_RATIO = 0.5
 # Seconds until the first batch of inference at one scale and size, relative to those until the
 # first step of a stage: both are mostly compilation.
-INFERENCE_START_RATIO = 0.2
+INFERENCE_START_RATIO = 0.12
 # Seconds until the first step of a further student, whose program is compiled, relative to those
 # until the first step of a stage.
 RESTART_RATIO = 0.2
