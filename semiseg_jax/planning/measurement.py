@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import stages, train_state
+from semiseg_jax import self_training, stages, train, train_state
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
 from semiseg_jax.data.dataset import Dataset
@@ -21,7 +21,7 @@ from semiseg_jax.planning.meter import Meter
 from semiseg_jax.planning.run_time import Speed
 from semiseg_jax.planning.work import ProgramId
 from semiseg_jax.planning.workload import Workload
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import multihost, preemption
 from semiseg_jax.runtime.logger import capture_lines, logger
 from semiseg_jax.shape_buckets import pad_size
 from semiseg_jax.train_state import Variables
@@ -49,10 +49,12 @@ def measure(config: Any) -> Measurement:
 
     Raises:
         UserError: the data or the config are refused as by a run.
+        Preempted: the command was asked to stop.
     """
     mesh = mesh_lib.make_mesh()
     mesh_lib.check_batches(config, mesh.size)
     stages.check_norm_values(config)
+    self_training.find_initial_weights(config)
     with capture_lines():  # The run prints these lines.
         dataset = load.load_dataset(config)
     counts = workload.from_dataset(config, dataset)
@@ -90,6 +92,8 @@ def _measure_step(
     kind = program_id.kind.removesuffix(" step")
     meter = Meter(time.perf_counter)
     program = model.program(kind, stages.stage_steps(config.train, kind, 1))
+    if mesh_lib.platform(mesh) != "cpu":
+        train.check_fits_memory(kind, train.trace_step(program, tuple(config.data.crop), mesh))
     variables = train_state.init_variables(model.model, 0, mesh)
     state = train_state.create_train_state(variables, program.tx, mesh)
     batches = input_pipeline.train_batches(
@@ -110,6 +114,7 @@ def _measure_step(
             arrays = {"image": batch.image, "label": batch.label, "is_pseudo": batch.is_pseudo}
             state, metrics = program.step(state, mesh_lib.shard_batch(arrays, mesh), key)
             jax.block_until_ready(metrics)
+            preemption.raise_if_stopping()
             # All processes end at the same step.
             name = f"{kind} step {step} measured"
             seconds = multihost.broadcast_from_main(name, lambda step=step: meter.update(step))

@@ -29,7 +29,7 @@ INFERENCE_START_RATIO = 0.12
 # until the first step of a stage.
 RESTART_RATIO = 0.2
 # Seconds for the report and the checks of files around each part.
-PART_SECONDS = 5.0
+PART_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
