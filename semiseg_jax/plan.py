@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     """Prints the plan of the command line's config, here or for each topology."""
     cli.start_command_with_config(argv)
     if _TOPOLOGY.value:
-        _plan_topologies()
+        _plan_topologies(_TOPOLOGY.value)
     else:
         _plan_here()
 
@@ -75,7 +75,8 @@ def _plan_here() -> None:
             minutes.print_run_time(_CONFIG.value)
 
 
-def _plan_topologies() -> None:
+def _plan_topologies(topologies: list[str]) -> None:
+    """Prints the plan for each topology."""
     # The TPU compiler needs no TPU; the chips of a TPU host stay free for other processes.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Imported here, so that --help and a mistyped flag do not wait for JAX and TensorFlow.
@@ -89,7 +90,7 @@ def _plan_topologies() -> None:
         config_check.check(_CONFIG.value)
         planner.run(
             _CONFIG.value,
-            _TOPOLOGY.value,
+            topologies,
             _JSON.value,
             _MEASURE_INPUT.value,
             _LAYERS.value,

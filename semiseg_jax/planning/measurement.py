@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from typing import Any
@@ -117,7 +118,7 @@ def _measure_step(
             preemption.raise_if_stopping()
             # All processes end at the same step.
             name = f"{kind} step {step} measured"
-            seconds = multihost.broadcast_from_main(name, lambda step=step: meter.update(step))
+            seconds = multihost.broadcast_from_main(name, functools.partial(meter.update, step))
             if seconds is not None:
                 return seconds, max(meter.start_seconds - seconds, 0.0)
     raise AssertionError("the batches do not end")
