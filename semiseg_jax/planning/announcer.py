@@ -170,7 +170,8 @@ class Announcer(RunObserver):
         if name in names:
             self._parts = self._parts[names.index(name) :]
         self._part_began, self._left_in_part = self._clock(), 1.0
-        self._meter = Meter(self._clock)
+        labels = bool(self._parts) and self._parts[0].kind == work.LABELS
+        self._meter = Meter(self._clock, takes_median=labels)
 
     def _measured(self, seconds: dict[ProgramId, float], start: float | None = None) -> None:
         """Takes a measured program into account, and announces the forecast if it is news."""

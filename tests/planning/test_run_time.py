@@ -209,6 +209,17 @@ def test_an_evaluation_between_steps_is_taken_out():
     assert meter.update(4, is_last=True) == 1.0
 
 
+def test_a_program_that_is_compiled_for_another_size_does_not_count():
+    clock = Clock()
+    meter = Meter(clock, takes_median=True)
+    for done, seconds in ((8, 70.0), (16, 2.0), (24, 2.0), (32, 40.0)):
+        clock.now += seconds
+        measured = meter.update(done)
+    clock.now += 1.6
+    assert measured == pytest.approx((2 / 8 + 40 / 8) / 2)
+    assert meter.update(40, is_last=True) == pytest.approx(2 / 8)
+
+
 # ---- the announcements
 
 
