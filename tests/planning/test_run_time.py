@@ -275,9 +275,9 @@ def test_the_first_announcement_comes_after_a_few_steps(monkeypatch, tmp_path):
             run.clock.now += 1.0
             assert not lines
             run.announcer.on_step(step)
-    # Teacher 50 s and 9.6 s of evaluation; 42 s of labels and 209.6 s for each of two students.
+    # Teacher 50 s and 8 s of evaluation; 35 s of labels and 208 s for each of two students.
     assert lines == [
-        "This run takes about 13 min on this machine: teacher 60 s, pseudo-labels 80 s, "
+        "This run takes about 13 min on this machine: teacher 60 s, pseudo-labels 70 s, "
         "2 students 7 min, control 3 min."
     ]
 
