@@ -20,8 +20,8 @@ CONFIG = (
     "--config.data.streets_val=10",
     "--config.data.crop=(48,64)",
     "--config.pseudo.scales=(1.0,)",
-    "--config.train.steps=40",
-    "--config.train.teacher_steps=60",
+    "--config.train.steps=8",
+    "--config.train.teacher_steps=10",
     "--config.train.batch_labeled=2",
     "--config.train.batch_unlabeled=2",
     "--config.sda.ops=('solarize',)",
@@ -55,7 +55,7 @@ def test_a_run_is_fitted_once_and_told_how_long_it_takes(tmp_path):
     content = json.loads((tmp_path / "run" / "fitted.json").read_text())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert content["minutes"] == 5
-    assert config["train"]["steps"] == content["settings"]["train.steps"]["value"] > 40
+    assert config["train"]["steps"] == content["settings"]["train.steps"]["value"] > 8
     status, output = call("main", *run)
     assert status == 0 and "control 1: done before" in output
     status, output = call("main", *run, "--minutes=6")
