@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import metrics
 from semiseg_jax.data.image_io import IGNORE
 from semiseg_jax.data.input_pipeline import ImageBatch, image_batches, image_sizes
-from semiseg_jax.data.load import Dataset
+from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.inference import Predictor, lookahead
 from semiseg_jax.runtime import multihost, preemption
 from semiseg_jax.shape_buckets import pad_multiple
@@ -111,6 +111,7 @@ class Evaluator:
         variables: Variables,
         render_ids: Collection[str] = (),
         on_example: Callable[[EvalExample], None] = lambda example: None,
+        examples: Sequence[Example] | None = None,
     ) -> Score:
         """Evaluates the network with its weak norm.
 
@@ -119,6 +120,7 @@ class Evaluator:
             render_ids: ids of the images to pass to `on_example`.
             on_example: receives each of these images that this process evaluates, in the order of
                 evaluation.
+            examples: the images to evaluate; all evaluation images unless given.
 
         Raises:
             UserError: an image or mask is missing or damaged.
@@ -128,8 +130,9 @@ class Evaluator:
         num_classes = len(self._dataset.classes)
         confusion = np.zeros((num_classes, num_classes), np.int64)
         by_image: dict[str, float] = {}
+        examples = self._dataset.evaluation if examples is None else examples
         batches = image_batches(
-            self._dataset.evaluation, self._dataset, self._batch_size, self.pad_to, self._pad_value
+            examples, self._dataset, self._batch_size, self.pad_to, self._pad_value
         )
         # The counts of a batch are fetched while the device computes the next batch.
         for batch, outputs in lookahead(batches, functools.partial(self._dispatch, variables)):

@@ -28,7 +28,7 @@ def restore(workdir: epath.PathLike, config: Any) -> Any:
     Raises:
         UserError: as `workdir.read_fingerprint`, or the file has a key or value that no config has.
     """
-    settings = _share(workdir)
+    settings = _share(workdir).get("settings", {})
     config = config.copy_and_resolve_references()
     try:
         given = {key: _to_json(_get(config, key)) for key in settings}
@@ -44,7 +44,12 @@ def restore(workdir: epath.PathLike, config: Any) -> Any:
     return config
 
 
-def record(workdir: epath.PathLike, config: Any, values: Mapping[str, Any]) -> Any:
+def record(
+    workdir: epath.PathLike,
+    config: Any,
+    values: Mapping[str, Any],
+    minutes: float | None = None,
+) -> Any:
     """Returns a copy of a config with chosen settings, and adds them to fitted.json.
 
     All processes must call the function; the values of process 0 count.
@@ -53,33 +58,46 @@ def record(workdir: epath.PathLike, config: Any, values: Mapping[str, Any]) -> A
         workdir: path of the workdir.
         config: what was given, with what was chosen before.
         values: by key, such as "train.steps".
+        minutes: the duration that they were fitted to; None for any other reason.
 
     Raises:
         UserError: as `workdir.read_fingerprint`, or the file cannot be written.
     """
     chosen = multihost.broadcast_from_main("fitted settings", lambda: _to_json(dict(values)))
-    settings = _share(workdir)
+    content = _share(workdir)
+    settings = content.setdefault("settings", {})
+    if minutes is not None:
+        content["minutes"] = minutes
     config = config.copy_and_resolve_references()
     for key, value in chosen.items():
         # What the config gave, if the key was chosen before, is what the file has.
         given = settings.get(key, {"given": _to_json(_get(config, key))})["given"]
         settings[key] = {"given": given, "value": value}
         _set(config, key, value)
-    if chosen and multihost.is_main():
-        workdir_lib.write_fingerprint(workdir, FITTED, {"settings": settings})
+    if (chosen or minutes is not None) and multihost.is_main():
+        workdir_lib.write_fingerprint(workdir, FITTED, content)
     return config
 
 
+def read_minutes(workdir: epath.PathLike) -> float | None:
+    """Returns the duration that the run of a workdir was fitted to; None if it was to none.
+
+    Raises:
+        UserError: as `workdir.read_fingerprint`.
+    """
+    return _read(workdir).get("minutes")
+
+
 def _share(workdir: epath.PathLike) -> dict[str, Any]:
-    """Returns the settings of fitted.json by key, {} without the file; the same in each process."""
+    """Returns `_read` of process 0; all processes must call the function."""
+    return multihost.broadcast_from_main("fitted settings known", lambda: _read(workdir))
 
-    def read() -> dict[str, Any]:
-        if not (epath.Path(workdir) / FITTED).exists():
-            return {}
-        content = workdir_lib.read_fingerprint(epath.Path(workdir), FITTED)
-        return content["settings"] if content else {}
 
-    return multihost.broadcast_from_main("fitted settings known", read)
+def _read(workdir: epath.PathLike) -> dict[str, Any]:
+    """Returns the content of fitted.json, {} without the file."""
+    if not (epath.Path(workdir) / FITTED).exists():
+        return {}
+    return workdir_lib.read_fingerprint(epath.Path(workdir), FITTED) or {}
 
 
 def _get(config: Any, key: str) -> Any:

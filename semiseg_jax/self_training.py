@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
 from semiseg_jax.reporting import artifacts, page
 from semiseg_jax.results import ResultRow, Results, print_table
+from semiseg_jax.run_observer import RunObserver
 from semiseg_jax.runtime import fileio, metric_writer, multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
@@ -46,12 +48,20 @@ from semiseg_jax.stages import Stage
 from semiseg_jax.train_state import Variables
 
 
-def run(config: Any, workdir: epath.PathLike) -> Results:
+def run(
+    config: Any,
+    workdir: epath.PathLike,
+    observer: RunObserver | None = None,
+    choose_settings: Callable[[Any], Any] = lambda config: config,
+) -> Results:
     """Runs Algorithm 1 as configured, from wherever the workdir stands.
 
     Args:
         config: as configs/default.py declares it.
         workdir: for everything that is written.
+        observer: is told how far the run is.
+        choose_settings: from the config, with what an earlier start chose, to the config to run; is
+            called once, while the workdir is locked.
 
     Returns:
         The rows of results.json.
@@ -61,8 +71,9 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         Preempted: the run was asked to stop; the same call goes on.
     """
     with workdir_lib.locked(workdir):
-        config = fitted_settings.restore(workdir, config)
+        config = choose_settings(fitted_settings.restore(workdir, config))
         training = open_run(config, epath.Path(workdir))
+        training.start_observing(observer or RunObserver())
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
         for stage in later:
@@ -160,6 +171,7 @@ class SelfTraining:
         self._initial_weights = weights or {}
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
+        self._observer = RunObserver()
         # Not functools.cache, which would keep every run of a sweep until its end.
         self._models: dict[str, CompiledModel] = {}
         self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
@@ -176,6 +188,11 @@ class SelfTraining:
         self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
         self.stages = stages.schedule(config, workdir, self._earlier_controls())
         self._log_start()
+
+    def start_observing(self, observer: RunObserver) -> None:
+        """Has an observer told how far the run is, from now on."""
+        self._observer = observer
+        observer.on_run(self._config, self.dataset, self._mesh, self.stages)
 
     @property
     def _first_labels(self) -> epath.Path:
@@ -341,6 +358,7 @@ class SelfTraining:
             self._evaluator.ensure_evaluated(
                 stage, model, variables, expected.reported, marker.is_of_older_code
             )
+        self._observer.on_end(stage)
         return TrainedStage(stage, variables, model, expected.reported)
 
     def train_stage(
@@ -356,6 +374,7 @@ class SelfTraining:
             teacher: the stage that it starts from; None for the first stage.
             pseudo_labels: the folder of its pseudo-labels; None where it takes none.
         """
+        self._observer.on_stage(stage)
         self._verify_files()
         model = self._model(stage.kind)
         with log_prefix(stage.log_prefix):
@@ -364,13 +383,15 @@ class SelfTraining:
             else:
                 logger.info(f"{stage.steps} steps")
                 last = self._train(stage, model, teacher, pseudo_labels)
-                variables = self._evaluator.evaluate_final(stage, model, last)
+                with self._observer.evaluating():
+                    variables = self._evaluator.evaluate_final(stage, model, last)
         marker = _describe_end(stage, last, variables, teacher)
         multihost.barrier(f"end of {stage.name}")
         if multihost.is_main():
             # The marker is the last thing that a stage writes.
             stage.write_marker(marker)
             page.update(self._workdir)
+        self._observer.on_end(stage)
         return TrainedStage(stage, variables, model, marker.reported)
 
     def _train(
@@ -399,15 +420,21 @@ class SelfTraining:
             process_index=multihost.process_index(),
             process_count=multihost.process_count(),
         )
+
+        def evaluate(step: int, variables: Variables) -> None:
+            with self._observer.evaluating():
+                self._evaluator.evaluate_at(stage, model, step, variables)
+
         return train.run(
             stage,
             program,
             init_variables=functools.partial(self._init_variables, model, stage, teacher),
             batches=batches,
-            evaluate=functools.partial(self._evaluator.evaluate_at, stage, model),
+            evaluate=evaluate,
             train_config=config.train,
             eval_every=config.eval.every,
             mesh=self._mesh,
+            on_step=self._observer.on_step,
         )
 
     def _init_variables(
@@ -444,7 +471,9 @@ class SelfTraining:
             # About ten lines.
             if done == total or done % max(total // 10, 1) < self._config.pseudo.batch:
                 logger.info(f"{done}/{total} images")
+            self._observer.on_images(done, total)
 
+        self._observer.on_labels(student)
         with log_prefix(student.labeling_log_prefix):
             self._verify_files()
             step = self._evaluator.weights_step(stage)

@@ -42,6 +42,7 @@ def run(
     train_config: Any,
     eval_every: int,
     mesh: Mesh,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Variables:
     """Trains a stage, from its newest checkpoint if it has one.
 
@@ -61,6 +62,8 @@ def run(
         train_config: `config.train`.
         eval_every: steps between evaluations inside the stage, 0 for none.
         mesh: to run on.
+        on_step: called with the number of each step that was dispatched, once the step before it
+            has ended.
 
     Returns:
         The variables after the last step.
@@ -100,6 +103,7 @@ def run(
             for step, (arrays, batch) in zip(steps, device_batches, strict=True):
                 state, metrics = program.step(state, arrays, key)
                 log.on_step(step, metrics, batch)
+                on_step(step)
                 stopping = preemption.should_stop()
                 if step == stage.steps or step % train_config.checkpoint_every == 0 or stopping:
                     save(step, state)

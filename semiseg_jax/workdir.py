@@ -2,7 +2,8 @@
 
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
-      fitted.json            the settings that the run chose by itself, and what the config gave
+      fitted.json            the settings that the run chose by itself, what the config gave, and
+                             the --minutes that they were fitted to
       data.json              the training images: counts, hash of the ids, number of pixels, and
                              the hashes of all files
       pretrained.json        the initial weights of each backbone: name, hash, licence
@@ -80,7 +81,8 @@ _FORMS = {
             "settings": json_forms.mapping_of(
                 json_forms.record(dict.fromkeys(("given", "value"), lambda value: True))
             )
-        }
+        },
+        {"minutes": json_forms.is_number},
     ),
 }
 

@@ -51,7 +51,7 @@ def _put(taken: dict[str, flags.Flag]) -> None:
 
 # Commands have flags of the same names; in one process they can only take turns.
 _FLAGS = {
-    "main": ("config", "workdir", "coordinator", "num_processes", "process_id"),
+    "main": ("config", "workdir", "minutes", "coordinator", "num_processes", "process_id"),
     "predict": (
         *("workdir", "input", "output", "overlays", "probabilities", "scales", "flip", "window"),
         *("window_stride", "pad_to", "batch", "max_pixels"),

@@ -28,6 +28,7 @@ from semiseg_jax.data import image_io, load
 from semiseg_jax.models import deeplab, published_weights
 from semiseg_jax.reporting import page
 from semiseg_jax.results import Results
+from semiseg_jax.run_observer import RunObserver
 from semiseg_jax.runtime import metric_writer, multihost, preemption
 from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.train_state import inference_variables, variable_shapes
@@ -76,13 +77,61 @@ class Run:
     workdir: pathlib.Path
     results: Results
     printed: str
+    events: list[str]
+
+
+class Recorder(RunObserver):
+    """Writes down what a run tells."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_run(self, config, dataset, mesh, schedule):
+        self.events.append("run of " + ", ".join(stage.name for stage in schedule))
+
+    def on_labels(self, student):
+        self.events.append(f"labels for {student.name}")
+
+    def on_images(self, done, total):
+        if done == total:
+            self.events.append(f"{total} images")
+
+    def on_stage(self, stage):
+        self.events.append(stage.name)
+
+    def on_step(self, step):
+        self.events.append(f"step {step}")
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        yield
+        self.events.append("evaluation")
+
+    def on_end(self, stage):
+        self.events.append(f"end of {stage.name}")
 
 
 @pytest.fixture(scope="module")
 def whole(folder, two_devices, shared_programs):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        results = self_training.run(two_rounds(folder), folder / "whole")
-    return Run(folder / "whole", results, printed.getvalue())
+        recorder = Recorder()
+        results = self_training.run(two_rounds(folder), folder / "whole", recorder)
+    return Run(folder / "whole", results, printed.getvalue(), recorder.events)
+
+
+def test_an_observer_is_told_each_part_in_order(whole):
+    def stage(name, count):
+        return [name, *(f"step {n}" for n in range(1, count + 1)), "evaluation", f"end of {name}"]
+
+    assert whole.events == [
+        "run of teacher, student 1, student 2, control 2",
+        *stage("teacher", 4),
+        *["labels for student 1", "8 images"],
+        *stage("student 1", 4),
+        *["labels for student 2", "8 images"],
+        *stage("student 2", 4),
+        *stage("control 2", 8),
+    ]
 
 
 def after(times):

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
+from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError, first_line
 
 CPU = "cpu"
@@ -58,7 +60,7 @@ class Topology:
         name: value of --topology, such as v5e:4x4.
         devices: one device per chip.
         hosts: number of host machines.
-        chip: rates of the chips; None for the CPU.
+        chip: rates of the chips; None for the CPU and for the devices of this machine.
     """
 
     name: str
@@ -108,6 +110,11 @@ def topology(name: str) -> Topology:
         ) from error
     hosts = len({device.process_index for device in devices})
     return Topology(name, tuple(devices), hosts, chip)
+
+
+def this_machine(mesh: Mesh) -> Topology:
+    """Returns the devices that a run computes on as a topology, without published rates."""
+    return Topology("here", tuple(mesh.devices.flat), multihost.process_count(), None)
 
 
 def _set_libtpu_environment(chip: Chip, num_chips: int) -> None:

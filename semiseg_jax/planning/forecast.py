@@ -6,13 +6,15 @@ its bound. Imperfect overlap, waiting for the host and poorly filled units add t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from semiseg_jax import stages
+from semiseg_jax.planning import work
 from semiseg_jax.planning.chips import Chip, Topology
 from semiseg_jax.planning.programs import Cost, Counted, Program
-from semiseg_jax.planning.workload import Size, Workload
+from semiseg_jax.planning.work import Part, Pass
+from semiseg_jax.planning.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,80 +90,55 @@ def schedule(
     If teacher and student have the same network, the teacher's step is the student's step scaled by
     its share of the images. Averaging, arg max and counting after the networks are ignored.
 
-    With `eval.select=holdout` each evaluation also reads the held-out images. With `reported` the
-    reported evaluation itself selects the weights, and no image is evaluated twice.
-
     Args:
         config: the whole config.
         load: numbers and sizes of the images.
         compiled: the programs; each fits or was only counted.
         topology: a topology of TPU chips.
     """
-    rounds, train = config.rounds, config.train
-    teacher_step, student_step = (
-        _step_seconds(config, kind, compiled, topology) for kind in ("teacher", "student")
-    )
-    first_backbone = stages.stage_backbone(config, "teacher")
-    later_backbone = stages.stage_backbone(config, "student")
-    teacher_name = f"teacher, {train.teacher_steps:,} steps"
-    items = [WorkItem(teacher_name, train.teacher_steps * teacher_step)]
-    if rounds.count:
-        name = f"students, {rounds.count} × {train.steps:,} steps"
-        items.append(WorkItem(name, rounds.count * train.steps * student_step))
-    if stages.takes_pseudo_labels(config):
-        pass_seconds = _pass_seconds("labelling", load.label_sizes, compiled, topology)
-        # The last student labels nothing, so a single student has no labelling program.
-        labelers = [first_backbone] + [later_backbone] * (rounds.count - 1)
-        name = f"labelling, {rounds.count} × {load.unlabeled:,} images"
-        items.append(WorkItem(name, sum(map(pass_seconds, labelers))))
-    has_control = bool(rounds.control and rounds.count)
-    if has_control:
-        steps = rounds.count * train.steps
-        items.append(WorkItem(f"control, {steps:,} steps", steps * teacher_step))
-    num_first = stages.num_evaluations(config, train.teacher_steps)
-    if has_control:
-        num_first += stages.num_evaluations(config, rounds.count * train.steps)
-    num_later = rounds.count * stages.num_evaluations(config, train.steps)
-    sets = {"evaluation": load.evaluation_sizes, "choosing weights": load.selection_sizes}
-    for name, sizes in sets.items():
-        if sizes:
-            pass_seconds = _pass_seconds("evaluation", sizes, compiled, topology)
-            seconds = num_first * pass_seconds(first_backbone)
-            if num_later:
-                seconds += num_later * pass_seconds(later_backbone)
-            images = f"{num_first + num_later} × {sum(sizes.values()):,} images"
-            items.append(WorkItem(f"{name}, {images}", seconds))
+    parts = work.parts(config, load, stages.schedule(config, ""))
+    items = []
+    for kind in ("teacher", "student", work.LABELS, "control"):
+        of_kind = [part for part in parts if part.kind == kind]
+        if kind == work.LABELS:
+            passes = [p for part in of_kind for p in part.passes]
+            seconds = sum(_pass_seconds(p, compiled, topology) for p in passes)
+            name = f"labelling, {len(of_kind)} × {load.unlabeled:,} images"
+        else:
+            of_kind = [part for part in of_kind if part.steps]
+            seconds = sum(_steps_seconds(config, part, compiled, topology) for part in of_kind)
+            name = _name_of_steps(kind, of_kind)
+        if of_kind:
+            items.append(WorkItem(name, seconds))
+    for kind in ("evaluation", "choosing weights"):
+        passes = [p for part in parts for p in part.passes if p.name == kind]
+        if passes:
+            seconds = sum(_pass_seconds(p, compiled, topology) for p in passes)
+            count = sum(p.count for p in passes)
+            items.append(WorkItem(f"{kind}, {count:g} × {passes[0].images:,} images", seconds))
     return items
 
 
-def _step_seconds(config: Any, kind: str, compiled: list[Program], topology: Topology) -> float:
-    own = [p for p in compiled if p.kind == f"{kind} step"]
+def _name_of_steps(kind: str, parts: Sequence[Part]) -> str:
+    if kind == "student" and parts:
+        return f"students, {len(parts)} × {parts[0].steps:,} steps"
+    return f"{kind}, {sum(part.steps for part in parts):,} steps"
+
+
+def _steps_seconds(config: Any, part: Part, compiled: list[Program], topology: Topology) -> float:
+    """Returns the seconds of all steps of a stage."""
+    assert part.step is not None
+    own = [p for p in compiled if p.kind == part.step.kind]
     program = own[0] if own else next(p for p in compiled if p.kind == "student step")
-    seconds = _bound_seconds(program, topology)
+    seconds = part.steps * _bound_seconds(program, topology)
     return seconds if own else seconds * config.train.batch_labeled / program.images
 
 
-def _pass_seconds(
-    kind: str, sizes: dict[Size, int], compiled: list[Program], topology: Topology
-) -> Callable[[str], float]:
-    """Returns a function from a backbone to the seconds of one pass over a set of images.
-
-    Images of a size other than the program's are weighted by their pixels. The last batch of each
-    size is padded to a full batch.
-    """
-    if not sum(sizes.values()):
-        return lambda backbone: 0.0
-
-    def seconds(backbone: str) -> float:
-        scales = [p for p in compiled if p.kind == kind and p.backbone == backbone]
-        height, width = scales[0].size
-        batches = sum(
-            -(-count // scales[0].images) * (size[0] * size[1]) / (height * width)
-            for size, count in sizes.items()
-        )
-        return batches * sum(_bound_seconds(p, topology) for p in scales)
-
-    return seconds
+def _pass_seconds(passes: Pass, compiled: list[Program], topology: Topology) -> float:
+    """Returns the seconds of passes over a set of images; see `Pass.batches`."""
+    scales = [p for p in compiled if (p.kind, p.backbone) == passes.program]
+    batches = passes.count * passes.batches(scales[0].images, scales[0].size)
+    return batches * sum(_bound_seconds(p, topology) for p in scales)
 
 
 def _bound_seconds(program: Program, topology: Topology) -> float:

@@ -187,9 +187,7 @@ def inference_programs(
         level: see `program_cost`.
     """
     settings = config.pseudo if kind == "labelling" else config.eval
-    # Selection of weights uses the same programs as the reported evaluation.
-    evaluation_sizes = load.evaluation_sizes | load.selection_sizes
-    size = largest_size(load.label_sizes if kind == "labelling" else evaluation_sizes)
+    size = largest_size(inference_sizes(load, kind))
     plain_config = _picklable(config)
     for scale in settings.scales:
         trace = functools.partial(
@@ -230,6 +228,14 @@ def _trace_scale(
     images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8, sharding=by_image)
     total = jax.ShapeDtypeStruct((batch, *size, num_classes), jnp.float32, sharding=by_image)
     return predictor.add_scale.trace(total, variables, images, scale)
+
+
+def inference_sizes(load: Workload, kind: str) -> dict[Size, int]:
+    """Returns the sizes of the images of "labelling" or "evaluation".
+
+    Selection of weights uses the same programs as the reported evaluation.
+    """
+    return load.label_sizes if kind == "labelling" else load.evaluation_sizes | load.selection_sizes
 
 
 def largest_size(sizes: dict[Size, int]) -> Size:

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from semiseg_jax.data import image_io, load, split_lists
-from semiseg_jax.data.dataset import Example
+from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.data.sources import camvid, cityscapes, pascal_voc, streets
 from semiseg_jax.data.sources.downscale import shrunk
 from semiseg_jax.runtime import config_files
@@ -104,7 +104,17 @@ def _read(config: Any) -> Workload:
     """Returns the workload of data that are present."""
     with capture_lines():  # The plan shows what follows from the data.
         dataset, _ = load.plan_dataset(config)
-    factor = config.data.downscale
+    return from_dataset(config, dataset, config.data.downscale)
+
+
+def from_dataset(config: Any, dataset: Dataset, factor: int = 1) -> Workload:
+    """Returns the workload of a data set; reads the headers of its images.
+
+    Args:
+        config: the whole config.
+        dataset: the images.
+        factor: by which the run will downscale them; `load.load_dataset` already has.
+    """
     return Workload(
         len(dataset.classes),
         len(dataset.labeled),
