@@ -31,7 +31,7 @@ from semiseg_jax import (
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
-from semiseg_jax.data import input_pipeline, load
+from semiseg_jax.data import input_pipeline, load, size_settings
 from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
@@ -62,7 +62,10 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
     """
     with workdir_lib.locked(workdir):
         config = fitted_settings.restore(workdir, config)
-        training = open_run(config, epath.Path(workdir))
+        chosen = size_settings.choose(config)
+        training = open_run(size_settings.with_values(config, chosen), epath.Path(workdir))
+        # Only now, as the other files of the workdir: see `open_run`.
+        fitted_settings.record(workdir, config, chosen)
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
         for stage in later:
