@@ -35,11 +35,6 @@ from ml_collections import ConfigDict
 
 from configs import default
 
-# Operations that keep small images recognisable: no noise, dropout, colour swaps or solarize.
-MILD = (
-    *("contrast_gamma", "contrast_linear", "brightness", "brightness_channel", "hsv"),
-    *("equalize", "blur", "multiply", "jpeg_compression"),
-)
 SIZES = ("full", "half")
 SHARES = ("1_30", "1_16", "1_8", "1_4", "1_2")
 
@@ -68,7 +63,7 @@ def get_config(argument: str = "full,1_30") -> ConfigDict:
     config.optim.teacher.learning_rate = 0.015
     config.optim.teacher.head_multiplier = 10.0
     config.optim.student.learning_rate = 0.015
-    config.sda.ops = MILD
+    config.sda.ops = default.MILD_OPERATIONS
     config.train.teacher_steps = 1500
     config.train.steps = {"full": 1500, "half": 500}[size]
     config.train.batch_labeled = 8

@@ -6,6 +6,13 @@ the command line `--config.key=value` sets one key; a key that is not declared h
 
 from ml_collections import ConfigDict, config_dict
 
+# Operations of strong augmentation that keep small images recognisable: no noise, dropout, colour
+# swaps or solarize. For sda.ops of configs with small crops.
+MILD_OPERATIONS = (
+    *("contrast_gamma", "contrast_linear", "brightness", "brightness_channel", "hsv"),
+    *("equalize", "blur", "multiply", "jpeg_compression"),
+)
+
 
 def get_config() -> ConfigDict:
     """Returns the default config.
@@ -43,8 +50,8 @@ def data() -> ConfigDict:
     # ~/.cache/semiseg_jax.
     data.cache_dir = ""
     # Factor, at least 1: 2 halves the image sides, 3 makes them a third, and so on; 1 leaves the
-    # images unchanged. Smaller copies are written once to the cache, images antialiased, masks by
-    # nearest neighbour.
+    # images unchanged; 0 chooses it so that half of the images have at most half a megapixel.
+    # Smaller copies are written once to the cache, images antialiased, masks by nearest neighbour.
     data.downscale = 1
     # Largest number of pixels of an image or mask, at least 1. Files whose header states more are
     # refused before they are decoded, because a small file may expand to any size. Decoding takes
@@ -119,9 +126,11 @@ def data() -> ConfigDict:
     data.weak_stream = ("labeled",)
     data.strong_stream = ("pseudo",)
 
-    # Crop (height, width) in pixels.
+    # Crop (height, width) in pixels; () chooses it from the sizes of the labelled and unlabelled
+    # images, with at most 257x257 pixels (semiseg_jax/data/size_settings.py has the rules).
     data.crop = (769, 769)
-    # Range [low, high], 0 < low <= high, of the random scale, which is drawn uniformly.
+    # Range [low, high], 0 < low <= high, of the random scale, which is drawn uniformly; () chooses
+    # it so that most images are no smaller than the crop.
     data.scale = (0.5, 2.0)
     # Mirror half of the images left to right.
     data.mirror = True
@@ -212,7 +221,8 @@ def model() -> ConfigDict:
     model.low_level_features = 48
     # Dilation rates of the head, in feature pixels, integers above 0; () for the usual rates of
     # head and output stride: v3plus 6, 12, 18 at stride 16, twice these at 8; v2 6, 12, 18, 24 at
-    # stride 8, half these at 16; v3plus_smp 12, 24, 36 at every stride.
+    # stride 8, half these at 16; v3plus_smp 12, 24, 36 at every stride. Where data.crop, data.scale
+    # or data.downscale is chosen from the images, () shrinks these rates to the crop.
     model.aspp_rates = ()
     # Dropout rate after the ASPP in training, [0, 1); v2 has no dropout.
     model.dropout = 0.1

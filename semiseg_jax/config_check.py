@@ -11,7 +11,7 @@ from semiseg_jax import inference, stages
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
-from semiseg_jax.data.sources.downscale import DOWNSCALE
+from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE
 from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
 from semiseg_jax.models import deeplab, pretrained, published_weights
@@ -55,6 +55,12 @@ _RANGE: Rule = (
         and v[0] <= v[1]
     ),
     "(low, high) with 0 < low <= high, from 0.01 to 100",
+)
+# The values of OPEN_VALUES in `data.size_settings`.
+_CHOSEN = "to choose it from the sizes of the images"
+_CHOSEN_DOWNSCALE: Rule = (
+    rules.integer(0, MAX_DOWNSCALE)[0],
+    f"at least 1 and at most {MAX_DOWNSCALE}, an integer, or 0 {_CHOSEN}",
 )
 _NAMES: Rule = (
     lambda v: (
@@ -107,7 +113,7 @@ RULES: dict[str, Rule] = {
     "data.name": _SOURCE,
     "data.root": TEXT,
     "data.cache_dir": TEXT,
-    "data.downscale": DOWNSCALE,
+    "data.downscale": _CHOSEN_DOWNSCALE,
     "data.max_image_pixels": rules.integer(1, 2**40),
     "data.image_dir": TEXT,
     "data.mask_dir": TEXT,
@@ -137,8 +143,8 @@ RULES: dict[str, Rule] = {
     "data.streets_size": _SCENE_SIZE,
     "data.weak_stream": rules.all_of(*KINDS),
     "data.strong_stream": rules.all_of(*KINDS),
-    "data.crop": _SIZE,
-    "data.scale": _RANGE,
+    "data.crop": rules.or_empty(_SIZE, _CHOSEN),
+    "data.scale": rules.or_empty(_RANGE, _CHOSEN),
     "data.mirror": BOOL,
     "data.prefetch": rules.integer(1, 1024),
     "data.threads": rules.integer(0, 1024),

@@ -32,7 +32,7 @@ from semiseg_jax import (
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
-from semiseg_jax.data import input_pipeline, load
+from semiseg_jax.data import input_pipeline, load, size_settings
 from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
@@ -71,8 +71,12 @@ def run(
         Preempted: the run was asked to stop; the same call goes on.
     """
     with workdir_lib.locked(workdir):
-        config = choose_settings(fitted_settings.restore(workdir, config))
+        given = fitted_settings.restore(workdir, config)
+        chosen = size_settings.choose(given)
+        config = choose_settings(size_settings.with_values(given, chosen))
         training = open_run(config, epath.Path(workdir))
+        # Only now, as the other files of the workdir: see `open_run`.
+        fitted_settings.record(workdir, given, chosen)
         training.start_observing(observer or RunObserver())
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)

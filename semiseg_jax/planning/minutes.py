@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from semiseg_jax import fitted_settings, stages
+from semiseg_jax.data import size_settings
 from semiseg_jax.planning import measurement, run_time, work
 from semiseg_jax.planning.announcer import Announcer
 from semiseg_jax.planning.run_time import PartTime, Speed
@@ -235,6 +236,7 @@ def print_run_time(config: Any) -> None:
     Raises:
         UserError: the data or the config are refused as by a run.
     """
+    config = size_settings.resolve(config)
     measured = measurement.measure(config)
     parts = work.parts(config, measured.load, stages.schedule(config, ""))
     times = run_time.forecast(parts, measured.speed)

@@ -51,6 +51,7 @@ def run(
     topologies = [chips.topology(name) for name in names]
     for topology in topologies:
         mesh_lib.check_batches(config, len(topology.devices))
+    config = workload.resolve_sizes(config)
     load = workload.from_config(config)
     input_rate, input_note = _measure_input_rate(config, load, measure)
     plans = []

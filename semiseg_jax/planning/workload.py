@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from semiseg_jax.data import image_io, load, split_lists
+from semiseg_jax.data import image_io, load, size_settings, split_lists
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.data.sources import camvid, cityscapes, pascal_voc, streets
 from semiseg_jax.data.sources.downscale import shrunk
@@ -79,16 +79,33 @@ def from_config(config: Any) -> Workload:
     Raises:
         UserError: the data are missing and not a published data set, or they are malformed.
     """
-    published = _published(config)
+    published = _published_instead(config)
+    return _read(config) if published is None else _assume(config, published)
+
+
+def resolve_sizes(config: Any) -> Any:
+    """Returns a copy of a config with a value for each setting that depends on the images' sizes.
+
+    Raises:
+        UserError: as `from_config`.
+    """
+    published = _published_instead(config)
     if published is None:
-        return _read(config)
-    if config.data.name == "streets":
-        return _assume(config, published)  # The config determines how many images are drawn.
+        return size_settings.resolve(config)
+    values = size_settings.choose_from_sizes(config, [published.size])
+    return size_settings.with_values(config, values)
+
+
+def _published_instead(config: Any) -> PublishedDataset | None:
+    """Returns the published numbers if the data are not here; None if they are to be read."""
+    published = _published(config)
+    if published is None or config.data.name == "streets":
+        return published  # The config determines how many scenes are drawn.
     try:
         data_root(config.data, "")
     except UserError:
-        return _assume(config, published)
-    return _read(config)
+        return published
+    return None
 
 
 def _published(config: Any) -> PublishedDataset | None:

@@ -12,7 +12,8 @@ import sys
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+# The C library converts it to the largest size; 2**31 - 1 would return blocks of 2 GiB.
+_NEVER = -1
 
 
 def disable_malloc_trim() -> bool:

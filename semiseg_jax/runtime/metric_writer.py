@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from clu import metric_writers
 from etils import epath
 
@@ -128,8 +129,11 @@ class TensorBoardWriter(metric_writers.MultiWriter):
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
         """Writes histograms of arrays by name."""
+        # NumPy refuses to divide the range of a few float32 roundings into buckets: the scales of a
+        # norm after few steps.
+        wide = {name: np.asarray(values, np.float64) for name, values in arrays.items()}
         with raise_write_errors(self._folder):
-            super().write_histograms(step, arrays, num_buckets)
+            super().write_histograms(step, wide, num_buckets)
 
     def flush(self) -> None:
         """Writes buffered events to the file."""

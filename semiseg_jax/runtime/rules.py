@@ -75,6 +75,11 @@ def or_none(rule: Rule) -> Rule:
     return lambda v: v is None or accepts(rule, v), f"{rule[1]}, or leave it out"
 
 
+def or_empty(rule: Rule, reason: str) -> Rule:
+    """Accepts (), and what the rule accepts; `reason` says in the error message what () is for."""
+    return lambda v: v == () or accepts(rule, v), f"{rule[1]}, or () {reason}"
+
+
 def tuple_of(rule: Rule, words: str, shortest: int = 0, longest: int = 256) -> Rule:
     """Accepts tuples whose elements a rule accepts.
 

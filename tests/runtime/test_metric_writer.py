@@ -110,6 +110,12 @@ def test_a_full_disk_raises_a_user_error_later(small_disk, write, resume_step):
             write(writer, step)
 
 
+def test_a_histogram_of_values_that_differ_by_rounding_is_written(tmp_path):
+    one = np.float32(1)
+    values = np.array([one, np.nextafter(one, np.float32(2)), one])
+    metric_writer.MetricWriter(tmp_path / "stage").write_histograms(1, {"scale": values})
+
+
 @pytest.mark.parametrize(
     ("call", "arguments"),
     [

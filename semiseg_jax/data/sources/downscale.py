@@ -18,8 +18,9 @@ from semiseg_jax.data.dataset import MAX_NAME_BYTES, Dataset, Example
 from semiseg_jax.runtime import fileio, hashes, rules
 from semiseg_jax.runtime.paths import cache_dir
 
-# The factors that `data.downscale` accepts.
-DOWNSCALE = rules.integer(1, 64)
+MAX_DOWNSCALE = 64
+# The factors by which images are downscaled; `data.downscale` may also be open.
+DOWNSCALE = rules.integer(1, MAX_DOWNSCALE)
 
 
 def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> Dataset:
