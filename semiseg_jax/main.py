@@ -1,8 +1,8 @@
 """Trains teacher and students: python -m semiseg_jax.main --config=configs/streets.py
 
-Runs Algorithm 1 and writes results, a report and the last student's weights to the workdir. The
-same command resumes a run that was stopped. docs/own_data.md leads from your own images to
-predictions.
+Runs Algorithm 1 and writes results, a report and the weights of the stage that rounds.keep chooses
+to the workdir. The same command resumes a run that was stopped. docs/own_data.md leads from your
+own images to predictions.
 """
 
 from typing import Any
