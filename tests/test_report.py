@@ -254,7 +254,7 @@ def test_missing_files_are_named(copied):
 def test_the_first_thing_on_the_page_is_what_was_kept(run, copied):
     workdir, pages = run
     kept = json.loads((workdir / "model/model.json").read_text())["kept"]
-    assert "2 on the 7 evaluation images (95 % interval over images: " in kept["sentence"]
+    assert " on the 7 evaluation images (95 % interval over images: " in kept["sentence"]
     assert kept["sentence"].endswith("): model/ has student 2 (rounds.keep = last).")
     text = (workdir / page_lib.FILE).read_text()
     assert re.search(r"<h1>.*</h1>\s*<p class=\"verdict\">(.*)</p>", text)[1] == kept["sentence"]
