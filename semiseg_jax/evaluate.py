@@ -164,7 +164,7 @@ class Evaluator:
         if multihost.process_count() == 1:
             return local
         items = [(name, counts.tolist()) for name, counts in local.items()]
-        gathered = {}
+        gathered: dict[str, Int[np.ndarray, "_present 4"]] = {}
         # In parts, because a message must not become too large; as many in every process.
         for start in range(0, len(self._dataset.evaluation), _IMAGES_PER_MESSAGE):
             part = items[start : start + _IMAGES_PER_MESSAGE]
