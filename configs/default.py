@@ -371,4 +371,9 @@ def rounds() -> ConfigDict:
     # Workdir of another run whose finished teacher to take instead of training one; "" for none.
     # Its config may differ only in keys that no teacher depends on (pseudo, sda, …) and model.norm.
     rounds.teacher_from = ""
+    # Stage whose weights are written to model/. last: the last student. best_on_holdout: the stage
+    # (teacher, student or control) with the highest mIoU on the labelled images that data.holdout
+    # holds out; the last student if none are held out. An evaluation set that you name never
+    # chooses.
+    rounds.keep = "last"
     return rounds

@@ -64,4 +64,6 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 250
     config.rounds.count = 3
     config.rounds.control = True
+    # Never worse than without unlabelled images, as far as the held-out images can tell.
+    config.rounds.keep = "best_on_holdout"
     return config

@@ -8,6 +8,7 @@ from typing import Any
 from flax import traverse_util
 
 from semiseg_jax import inference, stages
+from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
@@ -193,6 +194,7 @@ RULES: dict[str, Rule] = {
     "rounds.student_init": rules.one_of("teacher", "scratch"),
     "rounds.control": BOOL,
     "rounds.teacher_from": TEXT,
+    "rounds.keep": rules.one_of(*kept_stage.KEEP),
 }
 
 

@@ -22,6 +22,9 @@ from semiseg_jax.runtime import multihost, preemption
 from semiseg_jax.shape_buckets import pad_multiple
 from semiseg_jax.train_state import Variables, inference_variables
 
+# Images whose counts a process sends at a time, some ten kilobytes.
+_IMAGES_PER_MESSAGE = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -30,10 +33,14 @@ class Score:
     Attributes:
         confusion: pixel counts, int64; rows are labels, columns are predictions.
         by_image: mIoU of each single image by its id; NaN for images without a labelled pixel.
+        counts_by_image: `metrics.class_counts` of each image by its id.
     """
 
     confusion: Int[np.ndarray, "classes classes"]
     by_image: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts_by_image: dict[str, Int[np.ndarray, "_present 4"]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def miou(self) -> float:
@@ -131,6 +138,7 @@ class Evaluator:
         confusion = np.zeros((num_classes, num_classes), np.int64)
         by_image: dict[str, float] = {}
         examples = self._dataset.evaluation if examples is None else examples
+        counts_by_image: dict[str, Int[np.ndarray, "_present 4"]] = {}
         batches = image_batches(
             examples, self._dataset, self._batch_size, self.pad_to, self._pad_value
         )
@@ -142,10 +150,30 @@ class Evaluator:
             # The empty images that fill up a batch have no id and no labelled pixel.
             for name, counts in zip(batch.ids, mesh_lib.local_data(image_confusions), strict=False):
                 by_image[name] = metrics.mean_iou(counts)
+                counts_by_image[name] = metrics.class_counts(counts)
             for example in _select_examples(batch, predicted, render_ids):
                 on_example(example)
         shards = multihost.all_gather("scores of images", by_image)
-        return Score(confusion, {k: v for shard in shards for k, v in shard.items()})
+        return Score(
+            confusion,
+            {k: v for shard in shards for k, v in shard.items()},
+            self._gather_counts(counts_by_image),
+        )
+
+    def _gather_counts(
+        self, local: dict[str, Int[np.ndarray, "_present 4"]]
+    ) -> dict[str, Int[np.ndarray, "_present 4"]]:
+        """Returns the counts by image of all processes."""
+        if multihost.process_count() == 1:
+            return local
+        items = [(name, counts.tolist()) for name, counts in local.items()]
+        gathered: dict[str, Int[np.ndarray, "_present 4"]] = {}
+        # In parts, because a message must not become too large; as many in every process.
+        for start in range(0, len(self._dataset.evaluation), _IMAGES_PER_MESSAGE):
+            part = items[start : start + _IMAGES_PER_MESSAGE]
+            for shard in multihost.all_gather(f"counts of images from {start}", part):
+                gathered |= {name: np.array(c, np.int64).reshape(-1, 4) for name, c in shard}
+        return gathered
 
     def _dispatch(self, variables: Variables, batch: ImageBatch) -> tuple[Array, Array, Array]:
         """Starts the computation of a batch on the devices; returns as `_count_pixels` does."""

@@ -1,9 +1,9 @@
 """Trains teacher and students: python -m semiseg_jax.main --config=configs/streets.py
 
-Runs Algorithm 1 and writes results, a report and the last student's weights to the workdir. The
-same command resumes a run that was stopped. After the first steps the command says how long the run
-will take; --minutes=60 fits it to an hour. docs/own_data.md leads from your own images to
-predictions.
+Runs Algorithm 1 and writes results, a report and the weights of the stage that rounds.keep chooses
+to the workdir. The same command resumes a run that was stopped. After the first steps the command
+says how long the run will take; --minutes=60 fits it to an hour. docs/own_data.md leads from your
+own images to predictions.
 """
 
 import functools

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from semiseg_jax.losses import IGNORE
 
@@ -46,9 +46,35 @@ def iou(confusion: Integer[ArrayLike, "classes classes"]) -> Float[np.ndarray, "
     NaN for a class that occurs neither in the labels nor in the predictions.
     """
     matrix = np.asarray(confusion).astype(np.float64)
-    intersection = np.diagonal(matrix)
-    union = matrix.sum(axis=0) + matrix.sum(axis=1) - intersection
+    return iou_of_counts(np.stack([np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)]))
+
+
+def iou_of_counts(
+    counts: Integer[np.ndarray, "*sums 3 classes"] | Float[np.ndarray, "*sums 3 classes"],
+) -> Float[np.ndarray, "*sums classes"]:
+    """IoU of each class from numbers of pixels, as `iou`.
+
+    Args:
+        counts: by class, the pixels in the intersection of labels and predictions, in the labels,
+            and in the predictions.
+    """
+    intersection, labels, predictions = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    union = predictions + labels - intersection
     return np.divide(intersection, union, out=np.full_like(union, np.nan), where=union > 0)
+
+
+def class_counts(confusion: Integer[ArrayLike, "classes classes"]) -> Int[np.ndarray, "_present 4"]:
+    """The pixels from which the IoU of each class follows, int64.
+
+    Returns:
+        A line for each class that occurs in the labels or the predictions: the class, its pixels
+        in the intersection of both, in the labels, and in the predictions.
+    """
+    matrix = np.asarray(confusion).astype(np.int64)
+    lines = np.stack(
+        [np.arange(len(matrix)), np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)], 1
+    )
+    return lines[lines[:, 2:].any(axis=1)]
 
 
 def mean_iou(confusion: Integer[ArrayLike, "classes classes"]) -> float:

@@ -31,6 +31,8 @@ from semiseg_jax import (
 )
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir as workdir_lib
+from semiseg_jax.comparison import kept_stage
+from semiseg_jax.comparison.kept_stage import KeptStage
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load, size_settings
 from semiseg_jax.data.data_record import DataRecord
@@ -88,8 +90,11 @@ def run(
                 trained = training.train_stage(stage, start_from, labels)
             if stage.kind == "student":
                 teacher = trained
-        training.save_model_bundle(teacher)
-        training.print_results()
+        choice = training.choose_stage()
+        is_last = (choice.stage, choice.round) == (teacher.stage.kind, teacher.stage.round)
+        kept = teacher if is_last else training.load_stage(choice)
+        training.save_model_bundle(kept, choice)
+        training.print_results(choice)
         return training.results
 
 
@@ -590,8 +595,45 @@ class SelfTraining:
                 # is not.
                 fileio.write_bytes(stage.folder / name, content, sync=folder != PSEUDO_LABELS)
 
-    def save_model_bundle(self, final: TrainedStage) -> None:
-        """Writes model/: the weights with the weak norm alone, and all that inference needs."""
+    def choose_stage(self) -> KeptStage:
+        """Returns which finished stage's weights to write to model/, by `rounds.keep`."""
+
+        def decide() -> dict[str, Any]:
+            scored = [self._evaluator.scored_stage(s, self._model(s.kind)) for s in self.stages]
+            return dataclasses.asdict(
+                kept_stage.decide(scored, self._config.rounds.keep, self.dataset)
+            )
+
+        return KeptStage(**multihost.broadcast_from_main("kept stage", decide))
+
+    def load_stage(self, choice: KeptStage) -> TrainedStage:
+        """Returns a finished stage with its reported weights, from its folder.
+
+        Raises:
+            UserError: its checkpoint was removed since the stage ended.
+        """
+        stage = next(s for s in self.stages if (s.kind, s.round) == (choice.stage, choice.round))
+        model = self._model(stage.kind)
+        last = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
+        if last is None:
+            raise UserError(
+                f"{stage.folder / 'checkpoints'} has no intact checkpoint of step {stage.steps}, "
+                f"which {model_bundle.FOLDER}/ is to be made of: start the same command again, "
+                "which trains its steps again.",
+                code="kept-stage-checkpoint-missing",
+            )
+        with log_prefix(stage.log_prefix):
+            variables = self._evaluator.reported_weights(stage, model, last)
+        weights_hash = _describe_end(stage, last, variables).reported
+        return TrainedStage(stage, variables, model, weights_hash)
+
+    def save_model_bundle(self, final: TrainedStage, choice: KeptStage) -> None:
+        """Writes model/: the weights with the weak norm alone, and all that inference needs.
+
+        Args:
+            final: the stage whose weights are kept.
+            choice: says why.
+        """
         sizes = set(input_pipeline.image_sizes(self.dataset.evaluation))
         if multihost.is_main():
             row = self._evaluator.find_row(final.stage, final.model)
@@ -610,6 +652,7 @@ class SelfTraining:
                 sizes,
                 self._config.data.downscale,
                 self._initial_weights.get(final.model.model_config.backbone),
+                dataclasses.asdict(choice),
             )
             folder = self._workdir / model_bundle.FOLDER
             weights = train_state.inference_variables(final.variables)
@@ -619,8 +662,10 @@ class SelfTraining:
             fileio.write_bytes(folder / model_bundle.DESCRIPTION, content.encode())
             page.update(self._workdir)
 
-    def print_results(self) -> None:
-        """Prints the rows of this run as a table."""
+    def print_results(self, choice: KeptStage) -> None:
+        """Prints which stage is kept and why, and then the rows of this run as a table."""
+        if choice.sentence:
+            logger.info(choice.sentence)
         protocol = self._evaluator.protocol(self._model("teacher"))
         rows = [row for row in self.results.rows if row.protocol.is_comparable(protocol)]
         print_table(rows, self.dataset.classes, self._console)

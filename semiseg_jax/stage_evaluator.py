@@ -1,15 +1,19 @@
 """Evaluates the stages of a run: which weights of a stage are reported, and its result rows."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from semiseg_jax import evaluate, stages
 from semiseg_jax.checkpoints import BestWeights, Candidate
+from semiseg_jax.comparison import image_counts, kept_stage
+from semiseg_jax.comparison.image_counts import ImageCounts
 from semiseg_jax.compiled_model import CompiledModel
-from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.models.dsbn import DOMAINS
 from semiseg_jax.reporting import artifacts
@@ -126,6 +130,7 @@ class StageEvaluator:
         if evaluation is None:
             evaluation = self._evaluate(stage, model, stage.steps, variables)
         self._record(stage, model, evaluation)
+        self._ensure_held_out_counted(stage, model, variables)
         return variables
 
     def reported_weights(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
@@ -159,6 +164,7 @@ class StageEvaluator:
         )
         if row is None:
             self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
+        self._ensure_held_out_counted(stage, model, variables)
 
     def record_imported(
         self, stage: Stage, model: CompiledModel, variables: Variables, source: Candidate | None
@@ -173,6 +179,68 @@ class StageEvaluator:
         if source and (best := self._best_weights(stage)):
             best.write(dataclasses.replace(source, variables=variables))
         self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
+        self._ensure_held_out_counted(stage, model, variables)
+
+    def scored_stage(self, stage: Stage, model: CompiledModel) -> kept_stage.ScoredStage:
+        """Returns the scores of a finished stage, from its row and its pixel counts by image.
+
+        Raises:
+            UserError: a file of these counts is not readable.
+        """
+        row = self.find_row(stage, model)
+        evaluated = kept_stage.Score(row.miou, self._evaluated_counts(stage, row)) if row else None
+        held_out = None
+        if self._dataset.evaluation_is_held_out:
+            held_out = evaluated
+        elif counts := self._held_out_counts(stage):
+            iou = counts.iou(len(self._dataset.classes))
+            held_out = kept_stage.Score(float(np.nanmean(iou)), counts)
+        return kept_stage.ScoredStage(stage.kind, stage.round, evaluated, held_out)
+
+    def _evaluated_counts(self, stage: Stage, row: ResultRow) -> ImageCounts | None:
+        """Returns the pixel counts by image that a row was computed from; None if they are lost."""
+        counts = image_counts.read(stage.folder / image_counts.EVALUATED)
+        num_classes = len(self._dataset.classes)
+        if counts is None or not counts.are_of(_ids(self._dataset.evaluation), num_classes):
+            return None
+        # They may be of an evaluation by another protocol.
+        same = [None if np.isnan(v) else v for v in counts.iou(num_classes)] == list(row.iou)
+        return counts if same and self.results.is_of(row, counts.weights_hash) else None
+
+    def _held_out_counts(self, stage: Stage, weights_hash: str | None = None) -> ImageCounts | None:
+        """Returns the pixel counts of the images that weights are selected by; None if missing.
+
+        Args:
+            stage: the stage.
+            weights_hash: of the weights that the counts must be of; None for any.
+        """
+        counts = image_counts.read(stage.folder / image_counts.HELD_OUT)
+        num_classes = len(self._dataset.classes)
+        if counts is None or not counts.are_of(_ids(self._dataset.selection), num_classes):
+            return None
+        return counts if weights_hash in (None, counts.weights_hash) else None
+
+    def _ensure_held_out_counted(
+        self, stage: Stage, model: CompiledModel, variables: Variables
+    ) -> None:
+        """Evaluates a finished stage on the images that select weights, if they choose stages too.
+
+        Args:
+            stage, model: the stage and its network.
+            variables: its reported weights.
+        """
+        if not self._dataset.selection or self._config.rounds.keep != kept_stage.BEST_ON_HOLDOUT:
+            return
+        weights_hash = _weights_hash(variables)
+
+        def is_counted() -> bool:
+            return self._held_out_counts(stage, weights_hash) is not None
+
+        if not multihost.broadcast_from_main(f"hold-out of {stage.name} looked for", is_counted):
+            score = model.select(variables)
+            if multihost.is_main():
+                counts = ImageCounts(weights_hash, score.counts_by_image)
+                image_counts.write(stage.folder / image_counts.HELD_OUT, counts)
 
     def weights_step(self, stage: Stage) -> int:
         """The step of the reported weights of a stage that has ended."""
@@ -206,6 +274,7 @@ class StageEvaluator:
         step, score = evaluation.step, evaluation.score
         final = step == stage.steps
         protocol = self.protocol(model)
+        weights_hash = _weights_hash(evaluation.variables)
         domain = stages.batch_spec(self._config, stage.kind).domain
         norms = artifacts.norm_statistics(
             evaluation.variables, DOMAINS if domain == "both" else (domain,)
@@ -214,9 +283,11 @@ class StageEvaluator:
             # Before the row: a stage that has its row is not evaluated again.
             artifacts.write_evaluation(stage.folder, score, self._dataset, protocol.to_json())
             artifacts.write_norms(stage.folder, norms)
+            counts = ImageCounts(weights_hash, score.counts_by_image)
+            image_counts.write(stage.folder / image_counts.EVALUATED, counts)
         weights_step = self.weights_step(stage) if final else step
         row = ResultRow.of_score(stage.kind, stage.round, step, score, protocol, weights_step)
-        self.results.add(row, final, _weights_hash(evaluation.variables))
+        self.results.add(row, final, weights_hash)
         at_step = "" if final else f"step {step}: "
         logger.info(f"{at_step}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
         by_class = zip(self._dataset.classes, score.iou, strict=True)
@@ -226,6 +297,10 @@ class StageEvaluator:
         artifacts.write_summaries(writer, step, evaluation.images, norms)
         writer.close()
         return row
+
+
+def _ids(examples: Sequence[Example]) -> list[str]:
+    return [example.id for example in examples]
 
 
 def _weights_hash(variables: Variables) -> str:

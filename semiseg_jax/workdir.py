@@ -12,10 +12,13 @@
       row_hashes.json        a hash of each row, and of the weights that it is of
       report.html            the report
       .lock                  the process that uses the workdir; exists only meanwhile
-      model/                 the final weights with the weak norm only, and all that inference needs
+      model/                 the weights of the stage that `rounds.keep` chooses, with the weak
+                             norm only, and all that inference needs
       round_0/teacher/       the first stage; then round_1/student/ and so on, round_N/control/
         checkpoints/         train states with their hashes; metrics.jsonl and TensorBoard events
                              are beside the folder
+        image_counts.json    the pixels of each class in each evaluated image, for intervals over
+                             images; holdout_counts.json has those of held-out images
         pseudo_labels/       manifest.json, health.json and a label map per unlabelled image
         DONE                 marks a finished stage; written last, atomically; holds the hashes of
                              its weights and of its teacher's, with which they are compared
@@ -57,7 +60,11 @@ from semiseg_jax.stages import DONE
 # Keys that configs/default.py declared after the first workdirs were written, each with the value
 # that equals the behaviour of the older code. A config.json without the key has this value, and
 # `config_hash` omits the key at this value.
-ADDED_KEYS = {"rounds.teacher_from": "", "data.max_image_pixels": 2**28}
+ADDED_KEYS = {
+    "rounds.teacher_from": "",
+    "data.max_image_pixels": 2**28,
+    "rounds.keep": "last",
+}
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.
 _FORMS = {
@@ -266,6 +273,8 @@ RESUME_SAFE_KEYS = frozenset(
         "pseudo.batch",
         "pseudo.keep_confidence",
         "rounds.control",
+        # Read at the end of a run.
+        "rounds.keep",
         # Read only while the workdir has no teacher.
         "rounds.teacher_from",
     }

@@ -62,7 +62,7 @@ TRAINING = (
     *("data.prefetch", "data.threads", "eval.split", "eval.every", "eval.select"),
     *("model.pretrained", "model.norm_momentum", "model.dropout", "model.remat"),
     *("rounds.count", "rounds.student_pretrained", "rounds.student_init", "rounds.control"),
-    "rounds.teacher_from",
+    *("rounds.teacher_from", "rounds.keep"),
 )
 # Keys that say where images and masks are and what the values of masks mean. Predictions are class
 # ids; names and colours of the classes are in model.json.

@@ -44,7 +44,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.references, self.ids, self.tags, self.images = [], [], set(), {}
-        self.tables, self.text = {}, {}
+        self.tables, self.text, self.classes = {}, {}, set()
         self._open, self._section = [], ""
         self.feed(text)
         assert self._open == [], "unclosed tags"
@@ -52,6 +52,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.add(tag)
+        self.classes |= {attributes.get("class")}
         self.references += [
             attributes[k] for k in ("src", "href", "srcset", "data") if k in attributes
         ]
@@ -250,6 +251,34 @@ def test_missing_files_are_named(copied):
     assert "No results yet: no stage has finished." in page_lib.write(copied)
 
 
+def test_the_first_thing_on_the_page_is_what_was_kept(run, copied):
+    workdir, pages = run
+    kept = json.loads((workdir / "model/model.json").read_text())["kept"]
+    assert " on the 7 evaluation images (95 % interval over images: " in kept["sentence"]
+    assert kept["sentence"].endswith("): model/ has student 2 (rounds.keep = last).")
+    text = (workdir / page_lib.FILE).read_text()
+    assert re.search(r"<h1>.*</h1>\s*<p class=\"verdict\">(.*)</p>", text)[1] == kept["sentence"]
+    # Before the end of a run nothing is kept.
+    assert ["verdict" in page.classes for page in pages] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("change", ["older code", "fewer rounds", "not over", "no model"])
+def test_a_page_does_not_say_what_was_kept_before(copied, change):
+    path = copied / "model/model.json"
+    content = json.loads(path.read_text())
+    if change == "older code":
+        del content["kept"]
+    elif change == "fewer rounds":
+        content["kept"]["rounds"] = 1
+    path.write_text(json.dumps(content))
+    if change == "not over":
+        (copied / "round_2/control" / stages.DONE).unlink()
+    elif change == "no model":
+        shutil.rmtree(copied / "model")
+    page_lib.write(copied)
+    assert "verdict" not in Page((copied / page_lib.FILE).read_text()).classes
+
+
 def test_a_folder_without_a_run_raises(tmp_path):
     with raises_code("report-config-missing"):
         page_lib.write(tmp_path)
@@ -378,7 +407,7 @@ def write_mutant(path, rng):
 
 
 JSON_FILES = (
-    *("results.json", artifacts.RUN),
+    *("results.json", artifacts.RUN, "model/model.json"),
     *("round_2/student/" + name for name in (artifacts.EVALUATION, artifacts.NORMS)),
     *("round_0/teacher/" + name for name in (artifacts.EVALUATION, metric_writer.METRICS_FILE)),
     f"round_1/student/{artifacts.PSEUDO_GALLERY}.json",

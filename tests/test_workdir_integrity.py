@@ -43,6 +43,7 @@ READERS = {
         "results.json",
         "row_hashes.json",
         "round_*/*/DONE",
+        "round_*/*/*_counts.json",
         "round_*/*/best.safetensors",
         "round_*/*/checkpoints/*",
     ),

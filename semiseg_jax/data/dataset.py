@@ -65,6 +65,8 @@ class Dataset:
             mask, even if the data set provides one.
         evaluated_on: name of the evaluation set, such as "val"; "holdout" if it was held out from
             the training images.
+        evaluation_is_held_out: the evaluation images were held out from the training images
+            (`data.holdout`), because the user named none.
         selection: labelled images held out to select the weights of a stage; usually empty.
         pixels: number of pixels of the labelled and the unlabelled images, before any
             downscaling; 0 until `load.check` has counted them.
@@ -90,6 +92,7 @@ class Dataset:
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     record: DataRecord | None = None
     root: str = ""
+    evaluation_is_held_out: bool = False
 
     @property
     def unlabeled_ids(self) -> list[str]:

@@ -165,6 +165,7 @@ def _recorded_split(config: Any, layout: Layout, recorded: DataRecord) -> Datase
         unlabeled=examples("unlabeled"),
         evaluation=evaluation or examples("holdout"),
         evaluated_on=config.eval.split if evaluation else "holdout",
+        evaluation_is_held_out=not evaluation,
         selection=examples("selection"),
     )
 
@@ -181,6 +182,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
     """Splits the examples of a layout by lists or by the seeded draw."""
     data = config.data
     evaluation, evaluated_on = _given_evaluation(data, layout), config.eval.split
+    is_given = bool(evaluation)
     evaluation_paths: set[str] = set()
     if data.evaluation_list:
         # These may be training images, which are then neither labelled nor unlabelled.
@@ -230,6 +232,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
         unlabeled=tuple(dataclasses.replace(e, mask=None) for e in unlabeled),
         evaluation=evaluation,
         evaluated_on=evaluated_on,
+        evaluation_is_held_out=not is_given,
         selection=selection,
     )
 

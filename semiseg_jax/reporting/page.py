@@ -62,6 +62,7 @@ def write(workdir: epath.PathLike) -> list[str]:
     )
     page = environment.get_template(FILE).render(
         title=run.workdir.resolve().name,
+        verdict=run.verdict,
         done=done,
         waiting=[stage.name for stage in run.stages if not stage.done],
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

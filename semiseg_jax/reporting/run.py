@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from semiseg_jax import results, stages
+from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data import image_io
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.reporting import artifacts
@@ -16,6 +17,7 @@ from semiseg_jax.reporting.markup import colour_code
 from semiseg_jax.results import ResultRow
 from semiseg_jax.runtime import fileio, json_forms, metric_writer
 from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.serving import model_bundle
 
 # What a report reads of config.json; the rest is printed.
 _STREAM = json_forms.list_of(json_forms.is_text)
@@ -35,6 +37,8 @@ _CONFIG_FORM = json_forms.record(
         ),
     }
 )
+# What a report reads of model.json; the entry is missing in those of older code.
+_MODEL_FORM = json_forms.record({"kept": kept_stage.FORM})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Run:
         about: content of run.json; None if missing.
         rows, curve: content of results.json: rows at the end of stages and within them.
         stages: all stages of the config, finished or not.
+        kept: entry "kept" of model.json, see `KeptStage`; None if missing.
     """
 
     workdir: epath.Path
@@ -119,6 +124,15 @@ class Run:
     rows: list[ResultRow]
     curve: list[ResultRow]
     stages: list[StageReport]
+    kept: Any = None
+
+    @property
+    def verdict(self) -> str:
+        """The sentence on the kept stage and the gain over the control; "" before the run's end."""
+        is_over = all(stage.done for stage in self.stages)
+        # In a run that was extended, model/ may still be that of fewer rounds.
+        is_current = self.kept and self.kept["rounds"] == self.config["rounds"]["count"]
+        return self.kept["sentence"] if is_over and is_current else ""
 
     @property
     def scored(self) -> list[StageReport]:
@@ -193,7 +207,9 @@ def read(workdir: epath.PathLike) -> Run:
     scores = _read_results(workdir)
     about = artifacts.read_run(workdir)
     stage_reports = list(_read_stages(workdir, config))
-    return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports)
+    model = fileio.read_json(workdir / model_bundle.FOLDER / model_bundle.DESCRIPTION, _MODEL_FORM)
+    kept = model and model["kept"]
+    return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports, kept)
 
 
 def _read_results(workdir: epath.Path) -> dict[str, list[ResultRow]]:

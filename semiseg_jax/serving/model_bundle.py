@@ -131,6 +131,7 @@ def describe(
     evaluated_sizes: Collection[Size] = (),
     downscale: int = 1,
     initial_weights: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of model.json, from which `load` builds the network.
 
@@ -144,6 +145,8 @@ def describe(
         downscale: `config.data.downscale`.
         initial_weights: that the network started from, see `published_weights.describe`; None for
             random ones. A model.json of older code has no such key.
+        kept: which stage the weights are of and why, the fields of `KeptStage`; None if that is
+            not known. A model.json of older code has no such key.
     """
     pad_to = row.protocol.pad_to
     is_exact = pad_to == 1 and has_few_sizes(evaluated_sizes)
@@ -169,6 +172,7 @@ def describe(
         },
         "trained_on": dict(trained_on),
         "pretrained": initial_weights and dict(initial_weights),
+        "kept": kept and dict(kept),
         "miou": row.miou,
         "iou": list(row.iou),
         "protocol": row.protocol.to_json(),
