@@ -44,6 +44,13 @@ def is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high and math.isfinite(value)
 
 
+def is_finite(value: Any) -> bool:
+    """Returns False for an infinite or NaN float, also inside a tuple; True for other values."""
+    if isinstance(value, tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def integer(low: int, high: int) -> Rule:
     """Accepts the integers from `low` to `high`."""
     return lambda v: is_integer(v, low, high), f"at least {low} and at most {high}, an integer"
