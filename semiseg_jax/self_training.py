@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from semiseg_jax import (
     checkpoints,
+    config_check,
     optim,
     pseudo_label_stats,
     stages,
@@ -36,7 +37,7 @@ from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_labeled
 from semiseg_jax.reporting import artifacts, page
 from semiseg_jax.results import ResultRow, Results, print_table
-from semiseg_jax.runtime import fileio, metric_writer, multihost
+from semiseg_jax.runtime import fileio, metric_writer, multihost, paths
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
 from semiseg_jax.serving import model_bundle
@@ -59,6 +60,10 @@ def run(config: Any, workdir: epath.PathLike) -> Results:
         UserError: bad data or config, or a workdir of another config or of other data, or in use.
         Preempted: the run was asked to stop; the same call goes on.
     """
+    # The commands have done both before they connect processes; a program that calls this has not.
+    config = config.copy_and_resolve_references()
+    paths.expand_home_in_config(config)
+    config_check.check(config)
     with workdir_lib.locked(workdir):
         training = open_run(config, epath.Path(workdir))
         first, *later = training.stages

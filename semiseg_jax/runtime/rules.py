@@ -26,6 +26,22 @@ def one_of(*choices: str) -> Rule:
     return lambda v: isinstance(v, str) and v in choices, f"one of {', '.join(choices)}"
 
 
+def key_of(entries: Mapping[str, Any], *others: str) -> Rule:
+    """Accepts the keys of a dict, also those that are added to it later, and other strings."""
+    return (
+        lambda v: isinstance(v, str) and (v in entries or v in others),
+        f"one of {', '.join((*others, *entries))}",
+    )
+
+
+def keys_of(entries: Mapping[str, Any]) -> Rule:
+    """Accepts tuples of distinct keys of a dict, also of those that are added to it later."""
+    return (
+        lambda v: isinstance(v, tuple) and len(set(v)) == len(v) and set(v) <= entries.keys(),
+        f"a tuple of distinct names out of {', '.join(entries)}",
+    )
+
+
 def all_of(*choices: str) -> Rule:
     """Accepts tuples of distinct strings out of the given ones."""
     return (
