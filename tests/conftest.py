@@ -193,7 +193,7 @@ def without_report(monkeypatch):
 def one_device(monkeypatch):
     """Runs take one device, for which programs compile fastest."""
     make = mesh.make_mesh
-    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+    monkeypatch.setattr(mesh, "make_mesh", lambda devices=None: make(jax.devices()[:1]))
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ class TrainedModel:
 
     Attributes:
         bundle: the network, its weights and their description.
+        variables: the weights, on the devices.
         config: the settings of inference; those of the evaluation unless others were given.
         mesh: the images of a batch are split over it.
     """
@@ -79,7 +80,7 @@ class TrainedModel:
             window=config.window,
             window_stride=config.window_stride,
         )
-        self._variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
+        self.variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
         self._assign_classes = jax.jit(assign_classes)
         # (height, width) of all images so far, downscaled, and of those that were not padded.
         self._sizes: set[Size] = set()
@@ -166,7 +167,7 @@ class TrainedModel:
             images: RGB, downscaled and padded; n is a multiple of the number of devices.
         """
         on_devices = mesh_lib.shard_batch({"image": images}, self.mesh)["image"]
-        return self._predictor(self._variables, on_devices)
+        return self._predictor(self.variables, on_devices)
 
     def _predict(self, images: Any, finish: _Finish, tail: tuple[int, ...], dtype: Any) -> Any:
         """Predicts images in any form that `predict` accepts.
