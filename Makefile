@@ -21,7 +21,7 @@ ARGS ?=
 # Without bytecode each of the tests' processes would compile the package's source again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test test-slow test-tpu check bench clean
+.PHONY: help setup quickstart test test-slow test-tpu check bench notebook clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,10 @@ check: setup ## check lint, types, layers, shell scripts
 
 bench: setup ## make bench NAME=train_step: measure speed beside other libraries
 	$(RUN) benchmarks/$(NAME).py $(ARGS)
+
+notebook: setup ## execute docs/library.ipynb and store its outputs, after a change of it
+	rm -rf runs/library
+	$(RUN) -m tests.notebook
 
 clean: ## remove the environment and caches
 	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,6 @@
 """The constraints of config keys, checked before a run starts, and the run's name."""
 
 import difflib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ RULES: dict[str, Rule] = {
     "sda.replace": BOOL,
     "sda.magnitude": rules.one_of("uniform", "released"),
     "sda.before_geometry": BOOL,
-    "sda.ops": rules.all_of(*OPS),
+    "sda.ops": rules.keys_of(OPS),
     **{f"model.{key}": rule for key, rule in deeplab.RULES.items()},
     "model.pretrained": _WEIGHTS,
     "loss.unlabeled": rules.one_of("scl", "scl_official", "sce", "ce"),
@@ -189,7 +188,7 @@ RULES: dict[str, Rule] = {
     "eval.every": _INTERVAL_OR_0,
     "eval.select": rules.one_of(*SELECTIONS),
     "rounds.count": rules.integer(0, _MAX_ROUNDS),
-    "rounds.student_model": rules.one_of("", *BACKBONES),
+    "rounds.student_model": rules.key_of(BACKBONES, ""),
     "rounds.student_pretrained": _WEIGHTS,
     "rounds.student_init": rules.one_of("teacher", "scratch"),
     "rounds.control": BOOL,
@@ -225,7 +224,7 @@ def check(config: Any) -> None:
             code="sda-ops-too-few",
         )
     for name in ("eval", "pseudo"):
-        check_window(f"{name}.", config[name].window, config[name].window_stride)
+        inference.check_window(f"{name}.", config[name].window, config[name].window_stride)
     if config.eval.select != "last" and not config.eval.every:
         raise UserError(
             f"eval.select is {config.eval.select} and eval.every 0: say how many steps lie between "
@@ -254,7 +253,7 @@ def _check_values(flat: dict[str, Any]) -> None:
                 f"{key} is None: give it a value, {config_files.default_path()} has the usual one.",
                 code="config-value-none",
             )
-        if not is_finite(value):
+        if not rules.is_finite(value):
             raise UserError(
                 f"{key} is {value!r}: make it finite.",
                 code="config-value-not-finite",
@@ -277,38 +276,6 @@ def _check_values(flat: dict[str, Any]) -> None:
                 f"{key} is {rules.shortened(value)}: make it {accepted}{hint}.",
                 code="config-value-invalid",
             )
-
-
-def is_finite(value: Any) -> bool:
-    """Returns False for an infinite or NaN float, also inside a tuple; True for other values."""
-    if isinstance(value, tuple):
-        return all(map(is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def check_window(prefix: str, window: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """Checks that a window has a stride, and that no pixels lie between windows.
-
-    Args:
-        prefix: prefix of the keys in the error message, such as "eval.".
-        window: (height, width) in pixels, or ().
-        stride: (down, across) in pixels, or ().
-
-    Raises:
-        UserError: naming the keys.
-    """
-    if bool(window) != bool(stride):
-        raise UserError(
-            f"{prefix}window is {window!r} and {prefix}window_stride {stride!r}: give both, or "
-            "none.",
-            code="window-or-stride-missing",
-        )
-    if any(step > side for step, side in zip(stride, window, strict=True)):
-        raise UserError(
-            f"{prefix}window_stride {stride!r} is longer than {prefix}window {window!r}: pixels "
-            "would lie between the windows; make it shorter.",
-            code="window-stride-too-long",
-        )
 
 
 def _check_weights(config: Any) -> None:

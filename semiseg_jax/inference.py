@@ -19,6 +19,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.deeplab import normalize
 from semiseg_jax.models.layers import resize
 from semiseg_jax.runtime import preemption, rules
+from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.train_state import Variables
 
 # The smallest and largest scale, and the largest side of a window in pixels, batch, and padding.
@@ -53,6 +54,31 @@ RULES: dict[str, rules.Rule] = {
     "batch": rules.integer(1, _MAX_BATCH),
     "pad_to": rules.integer(1, _MAX_PAD_TO),
 }
+
+
+def check_window(prefix: str, window: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Checks that a window has a stride, and that no pixels lie between windows.
+
+    Args:
+        prefix: prefix of the keys in the error message, such as "eval.".
+        window: (height, width) in pixels, or ().
+        stride: (down, across) in pixels, or ().
+
+    Raises:
+        UserError: naming the keys.
+    """
+    if bool(window) != bool(stride):
+        raise UserError(
+            f"{prefix}window is {window!r} and {prefix}window_stride {stride!r}: give both, or "
+            "none.",
+            code="window-or-stride-missing",
+        )
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise UserError(
+            f"{prefix}window_stride {stride!r} is longer than {prefix}window {window!r}: pixels "
+            "would lie between the windows; make it shorter.",
+            code="window-stride-too-long",
+        )
 
 
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:

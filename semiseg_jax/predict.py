@@ -86,13 +86,15 @@ def _parse_changes() -> dict[str, Any]:
     Raises:
         UserError: a flag has an invalid value.
     """
-    from semiseg_jax import config_check
-    from semiseg_jax.runtime import rules
     from semiseg_jax.runtime.errors import UserError
+    from semiseg_jax.serving import model_bundle
 
     changes: dict[str, Any] = {
         name: flag.value
-        for name, flag in (("flip", _FLIP), ("pad_to", _PAD_TO), ("batch", _BATCH))
+        for name, flag in (
+            *(("flip", _FLIP), ("pad_to", _PAD_TO), ("batch", _BATCH)),
+            ("max_pixels", _MAX_PIXELS),
+        )
         if flag.value is not None
     }
     try:
@@ -107,31 +109,7 @@ def _parse_changes() -> dict[str, Any]:
             f"{error}.",
             code="flag-numbers-malformed",
         ) from error
-    for name, value in changes.items():
-        rule = config_check.RULES[f"eval.{name}"]
-        if not config_check.is_finite(value):
-            raise UserError(
-                f"--{name} is {value!r}: make it finite.",
-                code="flag-value-not-finite",
-            )
-        if not rules.accepts(rule, value):
-            raise UserError(
-                f"--{name} is {rules.shortened(value)}: make it {rule[1]}.",
-                code="flag-value-invalid",
-            )
-    if ("window" in changes) != ("window_stride" in changes):
-        raise UserError(
-            "--window and --window_stride go together: give both, or none.",
-            code="window-flag-missing",
-        )
-    config_check.check_window("--", changes.get("window", ()), changes.get("window_stride", ()))
-    if _MAX_PIXELS.value is not None:
-        if _MAX_PIXELS.value < 1:
-            raise UserError(
-                f"--max_pixels is {_MAX_PIXELS.value}: make it at least 1.",
-                code="max-pixels-invalid",
-            )
-        changes["max_pixels"] = _MAX_PIXELS.value
+    model_bundle.check_settings(changes, "--")
     return changes
 
 

@@ -344,6 +344,88 @@ def restrict_to_labeled(dataset: Dataset, folder: epath.Path) -> Dataset:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class PseudoLabel:
+    """The pseudo-label of an image.
+
+    Attributes:
+        id: of the image.
+        classes: class ids; IGNORE where the confidence is below `pseudo.min_confidence`.
+        mean_confidence: mean over the pixels of the teacher's largest class probability, in 0..1.
+        confidence: this probability of each pixel, rounded to multiples of 1/255; None in a run
+            without `pseudo.keep_confidence`.
+    """
+
+    id: str
+    classes: UInt8[np.ndarray, "h w"]
+    mean_confidence: float
+    confidence: Float[np.ndarray, "h w"] | None
+
+
+class PseudoLabels(Mapping[str, PseudoLabel]):
+    """The pseudo-labels that one teacher gave, by id of the image; each is read when it is used.
+
+    Attributes:
+        folder: of the label maps.
+        manifest: see `Labeler.__call__`.
+    """
+
+    def __init__(self, folder: epath.Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+
+    def __len__(self) -> int:
+        return len(self.manifest["images"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest["images"])
+
+    def __getitem__(self, image_id: str) -> PseudoLabel:
+        """Reads the pseudo-label of an image.
+
+        Raises:
+            KeyError: there is no image of this id.
+            UserError: its label map is missing or damaged, or was changed.
+        """
+        mean_confidence = self.manifest["images"][image_id]["mean_confidence"]
+        # A run writes class ids and IGNORE, however many classes there are.
+        table = image_io.id_table(image_io.IGNORE)
+        classes = label_maps.read(self.folder / f"{image_id}.png", image_id, table)
+        confidence = None
+        path = self.folder.parent / CONFIDENCE / f"{image_id}.png"
+        if path.exists():
+            levels, _ = image_io.read_png(path)
+            confidence = levels.astype(np.float32) / 255
+        return PseudoLabel(image_id, classes, mean_confidence, confidence)
+
+    @property
+    def mean_confidences(self) -> dict[str, float]:
+        """The mean confidence of each image, in 0..1, by id; no label map is read for it."""
+        images = self.manifest["images"]
+        return {image_id: entry["mean_confidence"] for image_id, entry in images.items()}
+
+
+def read(folder: epath.PathLike) -> PseudoLabels:
+    """Opens the pseudo-labels of a round.
+
+    Args:
+        folder: of the label maps, such as runs/streets/round_0/teacher/pseudo_labels for those that
+            the student of round 1 is trained on.
+
+    Raises:
+        UserError: the folder has no manifest, or a damaged one.
+    """
+    folder = epath.Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"{folder / MANIFEST} is missing or damaged: give the folder {PSEUDO_LABELS} of a "
+            "stage, or start the run's command again to make it anew.",
+            code="pseudo-labels-missing",
+        )
+    return PseudoLabels(folder, manifest)
+
+
 def read_manifest(folder: epath.Path) -> Manifest | None:
     """Returns the manifest of a folder; None if it is missing, damaged or of another form.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from rich import box
@@ -13,12 +13,15 @@ from rich.table import Table
 
 from semiseg_jax import metrics
 from semiseg_jax.eval_protocol import EvalProtocol
-from semiseg_jax.evaluate import Score
 from semiseg_jax.runtime import hashes, json_forms, multihost
 from semiseg_jax.runtime.errors import UserError, read_error
 from semiseg_jax.runtime.fileio import parse_json, read_text, write_bytes
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.stages import KINDS, stage_name
+
+if TYPE_CHECKING:
+    # It imports TensorFlow, which the user of a trained model does not need.
+    import semiseg_jax.evaluate
 
 # The form of each field of a row in results.json.
 _FORMS: Mapping[str, json_forms.Form] = {
@@ -75,7 +78,7 @@ class ResultRow:
         stage: str,
         round_: int,
         step: int,
-        score: Score,
+        score: "semiseg_jax.evaluate.Score",
         protocol: EvalProtocol,
         weights_step: int | None = None,
     ) -> "ResultRow":

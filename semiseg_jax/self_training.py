@@ -22,6 +22,7 @@ from rich.table import Column, Table
 
 from semiseg_jax import (
     checkpoints,
+    config_check,
     fitted_settings,
     optim,
     pseudo_label_stats,
@@ -41,7 +42,7 @@ from semiseg_jax.pseudo_labels import CONFIDENCE, PSEUDO_LABELS, restrict_to_lab
 from semiseg_jax.reporting import artifacts, page
 from semiseg_jax.results import ResultRow, Results, print_table
 from semiseg_jax.run_observer import RunObserver
-from semiseg_jax.runtime import fileio, metric_writer, multihost
+from semiseg_jax.runtime import fileio, metric_writer, multihost, paths
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
 from semiseg_jax.serving import model_bundle
@@ -72,6 +73,10 @@ def run(
         UserError: bad data or config, or a workdir of another config or of other data, or in use.
         Preempted: the run was asked to stop; the same call goes on.
     """
+    # The commands have done both before they connect processes; a program that calls this has not.
+    config = config.copy_and_resolve_references()
+    paths.expand_home_in_config(config)
+    config_check.check(config)
     with workdir_lib.locked(workdir):
         given = fitted_settings.restore(workdir, config)
         chosen = size_settings.choose(given)

@@ -148,7 +148,7 @@ def shared_programs():
         train_state,
         workdir,
     )
-    from semiseg_jax.serving import prediction_writer
+    from semiseg_jax.serving import trained_model
 
     programs = {}
 
@@ -176,7 +176,7 @@ def shared_programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_training, "CompiledModel", SharingModel)
         patch.setattr(train_state, "variable_shapes", functools.cache(train_state.variable_shapes))
-        for module in (evaluate, pseudo_labels, prediction_writer):
+        for module in (evaluate, pseudo_labels, trained_model):
             patch.setattr(module, "Predictor", predictor)
         yield
 
@@ -193,7 +193,7 @@ def without_report(monkeypatch):
 def one_device(monkeypatch):
     """Runs take one device, for which programs compile fastest."""
     make = mesh.make_mesh
-    monkeypatch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+    monkeypatch.setattr(mesh, "make_mesh", lambda devices=None: make(jax.devices()[:1]))
 
 
 @pytest.fixture

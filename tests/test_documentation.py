@@ -19,6 +19,7 @@ from configs import default
 from semiseg_jax.data import load, sda
 from semiseg_jax.experiments import paper_tables
 from semiseg_jax.models import deeplab
+from semiseg_jax.runtime import malloc, xla
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -120,10 +121,30 @@ def test_commands_have_programs_flags_and_configs_that_there_are(page):
         check_command(line)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p, "python")], ids=name)
-def test_snippets_run(page, tmp_path, monkeypatch):
+# Their blocks train a network.
+SLOW_PAGES = ("library",)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW_PAGES))
+        for page in PAGES
+        if code_blocks(page, "python")
+    ],
+    ids=name,
+)
+def test_snippets_run(page, tmp_path, monkeypatch, one_device, without_report):
     """The Python blocks of a page, one after the other, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
+    # Settings of the process, which has other tests to run.
+    for module, setting in (
+        (malloc, "disable_malloc_trim"),
+        (xla, "force_cpu"),
+        (xla, "enable_compilation_cache"),
+    ):
+        monkeypatch.setattr(module, setting, lambda *_: None)
     scope = {"__name__": "__snippet__"}
     with contextlib.ExitStack() as undone:
         # What a block adds there is gone for the other tests.

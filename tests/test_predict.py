@@ -23,6 +23,7 @@ from semiseg_jax.models import deeplab
 from semiseg_jax.runtime import preemption
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.serving import inputs, model_bundle, prediction_writer, tiling
+from semiseg_jax.serving.trained_model import TrainedModel
 from tests import mains
 from tests.conftest import tiny_config
 from tests.errors import raises_code
@@ -174,6 +175,40 @@ def test_an_evaluated_size_is_never_padded(few, tmp_path, monkeypatch):
     before, after = read_maps(tmp_path / "before"), read_maps(tmp_path / "after")
     np.testing.assert_array_equal(after["3.png"], before["3.png"])
     assert [after[f"new{i}.png"].shape for i in range(9)] == MANY
+
+
+@pytest.mark.parametrize("sizes", ["few", "many"])
+def test_arrays_are_predicted_as_their_files(sizes, request, tmp_path, monkeypatch):
+    config, workdir = request.getfixturevalue(sizes)
+    images = os.path.join(config.data.root, "images", "val")
+    predict(monkeypatch, *flags(workdir, images, tmp_path), "--probabilities", "--nooverlays")
+    files = read_maps(tmp_path)
+    arrays = [np.asarray(Image.open(os.path.join(images, name))) for name in files]
+    # As a copy of model/ alone.
+    model = TrainedModel.load(workdir / "model", devices=jax.devices()[:1])
+    shares = model.predict_probabilities(arrays)
+    for name, classes, share in zip(files, model.predict(arrays), shares, strict=True):
+        np.testing.assert_array_equal(classes, files[name], err_msg=name)
+        npz = tmp_path / "probabilities" / f"{name[:-4]}.npz"
+        np.testing.assert_array_equal(np.round(255 * share), np.load(npz)["probabilities"])
+
+
+def test_arrays_are_predicted_as_their_files_by_a_downscaled_network_in_tiles(pointwise, tmp_path):
+    bundle = dataclasses.replace(pointwise, downscale=2)
+    devices = one_device_mesh()
+    config = dataclasses.replace(model_bundle.evaluation_config(bundle, 1), max_pixels=900)
+    pixels = {"large": (71, 130, 3), "small": (41, 37, 3)}
+    rng = np.random.default_rng(5)
+    pixels = {k: rng.integers(0, 256, shape).astype(np.uint8) for k, shape in pixels.items()}
+    for name, image in pixels.items():
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    writer = prediction_writer.PredictionWriter(bundle, config, devices, tmp_path / "out")
+    assert writer([load.Example(n, str(tmp_path / f"{n}.png"), None) for n in pixels]) == {}
+    files = read_maps(tmp_path / "out")
+    for name, classes in zip(
+        pixels, TrainedModel(bundle, config, devices).predict(list(pixels.values())), strict=True
+    ):
+        np.testing.assert_array_equal(classes, files[f"{name}.png"])
 
 
 @pytest.fixture

@@ -60,6 +60,35 @@ def test_a_confidence_map_contains_the_confidence_of_each_pixel(label, tmp_path)
         assert entry["mean_confidence"] == pytest.approx(0.6, rel=1e-5)
 
 
+def test_pseudo_labels_are_read_with_their_ids_and_confidences(label, config_of_pairs, tmp_path):
+    manifest = label()
+    labels = pseudo_labels.read(tmp_path / "labels" / "maps")
+    assert list(labels) == list(manifest["images"]) and len(labels) == 8
+    assert set(labels) == {e.id for e in load.load_dataset(config_of_pairs).unlabeled}
+    for name, read in labels.items():
+        assert read.id == name and list(read.classes.shape) == manifest["images"][name]["size"]
+        assert read.classes.dtype == np.uint8 and np.all(read.classes == 1)
+        assert read.mean_confidence == labels.mean_confidences[name]
+        assert read.mean_confidence == pytest.approx(0.6, rel=1e-5)
+        assert read.confidence.shape == read.classes.shape
+        np.testing.assert_allclose(read.confidence, 0.6, atol=1 / 255)
+    with pytest.raises(KeyError):
+        labels["no image"]
+    # Without pseudo.keep_confidence.
+    for path in (tmp_path / "labels" / "pseudo_confidence").rglob("*.png"):
+        path.unlink()
+    assert labels[min(labels)].confidence is None
+    # A label map of another image is not taken for this one.
+    first, second = sorted(labels)[:2]
+    maps = tmp_path / "labels" / "maps"
+    (maps / f"{first}.png").write_bytes((maps / f"{second}.png").read_bytes())
+    with raises_code("label-map-changed", first):
+        labels[first]
+    for folder in (tmp_path, tmp_path / "missing"):
+        with raises_code("pseudo-labels-missing", "manifest.json is missing or damaged"):
+            pseudo_labels.read(folder)
+
+
 def test_a_label_map_is_written_after_its_confidence_map(label, tmp_path, monkeypatch):
     """Otherwise the next call would skip the image."""
     write = fileio.write_bytes

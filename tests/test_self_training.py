@@ -21,7 +21,7 @@ from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, evaluate, mesh, self_training, train
+from semiseg_jax import checkpoints, config_check, evaluate, mesh, self_training, train
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import image_io, load
@@ -270,6 +270,19 @@ def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(conf
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_that_no_command_has_checked_is_refused(config, tmp_path, monkeypatch):
+    config.train.steps = 0
+    with raises_code("config-value-invalid", "train.steps is 0"):
+        self_training.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # A path with the home folder is that of the command line.
+    config.train.steps, config.data.root = 4, "~/nowhere"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with raises_code("data-folder-missing", f"{tmp_path}/nowhere"):
+        self_training.run(config, tmp_path / "run")
+    assert config.data.root == "~/nowhere"
+
+
 def test_batches_that_do_not_divide_are_refused_before_anything_is_trained(config, tmp_path):
     config.train.batch_labeled = 3
     with raises_code("batch-not-divisible", "train.batch_labeled is 3", "2 devices"):
@@ -304,7 +317,11 @@ def test_pseudo_labels_of_another_teacher_are_refused(config, whole, tmp_path):
         self_training.run(config, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
+    config, tmp_path, monkeypatch
+):
+    # Which the check of the config would refuse.
+    monkeypatch.setattr(config_check, "check", lambda config: None)
     config.optim.teacher.learning_rate = 1e30
     config.train.checkpoint_every = 1
     with raises_code("loss-not-finite", "teacher", "(images 0"):

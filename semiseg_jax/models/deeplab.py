@@ -53,7 +53,7 @@ _EPSILON: rules.Rule = (lambda v: rules.is_number(v, 1e-30, 1000), "at most 1000
 # By key of `config.model`: the values it accepts; `check_multi_grid` has the constraint between
 # keys. `resolve` gives the keys a value that may be open, None or "auto".
 RULES: dict[str, rules.Rule] = {
-    "backbone": rules.one_of(*BACKBONES),
+    "backbone": rules.key_of(BACKBONES),
     "head": rules.one_of(*HEADS),
     "pretrained": rules.TEXT,
     "output_stride": (lambda v: type(v) is int and v in (8, 16, 32), "8, 16 or 32"),

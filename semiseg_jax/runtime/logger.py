@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 
@@ -48,7 +49,13 @@ def capture_lines() -> Iterator[list[str]]:
 
 
 class RunConsole(Console):
-    """A console whose closed pipe does not end the process, as a run saves its work before."""
+    """A console whose closed pipe does not end the process, as a run saves its work before.
+
+    In a notebook it prints text: rich would make an HTML block of each line.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(force_jupyter=False, **settings)
 
     def on_broken_pipe(self) -> None:
         """Discards what is printed from now on; rich would exit."""

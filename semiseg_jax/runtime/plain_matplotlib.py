@@ -7,16 +7,25 @@ which imports Matplotlib too, is imported after this module.
 """
 
 import contextlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 _backend = os.environ.pop("MPLBACKEND", None)
+_is_first = "matplotlib" not in sys.modules
 try:
     import matplotlib
     from matplotlib import figure, font_manager, ft2font
 finally:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
+if _backend is not None and _is_first:
+    # The backend with which a notebook shows its own pictures, unless it is not installed here.
+    with contextlib.suppress(ValueError, ImportError):
+        _module = _backend.removeprefix("module://")
+        if _module == _backend or importlib.util.find_spec(_module):
+            matplotlib.rcParams["backend"] = _backend
 
 __all__ = ["default_style", "figure", "font_manager", "ft2font", "matplotlib"]
 

@@ -26,6 +26,22 @@ def one_of(*choices: str) -> Rule:
     return lambda v: isinstance(v, str) and v in choices, f"one of {', '.join(choices)}"
 
 
+def key_of(entries: Mapping[str, Any], *others: str) -> Rule:
+    """Accepts the keys of a dict, also those that are added to it later, and other strings."""
+    return (
+        lambda v: isinstance(v, str) and (v in entries or v in others),
+        f"one of {', '.join((*others, *entries))}",
+    )
+
+
+def keys_of(entries: Mapping[str, Any]) -> Rule:
+    """Accepts tuples of distinct keys of a dict, also of those that are added to it later."""
+    return (
+        lambda v: isinstance(v, tuple) and len(set(v)) == len(v) and set(v) <= entries.keys(),
+        f"a tuple of distinct names out of {', '.join(entries)}",
+    )
+
+
 def all_of(*choices: str) -> Rule:
     """Accepts tuples of distinct strings out of the given ones."""
     return (
@@ -42,6 +58,13 @@ def is_integer(value: Any, low: int, high: int) -> bool:
 def is_number(value: Any, low: float, high: float) -> bool:
     """Returns whether a value is a finite int or float, not a bool, with low <= value <= high."""
     return type(value) in (int, float) and low <= value <= high and math.isfinite(value)
+
+
+def is_finite(value: Any) -> bool:
+    """Returns False for an infinite or NaN float, also inside a tuple; True for other values."""
+    if isinstance(value, tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def integer(low: int, high: int) -> Rule:

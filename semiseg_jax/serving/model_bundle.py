@@ -185,13 +185,16 @@ def load(workdir: epath.PathLike) -> ModelBundle:
     """Loads the model of a finished run.
 
     Args:
-        workdir: folder of the run, or any other folder with a copy of its model/.
+        workdir: folder of the run, or any other folder with a copy of its model/, or that model/
+            itself.
 
     Raises:
         UserError: the run has not finished, or its model/ is damaged, of another version, or
             inconsistent.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = epath.Path(workdir)
+    if not (folder / DESCRIPTION).is_file():
+        folder = folder / FOLDER
     for name in (WEIGHTS, DESCRIPTION):
         if not (folder / name).is_file():
             raise UserError(
@@ -374,6 +377,44 @@ class InferenceConfig:
     pad_to: int | None
     batch: int
     max_pixels: int
+
+
+# By field of InferenceConfig: the values that a user may give.
+_SETTINGS: dict[str, Rule] = {**inference.RULES, "max_pixels": rules.integer(1, 2**62)}
+
+
+def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Checks fields of `InferenceConfig` that a user gives.
+
+    Args:
+        settings: the values by name of the field.
+        prefix: of the names in the error message, such as "--".
+
+    Raises:
+        UserError: a field is unknown, or a value is not accepted.
+    """
+    for name, value in settings.items():
+        if name not in _SETTINGS:
+            raise UserError(
+                f"{prefix}{name} is no setting of inference: there are {', '.join(_SETTINGS)}.",
+                code="inference-setting-unknown",
+            )
+        if not rules.is_finite(value):
+            raise UserError(
+                f"{prefix}{name} is {value!r}: make it finite.",
+                code="flag-value-not-finite",
+            )
+        if not rules.accepts(_SETTINGS[name], value):
+            raise UserError(
+                f"{prefix}{name} is {rules.shortened(value)}: make it {_SETTINGS[name][1]}.",
+                code="flag-value-invalid",
+            )
+    if ("window" in settings) != ("window_stride" in settings):
+        raise UserError(
+            f"{prefix}window and {prefix}window_stride go together: give both, or none.",
+            code="window-flag-missing",
+        )
+    inference.check_window(prefix, settings.get("window", ()), settings.get("window_stride", ()))
 
 
 def evaluation_config(bundle: ModelBundle, num_devices: int) -> InferenceConfig:

@@ -12,7 +12,6 @@ the image, also where the network predicts a downscaled copy of it (`config.data
 import dataclasses
 import functools
 import io
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -25,17 +24,17 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import workdir
 from semiseg_jax.data import image_io, input_pipeline, visualize
 from semiseg_jax.data.dataset import Dataset, Example, check_name
 from semiseg_jax.data.input_pipeline import ImageBatch
 from semiseg_jax.data.sources.downscale import shrink_image, shrunk
-from semiseg_jax.inference import Predictor, pipelined_map
+from semiseg_jax.inference import pipelined_map
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.serving import downscaling, model_bundle, output_folder, tiling
 from semiseg_jax.serving.model_bundle import ModelBundle
+from semiseg_jax.serving.trained_model import TrainedModel, assign_classes
 from semiseg_jax.shape_buckets import ShapeBuckets, Size
 
 
@@ -54,23 +53,6 @@ class _LargeImage:
     image: visualize.Picture
     classes: UInt8[np.ndarray, "h w"]
     levels: UInt8[np.ndarray, "h w classes"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _TileBatch:
-    """A batch of tiles of one large image; a batch that is not full ends with empty tiles.
-
-    Attributes:
-        source: the large image.
-        image: RGB of the tiles, padded.
-        tiles: (vertical, horizontal) position of each tile.
-        is_last: whether the other tiles of the image are in earlier batches.
-    """
-
-    source: _LargeImage
-    image: UInt8[np.ndarray, "n th tw 3"]
-    tiles: Sequence[tuple[tiling.Tile1D, ...]]
-    is_last: bool
 
 
 class PredictionWriter:
@@ -103,15 +85,7 @@ class PredictionWriter:
         self._probabilities = probabilities
         # The hash of each file that predictions wrote, by its path in the output folder.
         self._written: dict[str, str | None] = {}
-        self._predictor = Predictor(
-            bundle.model,
-            mesh,
-            protocol.scales,
-            protocol.flip,
-            window=protocol.window,
-            window_stride=protocol.window_stride,
-        )
-        self._variables = jax.device_put(bundle.variables, mesh_lib.replicated(mesh))
+        self._model = TrainedModel(bundle, protocol, mesh)
         # (height, width) of the images by id, before downscaling; of the present call.
         self._file_sizes: dict[str, Size] = {}
         self._quantize = jax.jit(self._quantize_outputs)
@@ -166,8 +140,8 @@ class PredictionWriter:
         for batch in pipelined_map(batches, self._dispatch, self._write_batch):
             progress(len(batch.ids))
         tile_batches = self._tile_batches(large, buckets, on_read_error)
-        for tile_batch in pipelined_map(tile_batches, self._dispatch, self._write_tiles):
-            progress(int(tile_batch.is_last))
+        for _, tiles in pipelined_map(tile_batches, self._dispatch_tiles, self._write_tiles):
+            progress(int(tiles.is_last))
         # Sorted, because the reading threads report errors in any order.
         errors = dict(sorted(errors.items()))
         outcome = {"ended": True, "images": len(examples) - len(errors), "broken": errors}
@@ -228,7 +202,7 @@ class PredictionWriter:
         examples: Sequence[Example],
         buckets: ShapeBuckets,
         on_read_error: input_pipeline.OnReadError,
-    ) -> Iterator[_TileBatch]:
+    ) -> Iterator[tuple[_LargeImage, tiling.TileBatch]]:
         """Yields the batches of the images that are predicted in tiles, image after image."""
         num_classes = len(self._bundle.classes) if self._probabilities else 0
         for example in examples:
@@ -241,25 +215,16 @@ class PredictionWriter:
             size = image.shape[:2]
             levels = np.zeros((*size, num_classes), np.uint8)
             source = _LargeImage(example.id, image, np.zeros(size, np.uint8), levels)
-            tile_size = buckets.tile_size(size)
-            padded_size = buckets.padded_size(tile_size)
-            batch_size = buckets.batch_size(padded_size)
-            tiles = list(itertools.product(*map(tiling.tile_axis, size, tile_size)))
-            for first in range(0, len(tiles), batch_size):
-                members = tiles[first : first + batch_size]
-                pixels = np.empty((batch_size, *padded_size, 3), np.uint8)
-                pixels[:] = self._bundle.pad_value
-                for i, (down, across) in enumerate(members):
-                    rows = slice(down.start, down.start + tile_size[0])
-                    columns = slice(across.start, across.start + tile_size[1])
-                    pixels[i, : tile_size[0], : tile_size[1]] = image[rows, columns]
-                is_last = first + batch_size >= len(tiles)
-                yield _TileBatch(source, pixels, members, is_last)
+            for tiles in tiling.tile_batches(image, buckets, self._bundle.pad_value):
+                yield source, tiles
 
-    def _dispatch(self, batch: ImageBatch | _TileBatch) -> tuple[Array, Array]:
+    def _dispatch(self, batch: ImageBatch) -> tuple[Array, Array]:
         """Starts the computation of a batch; returns as `_quantize_outputs` does."""
-        images = mesh_lib.shard_batch({"image": batch.image}, self._mesh)["image"]
-        return self._quantize(self._predictor(self._variables, images))
+        return self._quantize(self._model.start_batch(batch.image))
+
+    def _dispatch_tiles(self, batch: tuple[_LargeImage, tiling.TileBatch]) -> tuple[Array, Array]:
+        """Starts the computation of a batch of tiles; returns as `_quantize_outputs` does."""
+        return self._quantize(self._model.start_batch(batch[1].images))
 
     def _quantize_outputs(
         self, probabilities: Float[Array, "n h w classes"]
@@ -268,7 +233,7 @@ class PredictionWriter:
 
         The probabilities have no classes if they are not written.
         """
-        classes = jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
+        classes = assign_classes(probabilities)
         levels = jnp.round(255 * probabilities).astype(jnp.uint8)
         return classes, levels if self._probabilities else levels[..., :0]
 
@@ -285,16 +250,13 @@ class PredictionWriter:
             )
 
     def _write_tiles(
-        self, batch: _TileBatch, outputs: tuple[Array, Array]
+        self, batch: tuple[_LargeImage, tiling.TileBatch], outputs: tuple[Array, Array]
     ) -> Iterable[Callable[[], None]]:
         """Copies the middle of each tile to the image; returns its writer with the last batch."""
-        source = batch.source
-        for tile, *values in zip(batch.tiles, *map(np.asarray, outputs), strict=False):
-            in_image = tuple(slice(axis.low, axis.high) for axis in tile)
-            in_tile = tuple(slice(axis.low - axis.start, axis.high - axis.start) for axis in tile)
-            for target, value in zip((source.classes, source.levels), values, strict=True):
-                target[in_image] = value[in_tile]
-        if not batch.is_last:
+        source, tiles = batch
+        for target, values in zip((source.classes, source.levels), outputs, strict=True):
+            tiling.paste(tiles, np.asarray(values), target)
+        if not tiles.is_last:
             return []
         return [
             functools.partial(self._write, source.id, source.image, source.classes, source.levels)
