@@ -81,7 +81,7 @@ def measure(config: Any, workdir: str) -> dict[str, int]:
     record("labelling")
     trained = training.train_stage(student, trained, labels)
     record("student")
-    training.save_model_bundle(trained)
+    training.save_model_bundle(trained, training.choose_stage())
     record("model")
     return peaks
 
@@ -117,6 +117,7 @@ def main() -> None:
             config.data.crop = (flags.crop, flags.crop)
         config.train.teacher_steps = config.train.steps = flags.steps
         config.train.log_every = 1
+        config.rounds.count, config.rounds.control, config.rounds.keep = 1, False, "last"
         peaks = measure(config, str(folder / "run"))
     print(json.dumps({"name": "memory", "crop": config.data.crop, "peaks": peaks}))
 
