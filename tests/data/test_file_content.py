@@ -58,8 +58,9 @@ def start(config, recorded=None):
 
 def is_same(dataset, other):
     """Whether two data sets are equal; == does not compare arrays."""
-    return (dataset.table == other.table).all() and (
-        dataclasses.replace(dataset, table=other.table) == other
+    names = {field.name for field in dataclasses.fields(dataset)} - {"table"}
+    return (dataset.table == other.table).all() and all(
+        getattr(dataset, name) == getattr(other, name) for name in names
     )
 
 
@@ -249,7 +250,7 @@ def test_a_lost_labelled_file_is_refused_by_name(folder_config, begun, kind):
 @pytest.mark.parametrize("during_run", [True, False])
 def test_a_changed_training_file_is_refused_by_name(folder_config, begun, name, kind, during_run):
     folder, data = begun
-    assert load.verify(data, folder_config.data.cache_dir) == data
+    assert is_same(load.verify(data, folder_config.data.cache_dir), data)
     paths = [getattr(example, kind) for example in getattr(data, name)]
     for path in paths[1:3]:
         repaint(path)
@@ -268,7 +269,7 @@ def test_a_file_that_is_encoded_again_is_not_changed(folder_config, begun):
             image.load()
         image.save(path, compress_level=1, bits=8)
     again = continued(folder_config, folder)
-    assert load.verify(data, folder_config.data.cache_dir) == data
+    assert is_same(load.verify(data, folder_config.data.cache_dir), data)
     assert again.record.evaluation == data.record.evaluation
 
 
