@@ -16,6 +16,7 @@ from semiseg_jax.runtime import cli, malloc, xla
 # The smallest network and run, as overrides of any config.
 TINY = (
     "--config.model.backbone=tiny",
+    "--config.model.pretrained=",
     "--config.model.head_features=8",
     "--config.model.low_level_features=4",
     "--config.model.aspp_rates=(1,2)",

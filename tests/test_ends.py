@@ -174,7 +174,7 @@ def text_keys():
 NO_PATHS = re.compile(
     r"data\.(name|image_suffix|mask_suffix|tfds_.*)|sda\.magnitude|loss\.unlabeled|pseudo\.average"
     r"|model\.(backbone|head|norm|first_dilation|input_normalization|.*_dtype)"
-    r"|eval\.(split|select)|rounds\.(student_model|student_init)|optim\..*"
+    r"|eval\.(split|select)|rounds\.(student_model|student_init|keep)|optim\..*"
 )
 
 

@@ -79,7 +79,7 @@ def test_every_value_of_model_json_may_have_any_type(workdir):
                 check_sane(bundle)
     path.write_text(original)
     # What a person may edit, and what nothing reads, may change.
-    editable = {"classes", "palette", "trained_on", "iou", "pretrained"}
+    editable = {"classes", "palette", "trained_on", "iou", "pretrained", "kept"}
     assert {"classes", "palette", "iou"} <= {place[0] for place in loaded if place}
     for place in loaded:
         assert (
