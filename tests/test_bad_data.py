@@ -190,7 +190,7 @@ def no_unlabelled_image(root):
         (mask_of_another_size, "000.png is 12x10: they must be of one size."),
         (mask_not_rotated, "as its EXIF orientation says, and its mask must be too"),
         (unknown_value, "000.png holds the values 9, which are neither a class nor ignored: give "),
-        (binary_masks, "map 255 to class 1 with data.id_map=((0,0),(255,1))"),
+        (binary_masks, "map 255 to class 1 with '--config.data.id_map=((0,0),(255,1))'"),
         (coloured_mask, "holds colours or values outside 0 to 255 (mode RGB) where class ids are "),
         (corrupt_image, "000.png is not an image ("),
         (truncated_image, "001.png cannot be decoded ("),

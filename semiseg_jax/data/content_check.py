@@ -93,8 +93,8 @@ def _mixed_binary_values(masks: Sequence[File], table: Int16[np.ndarray, "256"])
         return None
     return (
         f"{with_one} is a mask of 0 and 1, and {with_255} one of 0 and 255, whose 255 is ignored: "
-        "if 1 and 255 mean the same class, set data.ignore_ids=() and "
-        "data.id_map=((0,0),(1,1),(255,1))."
+        "if 1 and 255 mean the same class, add '--config.data.ignore_ids=()' "
+        "'--config.data.id_map=((0,0),(1,1),(255,1))'."
     )
 
 

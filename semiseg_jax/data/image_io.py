@@ -128,8 +128,7 @@ def _image_errors(path: epath.PathLike, message: str) -> Iterator[None]:
 def _decode(path: epath.PathLike) -> tuple[ImageFile, Image.Image]:
     """Returns an image file and its decoded image; raises a UserError as `read_image` does."""
     message = (
-        "cannot be decoded ({}): it is truncated, corrupt or not an image; replace it or take it "
-        "out of its list."
+        "cannot be decoded ({}): it is truncated, corrupt or not an image; replace it or remove it."
     )
     with _image_errors(path, message):
         check_regular(path)
@@ -144,7 +143,7 @@ def open_header(path: epath.PathLike) -> Iterator[ImageFile]:
     Raises:
         UserError: the file is missing, not an image, or has too many pixels.
     """
-    message = "is not an image ({}): replace it or take it out of its list."
+    message = "is not an image ({}): replace it or remove it."
     with _image_errors(path, message):
         check_regular(path)
         with epath.Path(path).open("rb") as stream:
@@ -207,9 +206,13 @@ def _read_mask_values(
     if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
         values = values.astype(np.uint8)
     elif image.mode not in ("1", "L", "P"):
+        code_for_it = ""
+        if image.mode in ("RGB", "RGBA"):
+            code_for_it = " (docs/own_data.md has code that converts coloured masks)"
         raise UserError(
             f"{path} holds colours or values outside 0 to 255 (mode {image.mode}) where class "
-            "ids are expected: save masks as palette or grey PNGs whose values are the class ids.",
+            "ids are expected: save masks as palette or grey PNGs whose values are the class "
+            f"ids{code_for_it}.",
             code="mask-mode-unsupported",
         )
     if file.grey_scale is not None and image.mode in ("1", "L"):
@@ -300,8 +303,9 @@ def _check_values_known(
 _FEW_VALUES = {2: 2, 3: 16}
 # So far from 0 and 255 a JPEG moves the values of a mask of these two, in most of its pixels.
 _JPEG_RANGE = 24
-# How a mask of 0 and 255 is read.
-BINARY_MASK_KEYS = "data.ignore_ids=() data.id_map=((0,0),(255,1))"
+# How a mask of 0 and 255 is read: flags that a shell takes as they are.
+_BINARY_ID_MAP = "'--config.data.id_map=((0,0),(255,1))'"
+BINARY_MASK_FLAGS = f"'--config.data.ignore_ids=()' {_BINARY_ID_MAP}"
 
 
 def _remedy_for_unknown_values(
@@ -320,7 +324,7 @@ def _remedy_for_unknown_values(
     is_binary = high > 0 and low + high > 0.75 * value_counts.sum()
     again = "save it again from its source, without loss and without interpolation"
     if is_binary:
-        again = f"save it as a PNG of 0 and 255 alone, and read it with {BINARY_MASK_KEYS}"
+        again = f"save it as a PNG of 0 and 255 alone, and read it with {BINARY_MASK_FLAGS}"
     kind = Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=FORMATS).format
     if kind in ("JPEG", "MPO"):
         return f"it is a JPEG, whose compression changes values where classes meet; {again}"
@@ -329,7 +333,7 @@ def _remedy_for_unknown_values(
         return f"they look like the soft edges of a mask of 0 and 255; {again}"
     hint = ""
     if IGNORE in unknown and len(present) <= 2:
-        hint = " (a 0/255 mask: map 255 to class 1 with data.id_map=((0,0),(255,1)))"
+        hint = f" (a 0/255 mask: map 255 to class 1 with {_BINARY_ID_MAP})"
     return f"give them in data.id_map or data.ignore_ids{hint}"
 
 

@@ -681,11 +681,13 @@ def check_several_classes(counts: Int[np.ndarray, "256"], classes: Sequence[str]
     present = set(np.flatnonzero(counts).tolist())
     if not present <= {0, image_io.IGNORE}:
         return
-    hint = ""
+    only = classes[0]
+    remedy = "check the masks' values"
     if image_io.IGNORE in present:
-        hint = f"; for 0/255 masks map 255 with {image_io.BINARY_MASK_KEYS}"
+        only += ' and values that mean "no label"'
+        remedy += f"; for masks of 0 and 255 add {image_io.BINARY_MASK_FLAGS}"
     raise UserError(
-        f"The labelled masks hold no class but {classes[0]}: check the masks' values{hint}.",
+        f"The labelled masks hold no class but {only}: {remedy}.",
         code="labeled-masks-of-one-class",
     )
 

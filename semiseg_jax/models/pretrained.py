@@ -51,12 +51,12 @@ class LoadReport:
         norm = self.conventions.input_normalization or "not known"
         rows = [
             ("loaded", self.loaded, f"into {into}"),
-            ("left in the file", self.unused, _shortened(self.unused)),
-            ("kept as drawn", self.initial, f"in {initial}"),
+            ("not used", self.unused, _shortened(self.unused)),
+            ("newly initialised", self.initial, f"in {initial}"),
         ]
         return f"weights of layout {self.conventions.layout}, input normalisation {norm}\n" + (
             "\n".join(
-                f"  {title:16s} {len(names):4d} tensors {note if names else ''}".rstrip()
+                f"  {title:17s} {len(names):4d} tensors {note if names else ''}".rstrip()
                 for title, names, note in rows
             )
         )

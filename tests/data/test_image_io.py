@@ -75,7 +75,7 @@ def test_0_255_mask_error_has_hint(tmp_path):
 
 def test_coloured_mask_raises(tmp_path):
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "m.png")
-    with raises_code("mask-mode-unsupported", "m.png", "mode RGB"):
+    with raises_code("mask-mode-unsupported", "m.png", "mode RGB", "docs/own_data.md"):
         image_io.read_mask(str(tmp_path / "m.png"), image_io.id_table(2))
 
 
@@ -330,7 +330,8 @@ def test_soft_masks_of_two_classes_point_to_another_file(tmp_path, suffix, quali
         mask = mask.filter(ImageFilter.GaussianBlur(quality / 60))
     mask.save(tmp_path / f"m{suffix}", quality=quality)
     reason = "it is a JPEG" if suffix == ".jpg" else "soft edges"
-    keys = "PNG of 0 and 255 alone, and read it with data.ignore_ids=() data.id_map=((0,0),(255,1))"
+    flags = "'--config.data.ignore_ids=()' '--config.data.id_map=((0,0),(255,1))'"
+    keys = f"PNG of 0 and 255 alone, and read it with {flags}"
     for ignore_ids in ((255,), ()):
         with raises_code("mask-values-unknown", reason, keys):
             image_io.read_mask(tmp_path / f"m{suffix}", image_io.id_table(2, ignore_ids))

@@ -175,7 +175,7 @@ def _list_missing_image(config, root):
         (lambda c, r: c.data.update(image_dir="none"), "image-folder-missing", "none"),
         (lambda c, r: c.data.update(classes=()), "class-count-invalid", "0"),
         (lambda c, r: c.data.update(mask_dir="none"), "masks-missing", "none"),
-        (_make_masks_binary, "labeled-masks-of-one-class", "data.ignore_ids"),
+        (_make_masks_binary, "labeled-masks-of-one-class", "add '--config.data.ignore_ids=()'"),
         (_ignore_all_evaluation_pixels, "eval-masks-without-class", "data.ignore_ids"),
         (_list_missing_image, "listed-image-missing", "images/train/999.png"),
     ],
