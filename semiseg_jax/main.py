@@ -7,12 +7,14 @@ own images to predictions.
 """
 
 import functools
+import shlex
 import time
 from typing import Any
 
 from absl import app, flags
 
 from semiseg_jax.runtime import cli, preemption
+from semiseg_jax.runtime.logger import logger
 
 _CONFIG = cli.define_config_flag("What to run")
 _WORKDIR = cli.define_path_flag(
@@ -53,6 +55,10 @@ def main(argv: list[str]) -> None:
         )
         with preemption.install_signal_handlers(), announcer.running():
             self_training.run(_CONFIG.value, workdir, announcer, choose_settings)
+        logger.info(
+            f"Open {workdir}/report.html for the pictures. Predict images with: python -m "
+            f"semiseg_jax.predict --workdir={shlex.quote(workdir)} --input=IMAGES --output=FOLDER"
+        )
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def _predict(changes: dict[str, Any]) -> dict[str, str]:
     ) as bar:
         task = bar.add_task("images", total=len(images.examples))
         errors = writer(images.examples, lambda count: bar.advance(task, count))
-    logger.info(f"{len(images.examples) - len(errors)} images predicted: {_OUTPUT.value}")
+    count = len(images.examples) - len(errors)
+    logger.info(f"{count} image{'s' * (count != 1)} predicted: {_OUTPUT.value}")
     return errors
 
 

@@ -11,9 +11,11 @@ import time
 import pytest
 
 from configs import default
+from semiseg_jax import self_training
 from semiseg_jax.runtime import cli, fileio, interrupts, multihost, paths
+from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.serving import exporters
-from tests import processes
+from tests import mains, processes
 from tests.errors import raises_code
 
 SENTENCE = "Interrupted: start the same command again.\n"
@@ -289,3 +291,11 @@ def test_the_tasks_of_the_slurm_step_decide(monkeypatch, variables, tasks):
     monkeypatch.setattr(multihost, "_join", lambda where, address, on_cpu: joined.append(address))
     multihost.initialize(None, None, None, on_cpu=True)
     assert joined == ([{"num_processes": tasks}] if tasks > 1 else [])
+
+
+def test_a_run_ends_with_the_way_to_its_report_and_to_predictions(monkeypatch):
+    monkeypatch.setattr(self_training, "run", lambda *_: None)
+    with capture_lines() as lines:
+        mains.run(monkeypatch, "--config=streets", "--workdir=runs/a b")
+    assert "runs/a b/report.html" in lines[-1]
+    assert "python -m semiseg_jax.predict --workdir='runs/a b' --input=" in lines[-1]

@@ -276,7 +276,8 @@ def test_probabilities_and_changed_protocol(few, photos, tmp_path, monkeypatch, 
     _, workdir = few
     arguments = flags(workdir, photos / "same.png", tmp_path / "out")
     predict(monkeypatch, *arguments, "--probabilities", "--nooverlays", "--flip", "--scales=.5,1")
-    assert "--flip=True --scales=(0.5, 1.0) instead" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--flip=True --scales=(0.5, 1.0) instead" in out and "\n1 image predicted: " in out
     assert not (tmp_path / "out" / "overlays").exists()
     with np.load(tmp_path / "out" / "probabilities" / "same.npz") as archive:
         levels, names = archive["probabilities"], archive["classes"]
