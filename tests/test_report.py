@@ -323,6 +323,20 @@ def test_images_are_selected_by_the_last_stage_and_by_their_change():
         "b": ["worst"],
     }
     assert list(galleries.select_images(first, first))[:2] == ["f", "e"]
+    # The smallest loss is no gain, and the smallest gain no loss.
+    worse, better = stage(1, a=0.05, b=0.1), stage(1, a=0.2, b=0.4)
+    assert galleries.select_images(first, worse)["a"][-1] == "worst"
+    assert galleries.select_images(first, better)["a"][-1] == "worst"
+
+
+def test_the_labels_of_a_plot_fit_into_it(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots_lib, "_svg", lambda canvas: drawn.append(canvas) or b"")
+    line = plots_lib.Curve("teacher", plots_lib.COLOURS[0], False, [(6, 0.003), (10, 0.0043)])
+    plots_lib.plot_curves("learning rate of the backbone", [line])
+    (axes,) = drawn[0].axes
+    assert "0.00425" in [label.get_text() for label in axes.get_yticklabels()]
+    assert axes.get_tightbbox().x0 >= 0
 
 
 def test_differences_have_a_colour_per_case():

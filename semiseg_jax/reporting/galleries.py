@@ -85,8 +85,9 @@ def select_images(first: StageReport, last: StageReport) -> dict[str, list[str]]
     selected += [("worst", name) for name in names[:_NUM_RANKED]]
     if first is not last:
         gains = sorted((scores[n] - (earlier_scores.get(n) or 0.0), n) for n in names)
-        selected += [("largest gain", name) for _, name in gains[::-1][:_NUM_CHANGED]]
-        selected += [("largest loss", name) for _, name in gains[:_NUM_CHANGED]]
+        largest, smallest = gains[::-1][:_NUM_CHANGED], gains[:_NUM_CHANGED]
+        selected += [("largest gain", name) for gain, name in largest if gain > 0]
+        selected += [("largest loss", name) for gain, name in smallest if gain < 0]
     reasons: dict[str, list[str]] = {}
     for reason, name in selected:
         reasons.setdefault(name, []).append(reason)
