@@ -2,7 +2,8 @@
 
 A config may leave a setting open, or ask for a run of so many minutes. The first start chooses the
 settings, from the images and from the speed of the machine, and writes them to fitted.json with the
-values that the config gave. A later start takes them from there. config.json has the chosen values.
+values that the config gave and the reason. A later start takes them from there. config.json has the
+chosen values.
 """
 
 import functools
@@ -48,6 +49,7 @@ def record(
     workdir: epath.PathLike,
     config: Any,
     values: Mapping[str, Any],
+    reason: str,
     minutes: float | None = None,
 ) -> Any:
     """Returns a copy of a config with chosen settings, and adds them to fitted.json.
@@ -58,12 +60,15 @@ def record(
         workdir: path of the workdir.
         config: what was given, with what was chosen before.
         values: by key, such as "train.steps".
+        reason: the sentence that the report says of these values.
         minutes: the duration that they were fitted to; None for any other reason.
 
     Raises:
         UserError: as `workdir.read_fingerprint`, or the file cannot be written.
     """
-    chosen = multihost.broadcast_from_main("fitted settings", lambda: _to_json(dict(values)))
+    chosen, sentence = multihost.broadcast_from_main(
+        "fitted settings", lambda: (_to_json(dict(values)), reason)
+    )
     content = _share(workdir)
     settings = content.setdefault("settings", {})
     if minutes is not None:
@@ -72,11 +77,22 @@ def record(
     for key, value in chosen.items():
         # What the config gave, if the key was chosen before, is what the file has.
         given = settings.get(key, {"given": _to_json(_get(config, key))})["given"]
-        settings[key] = {"given": given, "value": value}
+        settings[key] = {"given": given, "value": value, "reason": sentence}
         _set(config, key, value)
     if (chosen or minutes is not None) and multihost.is_main():
         workdir_lib.write_fingerprint(workdir, FITTED, content)
     return config
+
+
+def read_settings(workdir: epath.PathLike) -> dict[str, Any]:
+    """Returns {"given": …, "value": …, "reason": …} by key, for what the run of a workdir chose.
+
+    The values are as in JSON, with lists for tuples. Older code wrote no reason.
+
+    Raises:
+        UserError: as `workdir.read_fingerprint`.
+    """
+    return _read(workdir).get("settings", {})
 
 
 def read_minutes(workdir: epath.PathLike) -> float | None:

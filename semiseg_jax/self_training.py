@@ -80,10 +80,10 @@ def run(
     with workdir_lib.locked(workdir):
         given = fitted_settings.restore(workdir, config)
         chosen = size_settings.choose(given)
-        config = choose_settings(size_settings.with_values(given, chosen))
+        config = choose_settings(size_settings.with_values(given, chosen.values))
         training = open_run(config, epath.Path(workdir))
         # Only now, as the other files of the workdir: see `open_run`.
-        fitted_settings.record(workdir, given, chosen)
+        fitted_settings.record(workdir, given, chosen.values, chosen.sentence)
         training.start_observing(observer or RunObserver())
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)

@@ -69,7 +69,9 @@ def add_image(config, name="large", size=(480, 640)):
 
 def test_a_run_chooses_once_and_says_so(config, start, tmp_path, capsys):
     assert chosen(start(config)) == CHOSEN
-    assert "crops of 33x33" in capsys.readouterr().out
+    (line,) = (s for s in capsys.readouterr().out.splitlines() if "crops of 33x33" in s)
+    settings = json.loads((tmp_path / "run" / "fitted.json").read_text())["settings"]
+    assert {setting["reason"] for setting in settings.values()} == {line}
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["data"]["crop"] == [33, 33] and recorded["model"]["aspp_rates"] == list(RATES)
     # The settings of the first start, whatever a later version of the rules would choose.

@@ -11,6 +11,7 @@ set of sizes alone, not on the names or the order of files. Image files are not 
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Sequence
 from concurrent import futures
@@ -47,6 +48,19 @@ _SCALE_STEPS = 20
 ASPP_REACH = 0.6
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The values of the open settings of a config.
+
+    Attributes:
+        values: by key, such as "data.crop"; empty if no setting is open.
+        sentence: says what was chosen from which sizes; "" if no setting is open.
+    """
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sentence: str = ""
+
+
 def is_open(config: Any) -> bool:
     """Returns whether a config leaves a setting of OPEN_VALUES open."""
     return any(config.data[key] == value for key, value in OPEN_VALUES.items())
@@ -60,11 +74,11 @@ def resolve(config: Any) -> Any:
     Raises:
         UserError: as `load.plan_dataset`, or no image can be read.
     """
-    return with_values(config, choose(config))
+    return with_values(config, choose(config).values)
 
 
-def choose(config: Any) -> dict[str, Any]:
-    """Returns the values of the open settings of a config, by key; logs what was chosen.
+def choose(config: Any) -> Choice:
+    """Returns the values of the open settings of a config; logs what was chosen.
 
     All processes must call the function. Nothing is read if no setting is open.
 
@@ -72,13 +86,14 @@ def choose(config: Any) -> dict[str, Any]:
         UserError: as `resolve`.
     """
     if not is_open(config):
-        return {}
+        return Choice()
     with capture_lines():  # `load.load_dataset` logs them again.
         dataset, _ = load.plan_dataset(config)
     sizes = read_sizes(dataset)
     values = choose_from_sizes(config, sizes)
-    logger.info(describe(values, sizes))
-    return values
+    choice = Choice(values, describe(values, sizes))
+    logger.info(choice.sentence)
+    return choice
 
 
 def with_values(config: Any, values: dict[str, Any]) -> Any:

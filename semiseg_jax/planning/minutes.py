@@ -163,7 +163,8 @@ def describe(fitted: Fit, minutes: float, elapsed: float) -> str:
     if fitted.seconds + elapsed < 0.8 * SHARE * 60 * minutes:
         lengthened = f" ({MAX_FACTOR} times the config's steps, which is the most that is fitted)"
     whole = run_time.describe(fitted.times, fitted.seconds + elapsed)
-    return f"{minutes:g} minutes: {', '.join(chosen)}{lengthened}; {whole}"
+    duration = f"{minutes:g} minute{'' if minutes == 1 else 's'}"
+    return f"{duration}: {', '.join(chosen)}{lengthened}; {whole}"
 
 
 def choose_settings(
@@ -205,7 +206,7 @@ def choose_settings(
         return fitted.settings, describe(fitted, minutes, elapsed)
 
     settings, line = multihost.broadcast_from_main("settings for the minutes", choose)
-    config = fitted_settings.record(workdir, config, settings, minutes)
+    config = fitted_settings.record(workdir, config, settings, f"Fitted to {line}.", minutes)
     logger.info(line)
     return config
 

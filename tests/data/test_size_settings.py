@@ -171,8 +171,8 @@ def test_images_with_an_unreadable_header_have_no_say(folder_config):
     for number in (5, 6):
         with open(f"{root}/images/train/{number:03d}.png", "wb") as file:
             file.write(b"no image")
-    assert size_settings.choose(folder_config) == expected
-    assert expected["data.crop"] == (17, 17)
+    assert size_settings.choose(folder_config).values == expected.values
+    assert expected.values["data.crop"] == (17, 17)
 
 
 def test_labelled_and_unlabelled_images_count_alike(folder_config):
@@ -187,7 +187,7 @@ def test_labelled_and_unlabelled_images_count_alike(folder_config):
 
 def test_nothing_is_read_where_nothing_is_open(folder_config):
     folder_config.data.root = "/nowhere"
-    assert size_settings.choose(folder_config) == {}
+    assert size_settings.choose(folder_config).values == {}
 
 
 def test_crops_of_a_chosen_size_hold_no_padding(folder_config):

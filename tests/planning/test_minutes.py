@@ -160,8 +160,8 @@ def choose(folder, given, config=None):
 
 
 def test_a_restart_goes_on_with_the_same(tmp_path, measured):
-    first, lines, announcer = choose(tmp_path, 60.0)
-    assert len(measured) == 1 and lines[-1].startswith("60 minutes: teacher")
+    first, lines_of_first, announcer = choose(tmp_path, 60.0)
+    assert len(measured) == 1 and lines_of_first[-1].startswith("60 minutes: teacher")
     assert announcer.speed == SPEED and first.train.steps < 2000
     workdir.write_config(tmp_path, first)
     for given in (60.0, None):
@@ -169,7 +169,10 @@ def test_a_restart_goes_on_with_the_same(tmp_path, measured):
         assert again.to_dict() == first.to_dict() and not lines
         workdir.check_config(tmp_path, again)
     assert len(measured) == 1
-    assert json.loads((tmp_path / "fitted.json").read_text())["minutes"] == 60
+    content = json.loads((tmp_path / "fitted.json").read_text())
+    assert content["minutes"] == 60
+    reasons = {setting["reason"] for setting in content["settings"].values()}
+    assert reasons == {f"Fitted to {line}." for line in lines_of_first}
 
 
 def test_minutes_whose_fit_changes_nothing_are_recorded_too(tmp_path, measured, monkeypatch):
@@ -181,7 +184,7 @@ def test_minutes_whose_fit_changes_nothing_are_recorded_too(tmp_path, measured, 
 
 def test_other_settings_that_are_chosen_later_keep_the_minutes(tmp_path, measured):
     first, _, _ = choose(tmp_path, 60.0)
-    fitted_settings.record(tmp_path, first, {"data.scale": (0.5, 1.5)})
+    fitted_settings.record(tmp_path, first, {"data.scale": (0.5, 1.5)}, "For a reason.")
     again, _, _ = choose(tmp_path, 60.0)
     assert again.data.scale == (0.5, 1.5) and again.train.steps == first.train.steps
 
