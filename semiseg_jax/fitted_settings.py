@@ -14,9 +14,32 @@ from etils import epath
 
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.runtime import multihost
-from semiseg_jax.runtime.errors import UserError, first_line
+from semiseg_jax.runtime.errors import UserError, first_line, write_error
 
 FITTED = "fitted.json"
+
+
+def forget_unless_begun(workdir: epath.PathLike) -> None:
+    """Removes fitted.json of a run that was refused before it began, so that it chooses anew.
+
+    Its settings were chosen for a config that may have been corrected since. A run has begun once
+    its config.json is written, which is after fitted.json. All processes must call the function.
+
+    Raises:
+        UserError: the file cannot be removed.
+    """
+    folder = epath.Path(workdir)
+
+    def remove() -> None:
+        # Where config.json is lost beside stages, `workdir.check_config` says so.
+        if (folder / "config.json").exists() or any(True for _ in folder.glob("round_*")):
+            return
+        try:
+            (folder / FITTED).unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(folder / FITTED, error) from error
+
+    multihost.broadcast_from_main("settings of a refused start", remove)
 
 
 def restore(workdir: epath.PathLike, config: Any) -> Any:

@@ -1,6 +1,7 @@
 """Two processes of two devices each against one of four; killed, stopped and started again."""
 
 import collections
+import json
 import os
 import re
 import shutil
@@ -116,6 +117,17 @@ def test_a_step_of_two_processes_is_that_of_one(tmp_path, dtype, tolerance):
         assert one[key].dtype == two[key].dtype
         scale = max(np.linalg.norm(one[key]), 1e-3 * largest)
         assert np.linalg.norm(one[key] - two[key]) <= tolerance * scale, key
+
+
+def test_two_processes_are_fitted_to_minutes_alike(tmp_path, folder_data):
+    """Both measure, and both train the steps that process 0 chose: at most four times two."""
+    workdir = tmp_path / "run"
+    outputs = run(2, workdir, folder_data, "--config.rounds.count=0", "--minutes=60")
+    assert "60 minutes: teacher 8 steps (4 times" in outputs[0] and "minutes" not in outputs[1]
+    fitted = json.loads((workdir / "fitted.json").read_text())
+    assert fitted["minutes"] == 60
+    assert fitted["settings"]["train.teacher_steps"]["value"] == 8
+    assert [row["step"] for row in rows(workdir)] == [8]
 
 
 LONG = ("--config.train.teacher_steps=100000", "--config.train.checkpoint_every=20")

@@ -33,6 +33,9 @@ OPEN_VALUES = {"downscale": 0, "crop": (), "scale": ()}
 # an image at the largest scale, and two cores label an image in seconds. Photographs of 12
 # megapixels are downscaled by 5.
 MAX_PIXELS = 2**19
+# A warning names images of more than so many times as many pixels after downscaling. The memory of
+# labelling and evaluation grows with the pixels of the largest image.
+LARGE = 4
 # 16 of these in a step, a student's batch in configs/folder.py, take 2.4 GB (EfficientNet-Lite0).
 MAX_CROP_PIXELS = 257 * 257
 # Of each side of the reference, so that a crop has half of its area: smaller crops lack context,
@@ -93,6 +96,7 @@ def choose(config: Any) -> Choice:
     values = choose_from_sizes(config, sizes)
     choice = Choice(values, describe(values, sizes))
     logger.info(choice.sentence)
+    _warn_of_large_images(config, values, sizes)
     return choice
 
 
@@ -125,6 +129,19 @@ def read_sizes(dataset: Dataset) -> list[Size]:
     gathered = multihost.all_gather_shards("sizes to choose a crop from", local)
     sizes = [(size[0], size[1]) for size in gathered if size is not None]
     return sizes or [image_io.image_size(examples[0].image)]
+
+
+def _warn_of_large_images(config: Any, values: dict[str, Any], sizes: Sequence[Size]) -> None:
+    """Logs a warning of images that are far larger than the one that the factor was chosen for."""
+    if "data.downscale" not in values or (config.eval.window and config.pseudo.window):
+        return
+    height, width = largest = max(sizes, key=lambda size: (math.prod(size), size))
+    if math.prod(shrunk(largest, values["data.downscale"])) > LARGE * MAX_PIXELS:
+        logger.info(
+            f"Warning: an image of {width}x{height} is far larger than most, and its labelling "
+            "takes as much more memory: where that is too much, set "
+            f"data.downscale={_choose_downscale([largest])}, or eval.window and pseudo.window."
+        )
 
 
 def choose_from_sizes(config: Any, sizes: Sequence[Size]) -> dict[str, Any]:

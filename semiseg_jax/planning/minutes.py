@@ -186,8 +186,10 @@ def choose_settings(
 
     Raises:
         UserError: the workdir was begun with another duration or with none, `minutes` is not a
-            duration or too short, or the data or the config are refused as by a run.
+            duration, too short, or not the same in all processes, or the data or the config are
+            refused as by a run.
     """
+    _check_same_minutes(minutes)
     if minutes is None:
         return config
     if not (math.isfinite(minutes) and minutes > 0):
@@ -209,6 +211,18 @@ def choose_settings(
     config = fitted_settings.record(workdir, config, settings, f"Fitted to {line}.", minutes)
     logger.info(line)
     return config
+
+
+def _check_same_minutes(minutes: float | None) -> None:
+    """Refuses processes that were started with different --minutes, which would wait forever."""
+    given = multihost.all_gather("minutes of each process", minutes)
+    texts = ["none" if each is None else f"{each:g}" for each in given]
+    if len(set(texts)) > 1:
+        raise UserError(
+            f"The processes of this run were given different --minutes ({', '.join(texts)}): "
+            "start all of them with the same command.",
+            code="minutes-differ-between-processes",
+        )
 
 
 def _is_begun(workdir: epath.Path, minutes: float) -> bool:

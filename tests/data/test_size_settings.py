@@ -185,6 +185,28 @@ def test_labelled_and_unlabelled_images_count_alike(folder_config):
     assert "13 images of 48x36 to 640x480" in lines[0] or "13 images of 36x48" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("large", "changes", "factor"),
+    [
+        ((6000, 4000), {}, 7),
+        ((1200, 900), {}, None),
+        ((6000, 4000), {"data.downscale": 1}, None),
+        ((6000, 4000), {"eval.window": (65, 65), "pseudo.window": (65, 65)}, None),
+    ],
+)
+def test_an_image_far_larger_than_most_is_named(folder_config, large, changes, factor):
+    path = f"{folder_config.data.root}/images/train/large.png"
+    Image.new("L", large).save(path)
+    folder_config.data.update({"crop": (), "downscale": 0})
+    folder_config.update_from_flattened_dict(changes)
+    with capture_lines() as lines:
+        values = size_settings.choose(folder_config).values
+    assert values.get("data.downscale", 1) == 1
+    warnings = [line for line in lines if line.startswith("Warning: an image of 6000x4000")]
+    assert len(warnings) == (factor is not None)
+    assert not warnings or f"data.downscale={factor}," in warnings[0]
+
+
 def test_nothing_is_read_where_nothing_is_open(folder_config):
     folder_config.data.root = "/nowhere"
     assert size_settings.choose(folder_config).values == {}

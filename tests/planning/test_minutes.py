@@ -1,5 +1,6 @@
 """Fitting a config to a duration: properties of the fit, and starts of one workdir."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -7,11 +8,12 @@ import math
 import pytest
 
 from semiseg_jax import fitted_settings, workdir
-from semiseg_jax.planning import measurement, minutes
+from semiseg_jax.planning import measurement, minutes, run_time
 from semiseg_jax.planning.announcer import Announcer
 from semiseg_jax.planning.measurement import Measurement
 from semiseg_jax.planning.run_time import Speed
 from semiseg_jax.planning.work import ProgramId
+from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.logger import capture_lines
 from tests.conftest import tiny_config
 from tests.errors import raises_code
@@ -200,6 +202,54 @@ def test_a_workdir_begun_without_minutes_is_refused(tmp_path, measured):
     with raises_code("minutes-differ", "without --minutes"):
         choose(tmp_path, 30.0)
     assert not measured
+
+
+def test_nothing_is_measured_for_students_without_unlabelled_images(folder_config, monkeypatch):
+    monkeypatch.setattr(run_time, "count_costs", None)
+    folder_config.data.labels = 0.0
+    with raises_code("unlabeled-images-missing"):
+        measurement.measure(folder_config)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Lets the test be process 0 of two, then process 1, which learns what process 0 said."""
+    said = {}
+
+    def gather(name, value):
+        said.setdefault(name, value)
+        return [said[name], value]
+
+    def become(index):
+        monkeypatch.setattr(multihost, "is_main", lambda: index == 0)
+
+    monkeypatch.setattr(multihost, "all_gather", gather)
+    return become
+
+
+def test_all_processes_have_the_fit_of_process_0(tmp_path, monkeypatch, as_process):
+    def choose_at(slowness):
+        seconds = {program: slowness * s for program, s in SPEED.seconds.items()}
+        speed = dataclasses.replace(SPEED, seconds=seconds)
+        monkeypatch.setattr(measurement, "measure", lambda config: Measurement(LOAD, speed))
+        return choose(tmp_path, 60.0)
+
+    as_process(0)
+    first, lines, _ = choose_at(1.0)
+    assert first.train.steps < 2000
+    as_process(1)
+    # A fit to its own speed would be another one.
+    other, other_lines, _ = choose_at(2.0)
+    assert other.to_dict() == first.to_dict() and other_lines == lines
+
+
+@pytest.mark.parametrize("other", [30.0, None])
+def test_processes_with_different_minutes_are_refused(tmp_path, measured, as_process, other):
+    as_process(0)
+    choose(tmp_path, 60.0)
+    as_process(1)
+    with raises_code("minutes-differ-between-processes", "(60, "):
+        choose(tmp_path, other)
 
 
 @pytest.mark.parametrize("given", [0.0, -3.0, math.nan, math.inf])
