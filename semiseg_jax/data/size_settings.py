@@ -172,7 +172,7 @@ def describe(values: dict[str, Any], sizes: Sequence[Size]) -> str:
     """Returns a sentence on what was chosen from which sizes."""
     counts = collections.Counter(sizes)
     (height, width), _ = min(counts.items(), key=lambda item: (-item[1], item[0]))
-    images = f"{len(sizes)} images of {width}x{height}"
+    images = f"{len(sizes)} image{'' if len(sizes) == 1 else 's'} of {width}x{height}"
     if len(counts) > 1:
         (h0, w0), (h1, w1) = (end(counts, key=lambda s: (math.prod(s), s)) for end in (min, max))
         images = f"{len(sizes)} images of {w0}x{h0} to {w1}x{h1}, most often {width}x{height}"

@@ -234,6 +234,8 @@ def _is_begun(workdir: epath.Path, minutes: float) -> bool:
             return False
         if before != minutes:
             begun = f"with --minutes={before:g}" if before is not None else "without --minutes"
+            if not (workdir / fitted_settings.FITTED).exists():
+                begun += f", or its {fitted_settings.FITTED} was removed"
             go_on = f"--minutes={before:g}" if before is not None else "no --minutes"
             raise UserError(
                 f"The workdir {workdir} was begun {begun}: give {go_on} to go on with it, or "

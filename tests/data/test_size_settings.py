@@ -164,6 +164,11 @@ def test_the_sentence_says_what_was_chosen_from_which_images():
     assert f"crops of {crop[1]}x{crop[0]}; scales of {low:g} to {high:g}" in sentence
 
 
+def test_one_image_is_no_images():
+    values = size_settings.choose_from_sizes(open_config(), [(360, 480)])
+    assert size_settings.describe(values, [(360, 480)]).startswith("Chosen from 1 image of 480x360")
+
+
 def test_images_with_an_unreadable_header_have_no_say(folder_config):
     folder_config.data.crop = ()
     expected = size_settings.choose(folder_config)

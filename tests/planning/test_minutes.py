@@ -199,7 +199,12 @@ def test_other_minutes_are_refused(tmp_path, measured):
 
 def test_a_workdir_begun_without_minutes_is_refused(tmp_path, measured):
     workdir.write_config(tmp_path, config_of())
-    with raises_code("minutes-differ", "without --minutes"):
+    with raises_code(
+        "minutes-differ", "without --minutes, or its fitted.json was removed: give no"
+    ):
+        choose(tmp_path, 30.0)
+    fitted_settings.record(tmp_path, config_of(), {"data.scale": (0.5, 1.5)}, "For a reason.")
+    with raises_code("minutes-differ", "without --minutes: give no --minutes"):
         choose(tmp_path, 30.0)
     assert not measured
 
