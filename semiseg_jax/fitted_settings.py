@@ -2,7 +2,8 @@
 
 A config may leave a setting open, or ask for a run of so many minutes. The first start chooses the
 settings, from the images and from the speed of the machine, and writes them to fitted.json with the
-values that the config gave. A later start takes them from there. config.json has the chosen values.
+values that the config gave and the reason. A later start takes them from there. config.json has the
+chosen values.
 """
 
 import functools
@@ -13,9 +14,32 @@ from etils import epath
 
 from semiseg_jax import workdir as workdir_lib
 from semiseg_jax.runtime import multihost
-from semiseg_jax.runtime.errors import UserError, first_line
+from semiseg_jax.runtime.errors import UserError, first_line, write_error
 
 FITTED = "fitted.json"
+
+
+def forget_unless_begun(workdir: epath.PathLike) -> None:
+    """Removes fitted.json of a run that was refused before it began, so that it chooses anew.
+
+    Its settings were chosen for a config that may have been corrected since. A run has begun once
+    its config.json is written, which is after fitted.json. All processes must call the function.
+
+    Raises:
+        UserError: the file cannot be removed.
+    """
+    folder = epath.Path(workdir)
+
+    def remove() -> None:
+        # Where config.json is lost beside stages, `workdir.check_config` says so.
+        if (folder / "config.json").exists() or any(True for _ in folder.glob("round_*")):
+            return
+        try:
+            (folder / FITTED).unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(folder / FITTED, error) from error
+
+    multihost.broadcast_from_main("settings of a refused start", remove)
 
 
 def restore(workdir: epath.PathLike, config: Any) -> Any:
@@ -48,6 +72,7 @@ def record(
     workdir: epath.PathLike,
     config: Any,
     values: Mapping[str, Any],
+    reason: str,
     minutes: float | None = None,
 ) -> Any:
     """Returns a copy of a config with chosen settings, and adds them to fitted.json.
@@ -58,12 +83,15 @@ def record(
         workdir: path of the workdir.
         config: what was given, with what was chosen before.
         values: by key, such as "train.steps".
+        reason: the sentence that the report says of these values.
         minutes: the duration that they were fitted to; None for any other reason.
 
     Raises:
         UserError: as `workdir.read_fingerprint`, or the file cannot be written.
     """
-    chosen = multihost.broadcast_from_main("fitted settings", lambda: _to_json(dict(values)))
+    chosen, sentence = multihost.broadcast_from_main(
+        "fitted settings", lambda: (_to_json(dict(values)), reason)
+    )
     content = _share(workdir)
     settings = content.setdefault("settings", {})
     if minutes is not None:
@@ -72,11 +100,22 @@ def record(
     for key, value in chosen.items():
         # What the config gave, if the key was chosen before, is what the file has.
         given = settings.get(key, {"given": _to_json(_get(config, key))})["given"]
-        settings[key] = {"given": given, "value": value}
+        settings[key] = {"given": given, "value": value, "reason": sentence}
         _set(config, key, value)
     if (chosen or minutes is not None) and multihost.is_main():
         workdir_lib.write_fingerprint(workdir, FITTED, content)
     return config
+
+
+def read_settings(workdir: epath.PathLike) -> dict[str, Any]:
+    """Returns {"given": …, "value": …, "reason": …} by key, for what the run of a workdir chose.
+
+    The values are as in JSON, with lists for tuples. Older code wrote no reason.
+
+    Raises:
+        UserError: as `workdir.read_fingerprint`.
+    """
+    return _read(workdir).get("settings", {})
 
 
 def read_minutes(workdir: epath.PathLike) -> float | None:

@@ -78,12 +78,13 @@ def run(
     paths.expand_home_in_config(config)
     config_check.check(config)
     with workdir_lib.locked(workdir):
+        fitted_settings.forget_unless_begun(workdir)
         given = fitted_settings.restore(workdir, config)
         chosen = size_settings.choose(given)
-        config = choose_settings(size_settings.with_values(given, chosen))
+        config = choose_settings(size_settings.with_values(given, chosen.values))
         training = open_run(config, epath.Path(workdir))
         # Only now, as the other files of the workdir: see `open_run`.
-        fitted_settings.record(workdir, given, chosen)
+        fitted_settings.record(workdir, given, chosen.values, chosen.sentence)
         training.start_observing(observer or RunObserver())
         first, *later = training.stages
         teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
@@ -167,6 +168,20 @@ def find_initial_weights(config: Any) -> dict[str, Any]:
     return weights
 
 
+def check_unlabeled(config: Any, dataset: load.Dataset) -> None:
+    """Refuses a run whose students would have no unlabelled image.
+
+    Raises:
+        UserError: it has none.
+    """
+    if stages.takes_pseudo_labels(config) and not dataset.unlabeled:
+        raise UserError(
+            "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
+            "or train the teacher alone with rounds.count=0.",
+            code="unlabeled-images-missing",
+        )
+
+
 class SelfTraining:
     """One run of Algorithm 1 over a workdir: its data, networks, stages and results.
 
@@ -196,7 +211,7 @@ class SelfTraining:
             "data known", lambda: workdir_lib.check_data(workdir, self.dataset)
         )
         self.dataset = restrict_to_labeled(self.dataset, self._first_labels)
-        self._check_unlabeled()
+        check_unlabeled(self._config, self.dataset)
         mesh_lib.check_batches(config, self._mesh.size)
         stages.check_norm_values(config)
         self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
@@ -259,16 +274,7 @@ class SelfTraining:
         """
         verified = load.verify(self.dataset, self._config.data.cache_dir)
         self.dataset = restrict_to_labeled(verified, self._first_labels)
-        self._check_unlabeled()
-
-    def _check_unlabeled(self) -> None:
-        """Refuses a run whose students would have no unlabelled image."""
-        if stages.takes_pseudo_labels(self._config) and not self.dataset.unlabeled:
-            raise UserError(
-                "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
-                "or train the teacher alone with rounds.count=0.",
-                code="unlabeled-images-missing",
-            )
+        check_unlabeled(self._config, self.dataset)
 
     @property
     def results(self) -> Results:

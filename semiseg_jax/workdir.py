@@ -2,8 +2,8 @@
 
     WORKDIR/
       config.json            the config; another config is refused, with the keys that differ
-      fitted.json            the settings that the run chose by itself, what the config gave, and
-                             the --minutes that they were fitted to
+      fitted.json            the settings that the run chose by itself, what the config gave, the
+                             reason, and the --minutes that they were fitted to
       data.json              the training images: counts, hash of the ids, number of pixels, and
                              the hashes of all files
       pretrained.json        the initial weights of each backbone: name, hash, licence
@@ -86,7 +86,10 @@ _FORMS = {
     "fitted.json": json_forms.record(
         {
             "settings": json_forms.mapping_of(
-                json_forms.record(dict.fromkeys(("given", "value"), lambda value: True))
+                json_forms.record(
+                    dict.fromkeys(("given", "value"), lambda value: True),
+                    {"reason": json_forms.is_text},
+                )
             )
         },
         {"minutes": json_forms.is_number},

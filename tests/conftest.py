@@ -148,6 +148,7 @@ def shared_programs():
         train_state,
         workdir,
     )
+    from semiseg_jax.planning import measurement
     from semiseg_jax.serving import trained_model
 
     programs = {}
@@ -174,7 +175,8 @@ def shared_programs():
         return predictors[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_training, "CompiledModel", SharingModel)
+        for module in (self_training, measurement):
+            patch.setattr(module, "CompiledModel", SharingModel)
         patch.setattr(train_state, "variable_shapes", functools.cache(train_state.variable_shapes))
         for module in (evaluate, pseudo_labels, trained_model):
             patch.setattr(module, "Predictor", predictor)

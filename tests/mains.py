@@ -51,8 +51,13 @@ def _put(taken: dict[str, flags.Flag]) -> None:
 
 
 # Commands have flags of the same names; in one process they can only take turns.
+_OF_PROCESSES = ("coordinator", "num_processes", "process_id")
 _FLAGS = {
-    "main": ("config", "workdir", "minutes", "coordinator", "num_processes", "process_id"),
+    "main": ("config", "workdir", "minutes", *_OF_PROCESSES),
+    "plan": (
+        *("config", "topology", "json", "measure-input", "layers", "step-only", "machine-code"),
+        *_OF_PROCESSES,
+    ),
     "predict": (
         *("workdir", "input", "output", "overlays", "probabilities", "scales", "flip", "window"),
         *("window_stride", "pad_to", "batch", "max_pixels"),
@@ -82,18 +87,35 @@ def _as_command(own: dict[str, flags.Flag]):
         _put(others)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "main") -> None:
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    command: str = "main",
+    predicts_time: bool = False,
+) -> None:
     """python -m semiseg_jax.main ARGUMENTS, or another command, on one device.
+
+    Args:
+        monkeypatch: of the test.
+        *arguments: of the command.
+        command: its name.
+        predicts_time: the arithmetic of the programs is counted, which takes seconds; otherwise
+            that fails, and main does not say how long the run takes.
 
     Raises:
         SystemExit: as the command would end; its code is the sentence.
     """
     make = mesh.make_mesh
+
+    def make_mesh(devices=None):
+        assert devices is None or predicts_time
+        return make(devices or jax.devices()[:1])
+
     module, own = _commands[command]
     parse = cli.parse_flags_and_config if "config" in own else cli.parse_flags
     argv = [command, *arguments]
     with monkeypatch.context() as patch, _as_command(own):
-        patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+        patch.setattr(mesh, "make_mesh", make_mesh)
         # The tests keep compiled programs in a place of their own.
         patch.setattr(xla, "enable_compilation_cache", lambda folder: None)
         # For the rest of the process, which has other tests to run.

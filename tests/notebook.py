@@ -1,5 +1,6 @@
 """Executes docs/library.ipynb; python -m tests.notebook, or make notebook, stores its outputs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbclient
@@ -8,9 +9,17 @@ import nbformat
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "library.ipynb"
 
 
-def execute(folder: Path) -> nbformat.NotebookNode:
-    """Returns the notebook with the outputs of a kernel of its own, which works in a folder."""
+def execute(folder: Path, replaced: Mapping[str, str] | None = None) -> nbformat.NotebookNode:
+    """Returns the notebook with the outputs of a kernel of its own.
+
+    Args:
+        folder: that the kernel works in.
+        replaced: what is replaced in the code, each by its value; each occurs once.
+    """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for old, new in (replaced or {}).items():
+        (cell,) = (c for c in notebook.cells if c.cell_type == "code" and old in c.source)
+        cell.source = cell.source.replace(old, new)
     nbclient.NotebookClient(
         notebook,
         timeout=900,

@@ -23,7 +23,7 @@ def test_a_new_workdir_leaves_the_config_as_it_is(config, tmp_path):
 
 
 def test_later_starts_have_the_settings_of_the_first(config, tmp_path):
-    first = fitted_settings.record(tmp_path, config, CHOSEN)
+    first = fitted_settings.record(tmp_path, config, CHOSEN, "For a reason.")
     assert first.data.scale == (0.25, 1.5) and first.train.steps == 120
     assert config.train.steps == 20_000
     again = fitted_settings.restore(tmp_path, config)
@@ -32,12 +32,12 @@ def test_later_starts_have_the_settings_of_the_first(config, tmp_path):
 
 
 def test_what_was_chosen_may_be_given(config, tmp_path):
-    first = fitted_settings.record(tmp_path, config, CHOSEN)
+    first = fitted_settings.record(tmp_path, config, CHOSEN, "For a reason.")
     assert fitted_settings.restore(tmp_path, first).to_dict() == first.to_dict()
 
 
 def test_another_value_is_compared_with_config_json(config, tmp_path):
-    first = fitted_settings.record(tmp_path, config, CHOSEN)
+    first = fitted_settings.record(tmp_path, config, CHOSEN, "For a reason.")
     workdir.write_config(tmp_path, first)
     workdir.check_config(tmp_path, fitted_settings.restore(tmp_path, config))
     config.data.scale = (0.5, 1.0)
@@ -46,8 +46,8 @@ def test_another_value_is_compared_with_config_json(config, tmp_path):
 
 
 def test_settings_chosen_in_two_parts_keep_what_the_config_gave(config, tmp_path):
-    part = fitted_settings.record(tmp_path, config, {"train.steps": 500})
-    fitted_settings.record(tmp_path, part, {"train.steps": 300, "rounds.count": 1})
+    part = fitted_settings.record(tmp_path, config, {"train.steps": 500}, "For a reason.")
+    fitted_settings.record(tmp_path, part, {"train.steps": 300, "rounds.count": 1}, "For a reason.")
     again = fitted_settings.restore(tmp_path, config)
     assert (again.train.steps, again.rounds.count) == (300, 1)
 

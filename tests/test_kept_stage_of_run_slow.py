@@ -67,9 +67,15 @@ def test_a_list_of_the_user_does_not_choose_whatever_its_split_is_called(folder,
     assert kept_of(tmp_path / "listed")["stage"] == "student"
 
 
-def test_images_that_select_weights_choose_a_stage_beside_an_evaluation_set(folder, tmp_path):
-    changes = {"eval.split": "val", "eval.select": "holdout", "eval.every": 4, "data.holdout": 2.0}
-    config = make_config(folder, **changes)
+def test_images_that_select_weights_choose_a_stage_beside_an_evaluation_set(
+    folder, tmp_path, monkeypatch
+):
+    # Most pixels of the two images that are held out here are of class 0.
+    monkeypatch.setitem(CLASS_OF, "teacher", 1)
+    monkeypatch.setitem(CLASS_OF, "control 2", 0)
+    changes = {"eval.split": "val", "eval.select": "holdout", "data.holdout": 2.0}
+    # Not before the end of any stage, that of the control included: nothing trains here.
+    config = make_config(folder, **changes, **{"eval.every": 8})
     self_training.run(config, tmp_path)
     kept = kept_of(tmp_path)
     assert (kept["stage"], kept["chosen_by"]) == ("control", 2)

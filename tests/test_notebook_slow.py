@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import notebook
+from tests import FAST_COMPILATION, notebook
 
 pytestmark = pytest.mark.slow
 
@@ -16,9 +16,14 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     monkeypatch.setenv("SEMISEG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    # Of the tests' process: simulated devices, over which the batches would be divided.
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    cells = notebook.execute(tmp_path / "docs").cells
+    # Those of the tests' process simulate devices, over which the batches would be divided.
+    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)
+    # Every call of the notebook, with less work in it.
+    fewer = {
+        "= 300, 150": "= 8, 4",
+        "keep_confidence = True": "update({'keep_confidence': True, 'scales': (1.0,)})",
+    }
+    cells = notebook.execute(tmp_path / "docs", fewer).cells
     _, train, look, predict = [cell.outputs for cell in cells if cell.cell_type == "code"]
     assert "student 1" in train[-1]["data"]["text/plain"]
     # The lines of the run are visible while it works.

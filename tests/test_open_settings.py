@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import default, folder
-from semiseg_jax import config_check, self_training, stages
+from semiseg_jax import config_check, fitted_settings, self_training, stages
 from semiseg_jax.data import input_pipeline, load, preview, size_settings, splits
 from semiseg_jax.experiments import sweep
 from semiseg_jax.planning import planner, workload
@@ -69,7 +69,9 @@ def add_image(config, name="large", size=(480, 640)):
 
 def test_a_run_chooses_once_and_says_so(config, start, tmp_path, capsys):
     assert chosen(start(config)) == CHOSEN
-    assert "crops of 33x33" in capsys.readouterr().out
+    (line,) = (s for s in capsys.readouterr().out.splitlines() if "crops of 33x33" in s)
+    settings = json.loads((tmp_path / "run" / "fitted.json").read_text())["settings"]
+    assert {setting["reason"] for setting in settings.values()} == {line}
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["data"]["crop"] == [33, 33] and recorded["model"]["aspp_rates"] == list(RATES)
     # The settings of the first start, whatever a later version of the rules would choose.
@@ -102,6 +104,30 @@ def test_a_run_that_cannot_start_keeps_no_choice(config, tmp_path):
     with pytest.raises(UserError):
         self_training.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "fitted.json").exists()
+
+
+def test_a_refused_start_with_minutes_keeps_no_fit(config, start, tmp_path):
+    """Another config may be given then, to which the old fit would not belong."""
+
+    def fit(config):
+        values = {"train.steps": 77, "rounds.count": 1}
+        return fitted_settings.record(tmp_path / "run", config, values, "Fitted.", 60)
+
+    steps, config.train.batch_labeled = config.train.steps, 3
+    with raises_code("batch-not-divisible"):
+        self_training.run(config, tmp_path / "run", choose_settings=fit)
+    assert (tmp_path / "run" / "fitted.json").exists()
+    config.train.batch_labeled = 8
+    assert start(config).train.steps == steps
+    assert fitted_settings.read_minutes(tmp_path / "run") is None
+
+
+def test_a_fit_beside_stages_without_their_config_is_kept(config, tmp_path):
+    fitted_settings.record(tmp_path, config, {"train.steps": 77}, "Fitted.", 60)
+    (tmp_path / "round_0" / "teacher" / "checkpoints").mkdir(parents=True)
+    with raises_code("fingerprint-missing", "config.json"):
+        self_training.run(config, tmp_path)
+    assert fitted_settings.read_minutes(tmp_path) == 60
 
 
 def test_an_interrupted_first_start_chooses_again(config, start, tmp_path):
@@ -189,6 +215,12 @@ def test_an_invalid_value_is_not_taken_for_an_open_one(config, key, value):
     config.data[key] = value
     with raises_code("config-value-invalid", f"data.{key}", "to choose it from the sizes"):
         config_check.check(config)
+
+
+def test_data_of_an_open_factor_are_refused_before_they_are_read(config):
+    config.data.update({"crop": (17, 17), "root": "/nowhere"})
+    with raises_code("downscale-not-chosen", "data.downscale", "size_settings.resolve"):
+        load.load_dataset(config)
 
 
 # ---- few labelled images

@@ -1,6 +1,7 @@
 """Two processes of two devices each against one of four; killed, stopped and started again."""
 
 import collections
+import json
 import os
 import re
 import shutil
@@ -116,6 +117,49 @@ def test_a_step_of_two_processes_is_that_of_one(tmp_path, dtype, tolerance):
         assert one[key].dtype == two[key].dtype
         scale = max(np.linalg.norm(one[key]), 1e-3 * largest)
         assert np.linalg.norm(one[key] - two[key]) <= tolerance * scale, key
+
+
+FITTED = """
+import sys
+from absl import flags
+from semiseg_jax.runtime import cli, config_files, multihost
+cli.define_process_flags()
+flags.FLAGS(["fitted"])
+with cli.exit_on_user_error():
+    cli.initialize_multihost(on_cpu=True)
+    from semiseg_jax import fitted_settings
+    from semiseg_jax.planning import announcer, measurement, minutes
+    from semiseg_jax.planning.run_time import ProgramCost, Speed
+    from semiseg_jax.planning.work import ProgramId
+    from semiseg_jax.planning.workload import Workload
+    kinds = "teacher step", "student step", "labelling", "evaluation"
+    costs = {ProgramId(kind, "tiny"): ProgramCost(1, 8, (10, 10)) for kind in kinds}
+    seconds = dict.fromkeys(costs, 1.0 + multihost.process_index())
+    load = Workload(2, 4, 8, 5, {(10, 10): 8}, {(10, 10): 5})
+    measured = measurement.Measurement(load, Speed(costs, seconds, 1.0))
+    measurement.measure = lambda config: measured
+    config = config_files.default_config().copy_and_resolve_references()
+    config.model.backbone = "tiny"
+    print("alone", minutes.fit(config, load, measured.speed, 60).config.train.steps)
+    for start in ("first", "second"):
+        given = fitted_settings.restore(sys.argv[1], config)
+        chosen = minutes.choose_settings(given, sys.argv[1], 60.0, announcer.Announcer())
+        print(start, chosen.rounds.count, chosen.train.steps, chosen.train.teacher_steps)
+"""
+
+
+def test_two_processes_are_fitted_to_minutes_alike(tmp_path):
+    """Process 1 measures half the speed, and has the settings of process 0."""
+    started = processes.start(2, 1, lambda i: ["-c", FITTED, tmp_path / "run"])
+    statuses, outputs = processes.finish(started, 300)
+    assert statuses == [0, 0], "\n".join(outputs)
+    said = [dict(re.findall(r"^(alone|first|second) (.*)$", out, re.M)) for out in outputs]
+    assert said[0]["alone"] != said[1]["alone"]
+    assert said[0]["first"] == said[1]["first"] == said[0]["second"] == said[1]["second"]
+    content = json.loads((tmp_path / "run" / "fitted.json").read_text())
+    assert str(content["settings"]["train.steps"]["value"]) in said[0]["first"].split()
+    # Process 0 alone says what was chosen.
+    assert ["60 minutes: teacher" in output for output in outputs] == [True, False]
 
 
 LONG = ("--config.train.teacher_steps=100000", "--config.train.checkpoint_every=20")

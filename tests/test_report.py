@@ -18,7 +18,15 @@ from etils import epath
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from semiseg_jax import eval_protocol, mesh, metrics, results, self_training, stages
+from semiseg_jax import (
+    eval_protocol,
+    fitted_settings,
+    mesh,
+    metrics,
+    results,
+    self_training,
+    stages,
+)
 from semiseg_jax.data import image_io
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.evaluate import EvalExample
@@ -277,6 +285,55 @@ def test_a_page_does_not_say_what_was_kept_before(copied, change):
         shutil.rmtree(copied / "model")
     page_lib.write(copied)
     assert "verdict" not in Page((copied / page_lib.FILE).read_text()).classes
+
+
+SIZES = "Chosen from 12 images of 40x24: crops of 32x24."
+MINUTES = "Fitted to 60 minutes: teacher 4 steps; about 55 min on this machine."
+
+
+@pytest.fixture
+def fitted(copied):
+    """The copy of a run that chose settings by itself; `rounds.count` was changed since."""
+    config = json.loads((copied / "config.json").read_text())
+    given = tiny_config(data__crop=(), train__steps=20_000, rounds__count=3)
+    assert config["rounds"]["count"] == 2
+    given = fitted_settings.record(copied, given, {"data.crop": (24, 32)}, SIZES)
+    steps = config["train"]["steps"]
+    fitted_settings.record(copied, given, {"train.steps": steps, "rounds.count": 1}, MINUTES, 60)
+    return copied
+
+
+def test_settings_that_the_run_chose_stand_with_their_reason(fitted):
+    page_lib.write(fitted)
+    page = Page((fitted / page_lib.FILE).read_text())
+    of_sizes, of_minutes = [t for t in page.tables["ran"] if t[0][1] == "chosen"]
+    assert of_sizes == [
+        ["key", "chosen", "in the given config"],
+        ["data.crop", "[24, 32]", "[]"],
+    ]
+    # The present rounds.count was given later.
+    assert of_minutes[1:] == [["train.steps", "4", "20000"]]
+    text = page.text["ran"]
+    assert text.index(SIZES) < text.index("data.crop") < text.index(MINUTES)
+
+
+def test_settings_without_a_reason_are_of_older_code(fitted):
+    path = fitted / fitted_settings.FITTED
+    content = json.loads(path.read_text())
+    for setting in content["settings"].values():
+        del setting["reason"]
+    path.write_text(json.dumps(content))
+    page_lib.write(fitted)
+    text = Page((fitted / page_lib.FILE).read_text()).text["ran"]
+    assert text.count("Older code did not record the reason.") == 1
+
+
+def test_a_page_without_chosen_settings_names_none(run, fitted):
+    assert "chose by itself" not in run[1][-1].text["ran"]
+    (fitted / fitted_settings.FITTED).write_text("{")
+    (sentence,) = page_lib.write(fitted)
+    assert sentence.startswith("fitted.json is damaged")
+    assert sentence in Page((fitted / page_lib.FILE).read_text()).text["ran"]
 
 
 def test_a_folder_without_a_run_raises(tmp_path):

@@ -46,7 +46,9 @@ def test_fingerprints_of_any_other_form_are_refused_or_compared(folder_config, t
     workdir.write_config(folder, folder_config)
     workdir.write_data(folder, data)
     workdir.write_pretrained(folder, weights)
-    fitted_settings.record(folder, folder_config, {"train.steps": folder_config.train.steps})
+    fitted_settings.record(
+        folder, folder_config, {"train.steps": folder_config.train.steps}, "For a reason."
+    )
     (folder / "round_0/teacher").mkdir(parents=True)
     (folder / "round_0/teacher/DONE").touch()
 

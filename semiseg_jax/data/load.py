@@ -83,9 +83,16 @@ def load_dataset(config: Any, recorded: DataRecord | None = None) -> Dataset:
 
     Raises:
         UserError: a folder, list or file is missing, a list is empty, a labelled image has no
-            mask or a mask of another size, a mask has unknown values, sets overlap, or no files
-            can be named after an image.
+            mask or a mask of another size, a mask has unknown values, sets overlap, no files
+            can be named after an image, or `data.downscale` is left open.
     """
+    if config.data.downscale == 0:
+        raise UserError(
+            "data.downscale is 0, which leaves it to be chosen from the sizes of the images: load "
+            "the data with the config that semiseg_jax.data.size_settings.resolve(config) "
+            "returns, or give a factor from 1 on.",
+            code="downscale-not-chosen",
+        )
     layout = _layout(config)
     if recorded is not None and _is_file_lost(recorded, layout.root):
         dataset = _recorded_split(config, layout, recorded)

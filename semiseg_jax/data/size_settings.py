@@ -11,6 +11,7 @@ set of sizes alone, not on the names or the order of files. Image files are not 
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Sequence
 from concurrent import futures
@@ -32,6 +33,9 @@ OPEN_VALUES = {"downscale": 0, "crop": (), "scale": ()}
 # an image at the largest scale, and two cores label an image in seconds. Photographs of 12
 # megapixels are downscaled by 5.
 MAX_PIXELS = 2**19
+# A warning names images of more than so many times as many pixels after downscaling. The memory of
+# labelling and evaluation grows with the pixels of the largest image.
+LARGE = 4
 # 16 of these in a step, a student's batch in configs/folder.py, take 2.4 GB (EfficientNet-Lite0).
 MAX_CROP_PIXELS = 257 * 257
 # Of each side of the reference, so that a crop has half of its area: smaller crops lack context,
@@ -47,6 +51,19 @@ _SCALE_STEPS = 20
 ASPP_REACH = 0.6
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The values of the open settings of a config.
+
+    Attributes:
+        values: by key, such as "data.crop"; empty if no setting is open.
+        sentence: says what was chosen from which sizes; "" if no setting is open.
+    """
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sentence: str = ""
+
+
 def is_open(config: Any) -> bool:
     """Returns whether a config leaves a setting of OPEN_VALUES open."""
     return any(config.data[key] == value for key, value in OPEN_VALUES.items())
@@ -60,11 +77,11 @@ def resolve(config: Any) -> Any:
     Raises:
         UserError: as `load.plan_dataset`, or no image can be read.
     """
-    return with_values(config, choose(config))
+    return with_values(config, choose(config).values)
 
 
-def choose(config: Any) -> dict[str, Any]:
-    """Returns the values of the open settings of a config, by key; logs what was chosen.
+def choose(config: Any) -> Choice:
+    """Returns the values of the open settings of a config; logs what was chosen.
 
     All processes must call the function. Nothing is read if no setting is open.
 
@@ -72,13 +89,15 @@ def choose(config: Any) -> dict[str, Any]:
         UserError: as `resolve`.
     """
     if not is_open(config):
-        return {}
+        return Choice()
     with capture_lines():  # `load.load_dataset` logs them again.
         dataset, _ = load.plan_dataset(config)
     sizes = read_sizes(dataset)
     values = choose_from_sizes(config, sizes)
-    logger.info(describe(values, sizes))
-    return values
+    choice = Choice(values, describe(values, sizes))
+    logger.info(choice.sentence)
+    _warn_of_large_images(config, values, sizes)
+    return choice
 
 
 def with_values(config: Any, values: dict[str, Any]) -> Any:
@@ -112,6 +131,19 @@ def read_sizes(dataset: Dataset) -> list[Size]:
     return sizes or [image_io.image_size(examples[0].image)]
 
 
+def _warn_of_large_images(config: Any, values: dict[str, Any], sizes: Sequence[Size]) -> None:
+    """Logs a warning of images that are far larger than the one that the factor was chosen for."""
+    if "data.downscale" not in values or (config.eval.window and config.pseudo.window):
+        return
+    height, width = largest = max(sizes, key=lambda size: (math.prod(size), size))
+    if math.prod(shrunk(largest, values["data.downscale"])) > LARGE * MAX_PIXELS:
+        logger.info(
+            f"Warning: an image of {width}x{height} is far larger than most, and its labelling "
+            "takes as much more memory: where that is too much, set "
+            f"data.downscale={_choose_downscale([largest])}, or eval.window and pseudo.window."
+        )
+
+
 def choose_from_sizes(config: Any, sizes: Sequence[Size]) -> dict[str, Any]:
     """Returns the values of the open settings for images of these sizes, by key.
 
@@ -140,7 +172,7 @@ def describe(values: dict[str, Any], sizes: Sequence[Size]) -> str:
     """Returns a sentence on what was chosen from which sizes."""
     counts = collections.Counter(sizes)
     (height, width), _ = min(counts.items(), key=lambda item: (-item[1], item[0]))
-    images = f"{len(sizes)} images of {width}x{height}"
+    images = f"{len(sizes)} image{'' if len(sizes) == 1 else 's'} of {width}x{height}"
     if len(counts) > 1:
         (h0, w0), (h1, w1) = (end(counts, key=lambda s: (math.prod(s), s)) for end in (min, max))
         images = f"{len(sizes)} images of {w0}x{h0} to {w1}x{h1}, most often {width}x{height}"

@@ -203,7 +203,7 @@ class Sweep:
         # All trials have the settings that are chosen from the images of the study's own config.
         self._given_config = fitted_settings.restore(workdir, config)
         self._chosen = size_settings.choose(self._given_config)
-        config = size_settings.with_values(self._given_config, self._chosen)
+        config = size_settings.with_values(self._given_config, self._chosen.values)
         self.table = paper_tables.TABLES[table]
         self._name = table
         self._config = config
@@ -298,7 +298,8 @@ class Sweep:
                 or if one of several processes fails alone.
             Preempted: the run was asked to stop.
         """
-        fitted_settings.record(self._workdir, self._given_config, self._chosen)
+        chosen = self._chosen
+        fitted_settings.record(self._workdir, self._given_config, chosen.values, chosen.sentence)
         failures: dict[str, str] = {}
         for number, trial in enumerate(self.trials, 1):
             is_done = all(trial.is_done(stage) for stage in trial.stages)

@@ -58,6 +58,7 @@ def measure(config: Any) -> Measurement:
     self_training.find_initial_weights(config)
     with capture_lines():  # The run prints these lines.
         dataset = load.load_dataset(config)
+    self_training.check_unlabeled(config, dataset)
     counts = workload.from_dataset(config, dataset)
     parts = work.parts(config, counts, stages.schedule(config, ""))
     topology = chips.this_machine(mesh)

@@ -163,7 +163,8 @@ def describe(fitted: Fit, minutes: float, elapsed: float) -> str:
     if fitted.seconds + elapsed < 0.8 * SHARE * 60 * minutes:
         lengthened = f" ({MAX_FACTOR} times the config's steps, which is the most that is fitted)"
     whole = run_time.describe(fitted.times, fitted.seconds + elapsed)
-    return f"{minutes:g} minutes: {', '.join(chosen)}{lengthened}; {whole}"
+    duration = f"{minutes:g} minute{'' if minutes == 1 else 's'}"
+    return f"{duration}: {', '.join(chosen)}{lengthened}; {whole}"
 
 
 def choose_settings(
@@ -185,8 +186,10 @@ def choose_settings(
 
     Raises:
         UserError: the workdir was begun with another duration or with none, `minutes` is not a
-            duration or too short, or the data or the config are refused as by a run.
+            duration, too short, or not the same in all processes, or the data or the config are
+            refused as by a run.
     """
+    _check_same_minutes(minutes)
     if minutes is None:
         return config
     if not (math.isfinite(minutes) and minutes > 0):
@@ -205,9 +208,21 @@ def choose_settings(
         return fitted.settings, describe(fitted, minutes, elapsed)
 
     settings, line = multihost.broadcast_from_main("settings for the minutes", choose)
-    config = fitted_settings.record(workdir, config, settings, minutes)
+    config = fitted_settings.record(workdir, config, settings, f"Fitted to {line}.", minutes)
     logger.info(line)
     return config
+
+
+def _check_same_minutes(minutes: float | None) -> None:
+    """Refuses processes that were started with different --minutes, which would wait forever."""
+    given = multihost.all_gather("minutes of each process", minutes)
+    texts = ["none" if each is None else f"{each:g}" for each in given]
+    if len(set(texts)) > 1:
+        raise UserError(
+            f"The processes of this run were given different --minutes ({', '.join(texts)}): "
+            "start all of them with the same command.",
+            code="minutes-differ-between-processes",
+        )
 
 
 def _is_begun(workdir: epath.Path, minutes: float) -> bool:
@@ -219,6 +234,8 @@ def _is_begun(workdir: epath.Path, minutes: float) -> bool:
             return False
         if before != minutes:
             begun = f"with --minutes={before:g}" if before is not None else "without --minutes"
+            if not (workdir / fitted_settings.FITTED).exists():
+                begun += f", or its {fitted_settings.FITTED} was removed"
             go_on = f"--minutes={before:g}" if before is not None else "no --minutes"
             raise UserError(
                 f"The workdir {workdir} was begun {begun}: give {go_on} to go on with it, or "

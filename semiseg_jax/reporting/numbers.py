@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from semiseg_jax import fitted_settings
 from semiseg_jax.eval_protocol import EvalProtocol
 from semiseg_jax.pseudo_label_stats import read_stats
 from semiseg_jax.pseudo_labels import PSEUDO_LABELS
@@ -29,19 +30,46 @@ def what_ran(run: Run, defaults: Mapping[str, Any]) -> Section:
         for key, value in flat.items()
         if value != default_values.get(key)
     ]
-    missing = ""
+    missing = []
     if run.about is None:
-        missing = f"{artifacts.RUN} is missing: start the run again to list data and devices here."
+        missing.append(
+            f"{artifacts.RUN} is missing: start the run again to list data and devices here."
+        )
+    if run.chosen is None:
+        missing.append(
+            f"{fitted_settings.FITTED} is damaged: restore it to list here what the run chose by "
+            "itself."
+        )
     model = run.config["model"]
     images = run.about["images"] if run.about else {}
     return {
         "images": ", ".join(f"{count} {kind}" for kind, count in images.items()),
         "network": f"{model['head']} on {model['backbone']}",
+        "chosen": _chosen_by_reason(run, flat),
         "changed": changed,
         "config": json.dumps(run.config, indent=1, ensure_ascii=False),
         "about": run.about,
-        "missing": missing,
+        "missing": " ".join(missing),
     }
+
+
+def _chosen_by_reason(
+    run: Run, flat: Mapping[str, Any]
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Returns each reason with (key, this run's value, value in the given config) of its settings.
+
+    A setting that a later start changed is left out: the run did not choose its present value.
+
+    Args:
+        run: the run.
+        flat: its config by key.
+    """
+    by_reason: dict[str, list[tuple[str, str, str]]] = {}
+    for key, setting in (run.chosen or {}).items():
+        if flat.get(key) == setting["value"]:
+            values = _format_value(setting["value"]), _format_value(setting["given"])
+            by_reason.setdefault(setting.get("reason", ""), []).append((key, *values))
+    return list(by_reason.items())
 
 
 def _format_value(value: Any) -> str:

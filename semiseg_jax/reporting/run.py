@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from semiseg_jax import results, stages
+from semiseg_jax import fitted_settings, results, stages
 from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data import image_io
 from semiseg_jax.eval_protocol import EvalProtocol
@@ -116,6 +116,8 @@ class Run:
         rows, curve: content of results.json: rows at the end of stages and within them.
         stages: all stages of the config, finished or not.
         kept: entry "kept" of model.json, see `KeptStage`; None if missing.
+        chosen: what the run chose by itself, see `fitted_settings.read_settings`; None if
+            fitted.json is damaged.
     """
 
     workdir: epath.Path
@@ -125,6 +127,7 @@ class Run:
     curve: list[ResultRow]
     stages: list[StageReport]
     kept: Any = None
+    chosen: dict[str, Any] | None = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -209,7 +212,18 @@ def read(workdir: epath.PathLike) -> Run:
     stage_reports = list(_read_stages(workdir, config))
     model = fileio.read_json(workdir / model_bundle.FOLDER / model_bundle.DESCRIPTION, _MODEL_FORM)
     kept = model and model["kept"]
-    return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports, kept)
+    chosen = _read_chosen(workdir)
+    return Run(workdir, config, about, scores["rows"], scores["curve"], stage_reports, kept, chosen)
+
+
+def _read_chosen(workdir: epath.Path) -> dict[str, Any] | None:
+    """Returns the settings that a run chose by itself; None if their file is damaged."""
+    try:
+        return fitted_settings.read_settings(workdir)
+    except UserError as error:
+        if error.code != "fingerprint-damaged":
+            raise
+        return None
 
 
 def _read_results(workdir: epath.Path) -> dict[str, list[ResultRow]]:

@@ -164,6 +164,11 @@ def test_the_sentence_says_what_was_chosen_from_which_images():
     assert f"crops of {crop[1]}x{crop[0]}; scales of {low:g} to {high:g}" in sentence
 
 
+def test_one_image_is_no_images():
+    values = size_settings.choose_from_sizes(open_config(), [(360, 480)])
+    assert size_settings.describe(values, [(360, 480)]).startswith("Chosen from 1 image of 480x360")
+
+
 def test_images_with_an_unreadable_header_have_no_say(folder_config):
     folder_config.data.crop = ()
     expected = size_settings.choose(folder_config)
@@ -171,8 +176,8 @@ def test_images_with_an_unreadable_header_have_no_say(folder_config):
     for number in (5, 6):
         with open(f"{root}/images/train/{number:03d}.png", "wb") as file:
             file.write(b"no image")
-    assert size_settings.choose(folder_config) == expected
-    assert expected["data.crop"] == (17, 17)
+    assert size_settings.choose(folder_config).values == expected.values
+    assert expected.values["data.crop"] == (17, 17)
 
 
 def test_labelled_and_unlabelled_images_count_alike(folder_config):
@@ -185,9 +190,31 @@ def test_labelled_and_unlabelled_images_count_alike(folder_config):
     assert "13 images of 48x36 to 640x480" in lines[0] or "13 images of 36x48" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("large", "changes", "factor"),
+    [
+        ((6000, 4000), {}, 7),
+        ((1200, 900), {}, None),
+        ((6000, 4000), {"data.downscale": 1}, None),
+        ((6000, 4000), {"eval.window": (65, 65), "pseudo.window": (65, 65)}, None),
+    ],
+)
+def test_an_image_far_larger_than_most_is_named(folder_config, large, changes, factor):
+    path = f"{folder_config.data.root}/images/train/large.png"
+    Image.new("L", large).save(path)
+    folder_config.data.update({"crop": (), "downscale": 0})
+    folder_config.update_from_flattened_dict(changes)
+    with capture_lines() as lines:
+        values = size_settings.choose(folder_config).values
+    assert values.get("data.downscale", 1) == 1
+    warnings = [line for line in lines if line.startswith("Warning: an image of 6000x4000")]
+    assert len(warnings) == (factor is not None)
+    assert not warnings or f"data.downscale={factor}," in warnings[0]
+
+
 def test_nothing_is_read_where_nothing_is_open(folder_config):
     folder_config.data.root = "/nowhere"
-    assert size_settings.choose(folder_config) == {}
+    assert size_settings.choose(folder_config).values == {}
 
 
 def test_crops_of_a_chosen_size_hold_no_padding(folder_config):

@@ -1,5 +1,6 @@
 """Fitting a config to a duration: properties of the fit, and starts of one workdir."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -7,11 +8,12 @@ import math
 import pytest
 
 from semiseg_jax import fitted_settings, workdir
-from semiseg_jax.planning import measurement, minutes
+from semiseg_jax.planning import measurement, minutes, run_time
 from semiseg_jax.planning.announcer import Announcer
 from semiseg_jax.planning.measurement import Measurement
 from semiseg_jax.planning.run_time import Speed
 from semiseg_jax.planning.work import ProgramId
+from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.logger import capture_lines
 from tests.conftest import tiny_config
 from tests.errors import raises_code
@@ -160,8 +162,8 @@ def choose(folder, given, config=None):
 
 
 def test_a_restart_goes_on_with_the_same(tmp_path, measured):
-    first, lines, announcer = choose(tmp_path, 60.0)
-    assert len(measured) == 1 and lines[-1].startswith("60 minutes: teacher")
+    first, lines_of_first, announcer = choose(tmp_path, 60.0)
+    assert len(measured) == 1 and lines_of_first[-1].startswith("60 minutes: teacher")
     assert announcer.speed == SPEED and first.train.steps < 2000
     workdir.write_config(tmp_path, first)
     for given in (60.0, None):
@@ -169,7 +171,10 @@ def test_a_restart_goes_on_with_the_same(tmp_path, measured):
         assert again.to_dict() == first.to_dict() and not lines
         workdir.check_config(tmp_path, again)
     assert len(measured) == 1
-    assert json.loads((tmp_path / "fitted.json").read_text())["minutes"] == 60
+    content = json.loads((tmp_path / "fitted.json").read_text())
+    assert content["minutes"] == 60
+    reasons = {setting["reason"] for setting in content["settings"].values()}
+    assert reasons == {f"Fitted to {line}." for line in lines_of_first}
 
 
 def test_minutes_whose_fit_changes_nothing_are_recorded_too(tmp_path, measured, monkeypatch):
@@ -181,7 +186,7 @@ def test_minutes_whose_fit_changes_nothing_are_recorded_too(tmp_path, measured, 
 
 def test_other_settings_that_are_chosen_later_keep_the_minutes(tmp_path, measured):
     first, _, _ = choose(tmp_path, 60.0)
-    fitted_settings.record(tmp_path, first, {"data.scale": (0.5, 1.5)})
+    fitted_settings.record(tmp_path, first, {"data.scale": (0.5, 1.5)}, "For a reason.")
     again, _, _ = choose(tmp_path, 60.0)
     assert again.data.scale == (0.5, 1.5) and again.train.steps == first.train.steps
 
@@ -194,9 +199,62 @@ def test_other_minutes_are_refused(tmp_path, measured):
 
 def test_a_workdir_begun_without_minutes_is_refused(tmp_path, measured):
     workdir.write_config(tmp_path, config_of())
-    with raises_code("minutes-differ", "without --minutes"):
+    with raises_code(
+        "minutes-differ", "without --minutes, or its fitted.json was removed: give no"
+    ):
+        choose(tmp_path, 30.0)
+    fitted_settings.record(tmp_path, config_of(), {"data.scale": (0.5, 1.5)}, "For a reason.")
+    with raises_code("minutes-differ", "without --minutes: give no --minutes"):
         choose(tmp_path, 30.0)
     assert not measured
+
+
+def test_nothing_is_measured_for_students_without_unlabelled_images(folder_config, monkeypatch):
+    monkeypatch.setattr(run_time, "count_costs", None)
+    folder_config.data.labels = 0.0
+    with raises_code("unlabeled-images-missing"):
+        measurement.measure(folder_config)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Lets the test be process 0 of two, then process 1, which learns what process 0 said."""
+    said = {}
+
+    def gather(name, value):
+        said.setdefault(name, value)
+        return [said[name], value]
+
+    def become(index):
+        monkeypatch.setattr(multihost, "is_main", lambda: index == 0)
+
+    monkeypatch.setattr(multihost, "all_gather", gather)
+    return become
+
+
+def test_all_processes_have_the_fit_of_process_0(tmp_path, monkeypatch, as_process):
+    def choose_at(slowness):
+        seconds = {program: slowness * s for program, s in SPEED.seconds.items()}
+        speed = dataclasses.replace(SPEED, seconds=seconds)
+        monkeypatch.setattr(measurement, "measure", lambda config: Measurement(LOAD, speed))
+        return choose(tmp_path, 60.0)
+
+    as_process(0)
+    first, lines, _ = choose_at(1.0)
+    assert first.train.steps < 2000
+    as_process(1)
+    # A fit to its own speed would be another one.
+    other, other_lines, _ = choose_at(2.0)
+    assert other.to_dict() == first.to_dict() and other_lines == lines
+
+
+@pytest.mark.parametrize("other", [30.0, None])
+def test_processes_with_different_minutes_are_refused(tmp_path, measured, as_process, other):
+    as_process(0)
+    choose(tmp_path, 60.0)
+    as_process(1)
+    with raises_code("minutes-differ-between-processes", "(60, "):
+        choose(tmp_path, other)
 
 
 @pytest.mark.parametrize("given", [0.0, -3.0, math.nan, math.inf])
