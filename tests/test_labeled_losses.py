@@ -151,7 +151,7 @@ ALL = {
     "weighted": lambda *a: labeled_losses.weighted_cross_entropy(*a, np.array([1.0, 2.0, 0.5])),
     "focal": labeled_losses.focal_loss,
     "focal, small gamma": lambda *a: labeled_losses.focal_loss(*a, gamma=0.5),
-    "ce_dice": lambda *a: (labeled_losses.ce_dice_loss(*a), 1),
+    "ce_dice": lambda *a: (labeled_losses.ce_dice_loss(*a), 1.0),
     "ohem": labeled_losses.ohem_cross_entropy,
 }
 
@@ -171,6 +171,7 @@ def test_no_nan_without_valid_pixels_or_with_huge_logits(loss):
 
 
 @pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
-def test_bfloat16_logits_are_reduced_in_float32(loss):
-    total, _ = loss(jnp.zeros((100, 100, 3), jnp.bfloat16), jnp.zeros((100, 100), jnp.int32))
-    assert total.dtype == jnp.float32
+def test_losses_of_bfloat16_logits_are_float32(loss):
+    logits = jax.ShapeDtypeStruct((100, 100, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((100, 100), jnp.int32)
+    assert jax.eval_shape(loss, logits, labels)[0].dtype == jnp.float32
