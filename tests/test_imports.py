@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from semiseg_jax import models
+from semiseg_jax import methods, models
 
 MODULES = [
     "semiseg_jax.data.folder_walk",
@@ -18,7 +18,11 @@ MODULES = [
     "semiseg_jax.optim",
     "semiseg_jax.shape_buckets",
     "semiseg_jax.train_step",
-    *(f"semiseg_jax.models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
+    *(
+        f"{package.__name__}.{module.name}"
+        for package in (methods, models)
+        for module in pkgutil.iter_modules(package.__path__)
+    ),
 ]
 
 IMPORT_ALL = """
