@@ -38,8 +38,9 @@ def init_variables(features):
     key = jax.random.key(0)
     scores = jnp.zeros((*features.shape[:3], CLASSES - 1))
     variables = {
-        "main": DECODER.init(key, features),
-        "auxiliary": DECODER.init(jax.random.key(1), features),
+        # Weights above 0: no ReLU of so few channels ends the gradient.
+        "main": jax.tree.map(jnp.abs, DECODER.init(key, features)),
+        "auxiliary": jax.tree.map(jnp.abs, DECODER.init(jax.random.key(1), features)),
         "classifier": CLASSIFIER.init(key, features, LAYOUT),
         "attention": ATTENTION.init(key, [features], scores, LAYOUT),
     }
