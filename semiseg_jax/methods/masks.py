@@ -1,5 +1,7 @@
 """Masks of objects and of valid pixels, at the size of images and of features."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
@@ -37,9 +39,7 @@ def most_frequent_class(labels: Integer[Array, "..."], num_classes: int) -> Int[
     return jnp.argmax(counts).astype(jnp.int32)
 
 
-def resize_nearest(
-    masks: Shaped[Array, "b h w"], size: tuple[int, int]
-) -> Shaped[Array, "b oh ow"]:
+def resize_nearest(masks: Shaped[Array, "b h w"], size: Sequence[int]) -> Shaped[Array, "b oh ow"]:
     """Resizes masks or label maps by nearest neighbour: output i reads floor(i * in / out).
 
     The rule, and its float32 arithmetic, is that of PyTorch's `interpolate(mode="nearest")` and of

@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
 
 
 def _hypercolumns(
-    levels: Sequence[Float[Array, "b _h _w _c"]], size: tuple[int, int]
+    levels: Sequence[Float[Array, "b _h _w _c"]], size: Sequence[int]
 ) -> Float[Array, "b h w c"]:
     """Concatenates features of several levels at one size, without gradient, at least float32."""
     levels = [at_least_float32(level) for level in levels]
