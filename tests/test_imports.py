@@ -12,7 +12,6 @@ MODULES = [
     "semiseg_jax.data.folder_walk",
     "semiseg_jax.data.image_header",
     "semiseg_jax.inference",
-    "semiseg_jax.labeled_losses",
     "semiseg_jax.losses",
     "semiseg_jax.mesh",
     "semiseg_jax.metrics",

@@ -29,7 +29,7 @@ class AuxiliaryDecoder(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b oh ow classes"]:
+    def __call__(self, features: Float[Array, "n h w c"]) -> Float[Array, "n oh ow classes"]:
         """Computes logits at `upscale` times the size of the features."""
         doublings = self.upscale.bit_length() - 1
         if self.upscale != 2**doublings:
@@ -53,7 +53,7 @@ class AuxiliaryDecoder(nn.Module):
         return x
 
 
-def pixel_shuffle(x: Float[Array, "b h w c"], scale: int = 2) -> Float[Array, "b oh ow oc"]:
+def pixel_shuffle(x: Float[Array, "n h w c"], scale: int = 2) -> Float[Array, "n oh ow oc"]:
     """Rearranges scale^2 neighbouring channels as a square of scale x scale pixels.
 
     Channel c * scale^2 + i * scale + j becomes row i, column j of channel c (PyTorch's order).

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from semiseg_jax import losses
@@ -81,7 +82,7 @@ def confident_pixels_by_class(
 
 
 def confident_share(
-    labels: TeacherLabels, threshold: float, over: PixelSet = "valid"
+    labels: TeacherLabels, threshold: float, divide_by: PixelSet = "valid"
 ) -> Float[Array, ""]:
     """The share of confident pixels in the batch, in 0..1; 0 for a batch without valid pixels.
 
@@ -90,12 +91,27 @@ def confident_share(
     Args:
         labels: of the global batch, mixed as the student's images are.
         threshold: least confidence of a confident pixel.
-        over: the pixels that are counted; the published codes count all.
+        divide_by: the pixels that take part; in the published codes all do, padding included.
     """
-    if over == "all":
-        counted = jnp.ones_like(labels.valid)
-    else:
-        counted = labels.valid
-    confident = (labels.confidence >= threshold).astype(labels.confidence.dtype)
-    total, count = losses.masked_sum(confident, counted)
-    return total / jnp.maximum(count, 1)
+    dtype = labels.confidence.dtype
+    confident = labels.confidence >= threshold
+    if divide_by == "valid":
+        confident = confident & labels.valid
+    return jnp.sum(confident, dtype=dtype) / jnp.maximum(
+        pixel_count(labels.valid, divide_by, dtype), 1
+    )
+
+
+def pixel_count(
+    valid: Bool[Array, "n h w"], divide_by: PixelSet, dtype: DTypeLike
+) -> Float[Array, ""]:
+    """How many pixels of the batch a share or a mean divides by.
+
+    Args:
+        valid: false at padding.
+        divide_by: the valid pixels or all.
+        dtype: of the result.
+    """
+    if divide_by == "all":
+        return jnp.asarray(valid.size, dtype)
+    return jnp.sum(valid, dtype=dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def label_components(mask: Bool[Array, "b h w"]) -> Int[Array, "b h w"]:
+def label_components(mask: Bool[Array, "n h w"]) -> Int[Array, "n h w"]:
     """Labels the components of each mask; pixels that touch at a corner are connected.
 
     Returns:
@@ -24,7 +24,7 @@ def label_components(mask: Bool[Array, "b h w"]) -> Int[Array, "b h w"]:
     return _spread_minimum(jnp.broadcast_to(index, mask.shape), mask, height * width, corners=True)
 
 
-def fill_holes(mask: Bool[Array, "b h w"]) -> Bool[Array, "b h w"]:
+def fill_holes(mask: Bool[Array, "n h w"]) -> Bool[Array, "n h w"]:
     """Adds the holes: what no path from the border of the image reaches outside the mask.
 
     The path moves along rows and columns, because the mask itself is connected at corners too.
@@ -37,8 +37,8 @@ def fill_holes(mask: Bool[Array, "b h w"]) -> Bool[Array, "b h w"]:
 
 
 def _spread_minimum(
-    values: Int[Array, "b h w"], mask: Bool[Array, "b h w"], outside: int, corners: bool
-) -> Int[Array, "b h w"]:
+    values: Int[Array, "n h w"], mask: Bool[Array, "n h w"], outside: int, corners: bool
+) -> Int[Array, "n h w"]:
     """Gives every pixel of the mask the smallest value of its component.
 
     Args:
@@ -63,7 +63,7 @@ def _spread_minimum(
     return jax.lax.while_loop(lambda state: state[1], sweep, (first, jnp.array(True)))[0]
 
 
-def _run_starts(mask: Bool[Array, "b h w"], axis: int) -> Int[Array, "b h w"]:
+def _run_starts(mask: Bool[Array, "n h w"], axis: int) -> Int[Array, "n h w"]:
     """Returns, for each pixel of the mask, where along the axis its run of pixels starts.
 
     Each pixel outside the mask has a negative number of its own, so that it is no part of a run.
@@ -75,8 +75,8 @@ def _run_starts(mask: Bool[Array, "b h w"], axis: int) -> Int[Array, "b h w"]:
 
 
 def _spread_along_runs(
-    values: Int[Array, "b h w"], starts: Int[Array, "b h w"], axis: int
-) -> Int[Array, "b h w"]:
+    values: Int[Array, "n h w"], starts: Int[Array, "n h w"], axis: int
+) -> Int[Array, "n h w"]:
     """Gives every pixel the smallest value of its run, by steps of 1, 2, 4, … pixels."""
     step = 1
     while step < values.shape[axis]:
@@ -88,7 +88,7 @@ def _spread_along_runs(
     return values
 
 
-def _minimum_of_neighbours(values: Int[Array, "b h w"], outside: int) -> Int[Array, "b h w"]:
+def _minimum_of_neighbours(values: Int[Array, "n h w"], outside: int) -> Int[Array, "n h w"]:
     """Gives every pixel the smallest value of its 3x3 neighbourhood."""
     return jax.lax.reduce_window(
         values, jnp.int32(outside), jax.lax.min, (1, 3, 3), (1, 1, 1), "SAME"

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from semiseg_jax.methods.precision import at_least_float32, step_as_float
+
 # What happens to the norm statistics of the averaged network: averaged like the parameters
 # (UniMatch V2, French et al.), copied from the network that is trained, or left as they are
 # (ClassMix, whose teacher runs in training mode and so moves its own).
@@ -30,7 +32,7 @@ def init_average(variables: Any) -> Any:
     def start(leaf: ArrayLike) -> Array:
         leaf = jnp.asarray(leaf)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+            leaf = at_least_float32(leaf)
         return jnp.array(leaf)
 
     return jax.tree.map(start, variables)
@@ -50,12 +52,12 @@ def update_weight(
         decay: in 0..1.
         warmup: whether the decay starts at 0.
     """
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(float))
+    step = step_as_float(step)
     # 1 - decay is taken in Python's float64, where .996 loses no digit that float32 has.
-    weight = jnp.asarray(1 - decay, dtype)
+    weight = jnp.asarray(1 - decay, step.dtype)
     if not warmup:
         return weight
-    return jnp.maximum(1 / (jnp.asarray(step, dtype) + 1), weight)
+    return jnp.maximum(1 / (step + 1), weight)
 
 
 def update_average(average: Any, current: Any, weight: Float[ArrayLike, ""]) -> Any:

@@ -1,4 +1,4 @@
-"""Soft pseudo-labels of two fused predictions, and their loss (PseudoSeg).
+"""Soft pseudo-labels of two fused predictions (PseudoSeg).
 
 The computation is in float32 for logits of any dtype (float64 for float64).
 """
@@ -12,11 +12,11 @@ from semiseg_jax.methods.precision import at_least_float32
 
 
 def calibrated_fusion(
-    decoder_logits: Float[Array, "b h w classes"],
-    attention_logits: Float[Array, "b h w classes"],
-    valid: Bool[Array, "b h w"] | None = None,
+    decoder_logits: Float[Array, "n h w classes"],
+    attention_logits: Float[Array, "n h w classes"],
+    valid: Bool[Array, "n h w"] | None = None,
     temperature: float = 0.5,
-) -> Float[Array, "b h w classes"]:
+) -> Float[Array, "n h w classes"]:
     """Fuses two predictions of the weak view into soft pseudo-labels (PseudoSeg).
 
     Both logits are divided by their joint root mean square; the two softmaxes are averaged and
@@ -45,22 +45,3 @@ def calibrated_fusion(
     probabilities = jnp.mean(jax.nn.softmax(scaled, axis=-1), axis=0)
     sharpened = probabilities ** (1 / temperature)
     return sharpened / jnp.sum(sharpened, axis=-1, keepdims=True)
-
-
-def soft_cross_entropy(
-    logits: Float[Array, "*pixels classes"],
-    target: Float[Array, "*pixels classes"],
-    valid: Bool[Array, "*pixels"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross-entropy with target probabilities, as (sum in nats, count) over the valid pixels.
-
-    Source: Zou et al., ICLR 2021, equation 2; googleinterns/wss, train_wss.py, "cls_strong".
-
-    Args:
-        logits: of the strong view.
-        target: probabilities, such as `calibrated_fusion`, or a constant.
-        valid: pixels that are neither padding nor cut out.
-    """
-    log_probabilities = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
-    cross_entropy = -jnp.sum(jax.lax.stop_gradient(target) * log_probabilities, axis=-1)
-    return losses.masked_sum(cross_entropy, valid)

@@ -15,10 +15,10 @@ from semiseg_jax.methods.precision import at_least_float32
 
 def grad_cam(
     classifier: Callable[[Array], Array],
-    features: Float[Array, "b h w c"],
-    present: Bool[Array, "b outputs"],
-    valid: Bool[Array, "b h w"] | None = None,
-) -> Float[Array, "b h w outputs"]:
+    features: Float[Array, "n h w c"],
+    present: Bool[Array, "n outputs"],
+    valid: Bool[Array, "n h w"] | None = None,
+) -> Float[Array, "n h w outputs"]:
     """Computes the class maps of each image, from 0 to 1, without gradient.
 
     The map of a class is relu(sum over channels of weight * feature), where the weight of a channel
@@ -30,10 +30,10 @@ def grad_cam(
     same, because the gradient is the same at every position of every image.
 
     Args:
-        classifier: features to logits [b, outputs], for each image on its own, without dropout.
+        classifier: features to logits [n, outputs], for each image on its own, without dropout.
         features: of the last layer of the backbone.
-        present: the classes of each image: `image_classifier.classes_in_labels` where there are
-            labels, else `predicted_classes`.
+        present: the classes of each image: `masks.classes_in_labels` where there are labels, else
+            `image_classifier.predicted_classes`.
         valid: positions that are not padding; the maps are 0 elsewhere.
     """
     features = at_least_float32(features)

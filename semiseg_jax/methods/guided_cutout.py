@@ -26,7 +26,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from semiseg_jax.methods import connected_components
 
@@ -36,7 +37,7 @@ RING = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 
 @flax.struct.dataclass
 class ObjectBoxes:
-    """The boxes of the objects in each image, in pixels; each attribute is an array [b, k].
+    """The boxes of the objects in each image, in pixels; each attribute is an array [n, k].
 
     Attributes:
         exists: whether there is a k-th object, bool; the others are 0 where there is none.
@@ -53,14 +54,14 @@ class ObjectBoxes:
 
 
 def find_objects(
-    mask: Bool[Array, "b h w"], min_points: int = 51, max_objects: int = 128
+    mask: Bool[Array, "n h w"], min_points: Integer[ArrayLike, ""] = 51, max_objects: int = 128
 ) -> ObjectBoxes:
     """Returns the boxes of the objects in each mask, by falling number of contour points.
 
     Call it once and `keep_mask` for each decoder.
 
     Args:
-        mask: the pixels of objects, for example `perturbations.predicted_objects`.
+        mask: the pixels of objects, for example `masks.predicted_objects`.
         min_points: points that a contour must have.
         max_objects: objects of an image, at most.
     """
@@ -71,7 +72,10 @@ def find_objects(
 
 
 def _largest_boxes(
-    labels: Int[Array, "b h w"], points: Int[Array, "b h w"], min_points: int, max_objects: int
+    labels: Int[Array, "n h w"],
+    points: Int[Array, "n h w"],
+    min_points: Integer[ArrayLike, ""],
+    max_objects: int,
 ) -> ObjectBoxes:
     """The boxes from the labels of the components and the contour points at the pixels.
 
@@ -108,7 +112,7 @@ def _largest_boxes(
     )
 
 
-def contour_points(mask: Bool[Array, "b h w"]) -> Int[Array, "b h w"]:
+def contour_points(mask: Bool[Array, "n h w"]) -> Int[Array, "n h w"]:
     """Counts the contour points at each pixel of masks without holes; int32, 0 to 4.
 
     Their sum over a component is the length of its contour in OpenCV, with CHAIN_APPROX_SIMPLE.
@@ -131,17 +135,17 @@ def contour_points(mask: Bool[Array, "b h w"]) -> Int[Array, "b h w"]:
 
 
 def keep_mask(
+    keys: Key[Array, " n"],
     boxes: ObjectBoxes,
     size: tuple[int, int],
-    keys: Key[Array, " b"],
     erase: float = 0.4,
-) -> Bool[Array, "b h w"]:
+) -> Bool[Array, "n h w"]:
     """Draws one rectangle inside the box of each object and returns what is outside all of them.
 
     Args:
+        keys: one for each image, from `image_keys`.
         boxes: from `find_objects`.
         size: (height, width) of the masks that the boxes are of.
-        keys: one for each image.
         erase: side of the rectangle as a share of the side of the box, rounded down to pixels.
     """
     slots = boxes.exists.shape[1]
@@ -155,12 +159,12 @@ def keep_mask(
 
 
 def _in_interval(
-    start: Int[Array, "b k"],
-    extent: Int[Array, "b k"],
+    start: Int[Array, "n k"],
+    extent: Int[Array, "n k"],
     size: int,
-    draws: Float[Array, "b k"],
+    draws: Float[Array, "n k"],
     erase: float,
-) -> Bool[Array, "b k size"]:
+) -> Bool[Array, "n k size"]:
     """Whether each row, or column, is inside the interval that is drawn for each object."""
     # Tables instead of products: float32 would round .6 * 35 down to 20. As in the published code,
     # the products are in float64.

@@ -2,7 +2,8 @@
 
 Source: Zou et al., ICLR 2021, section 3.2; googleinterns/wss, train_wss.py and
 core/data_generator.py. With a background class the classifier has C - 1 outputs, the classes from
-1; for data without one it has C outputs (this project's rule, the authors ran VOC and COCO alone).
+1, so that its labels are `masks.classes_in_labels(...)[:, 1:]`; for data without one it has C
+outputs (this project's rule, the authors ran VOC and COCO alone).
 """
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from semiseg_jax.methods.precision import at_least_float32
 from semiseg_jax.models import layers
@@ -33,10 +34,10 @@ class ImageClassifier(nn.Module):
     @nn.compact
     def __call__(
         self,
-        features: Float[Array, "b h w c"],
+        features: Float[Array, "n h w c"],
         layout: DomainLayout,
-        valid: Bool[Array, "b h w"] | None = None,
-    ) -> Float[Array, "b outputs"]:
+        valid: Bool[Array, "n h w"] | None = None,
+    ) -> Float[Array, "n outputs"]:
         """Computes a logit for each class.
 
         Args:
@@ -63,31 +64,17 @@ class ImageClassifier(nn.Module):
         return logits[:, 0, 0]
 
 
-def classes_in_labels(
-    labels: Integer[Array, "b h w"], num_classes: int, background: bool
-) -> Bool[Array, "b outputs"]:
-    """Returns which classes occur in each label map.
-
-    Args:
-        labels: class ids; any other value, such as 255, is no class.
-        num_classes: C.
-        background: class 0 is the background, which has no output.
-    """
-    classes = range(1 if background else 0, num_classes)
-    return jnp.stack([jnp.any(labels == c, axis=(1, 2)) for c in classes], axis=-1)
-
-
 def predicted_classes(
-    logits: Float[Array, "b outputs"], threshold: float = 0.5
-) -> Bool[Array, "b outputs"]:
+    logits: Float[Array, "n outputs"], threshold: float = 0.5
+) -> Bool[Array, "n outputs"]:
     """Returns which classes an image is predicted to contain: probability at least `threshold`."""
-    return jax.nn.sigmoid(logits.astype(jnp.float32)) >= threshold
+    return jax.nn.sigmoid(at_least_float32(logits)) >= threshold
 
 
 def sigmoid_cross_entropy(
-    logits: Float[Array, "b outputs"],
-    present: Bool[Array, "b outputs"],
-    labeled: Bool[Array, " b"] | None = None,
+    logits: Float[Array, "n outputs"],
+    present: Bool[Array, "n outputs"],
+    labeled: Bool[Array, " n"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sigmoid cross-entropy, as (sum in nats over the images, number of images).
 
@@ -95,7 +82,7 @@ def sigmoid_cross_entropy(
 
     Args:
         logits: of `ImageClassifier`.
-        present: from `classes_in_labels`.
+        present: from `masks.classes_in_labels`, as `predicted_classes` has them.
         labeled: images that count. An image whose pixels are all ignored says nothing about its
             classes and should not count.
     """

@@ -1,4 +1,4 @@
-"""Masks of objects and of valid pixels, at the size of images and of features."""
+"""Masks of boxes and of predicted objects, the classes of label maps, and their resizing."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
+from semiseg_jax.losses import IGNORE
+
 
 def predicted_objects(
-    logits: Float[Array, "b h w classes"],
+    logits: Float[Array, "n h w classes"],
     background: int | Integer[Array, "..."] = 0,
-    valid: Bool[Array, "b h w"] | None = None,
-) -> Bool[Array, "b h w"]:
+    valid: Bool[Array, "n h w"] | None = None,
+) -> Bool[Array, "n h w"]:
     """Returns where the prediction is an object: any class but the background.
 
     Source: yassouali/CCT, models/decoders.py, where class 0 is the background. For data without a
@@ -39,7 +41,35 @@ def most_frequent_class(labels: Integer[Array, "..."], num_classes: int) -> Int[
     return jnp.argmax(counts).astype(jnp.int32)
 
 
-def resize_nearest(masks: Shaped[Array, "b h w"], size: Sequence[int]) -> Shaped[Array, "b oh ow"]:
+def box_masks(boxes: Int[Array, "n 4"], size: tuple[int, int]) -> Bool[Array, "n h w"]:
+    """Masks that are true inside the boxes.
+
+    Args:
+        boxes: (top, left, bottom, right) in pixels; bottom and right are outside.
+        size: (height, width) of the masks.
+    """
+    rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
+    top, left, bottom, right = (boxes[:, i, None] for i in range(4))
+    in_rows = (rows >= top) & (rows < bottom)
+    in_columns = (columns >= left) & (columns < right)
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def classes_in_labels(
+    labels: Integer[Array, "n h w"], num_classes: int, ignore: int = IGNORE
+) -> Bool[Array, "n classes"]:
+    """Returns which classes each label map shows.
+
+    Args:
+        labels: class ids, or `ignore`.
+        num_classes: C.
+        ignore: label of the pixels to skip; it may be below C.
+    """
+    is_class = labels[..., None] == jnp.arange(num_classes)
+    return jnp.any(is_class & (labels != ignore)[..., None], axis=(1, 2))
+
+
+def resize_nearest(masks: Shaped[Array, "n h w"], size: Sequence[int]) -> Shaped[Array, "n oh ow"]:
     """Resizes masks or label maps by nearest neighbour: output i reads floor(i * in / out).
 
     The rule, and its float32 arithmetic, is that of PyTorch's `interpolate(mode="nearest")` and of

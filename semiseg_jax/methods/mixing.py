@@ -8,6 +8,7 @@ BMVC 2020 (2019 as a preprint), `mask_gen.py`; UniMatch (CVPR 2023), `dataset/tr
 UniMatch V2 (TPAMI 2025), `unimatch_v2.py`; ClassMix (WACV 2021), `trainSSL.py`.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from semiseg_jax.losses import IGNORE
+from semiseg_jax.methods import masks
 from semiseg_jax.runtime.errors import UserError
 
 # How many aspect ratios `unimatch_boxes` weighs against each other for one box.
@@ -65,7 +67,12 @@ def partners(
         images: tree of arrays [n, ...].
         group_size: images of a group, at least 2; n is a multiple of it.
         order: which image of the group.
+
+    Raises:
+        ValueError: an image would be its own partner, or the last group would not be whole.
     """
+    if group_size < 2 or (order == "reversed" and group_size % 2):
+        raise ValueError(f"An image of a group of {group_size} would be mixed with itself.")
 
     def move(leaf: Shaped[Array, "n *rest"]) -> Shaped[Array, "n *rest"]:
         groups = leaf.reshape(-1, group_size, *leaf.shape[1:])
@@ -101,7 +108,7 @@ def mix(mask: Bool[Array, "n h w"], inside: Any, outside: Any) -> Any:
     image itself, outside it the partner.
 
     Args:
-        mask: from `box_masks` or `pixels_of_classes`.
+        mask: from `masks.box_masks` or `pixels_of_classes`.
         inside: tree of arrays [n, h, w] or [n, h, w, c].
         outside: the same tree.
     """
@@ -115,20 +122,6 @@ def mix(mask: Bool[Array, "n h w"], inside: Any, outside: Any) -> Any:
 # ---- boxes
 
 
-def box_masks(boxes: Int[Array, "n 4"], size: tuple[int, int]) -> Bool[Array, "n h w"]:
-    """Masks that are true inside the boxes.
-
-    Args:
-        boxes: (top, left, bottom, right) in pixels; bottom and right are outside.
-        size: (height, width) of the masks.
-    """
-    rows, columns = jnp.arange(size[0]), jnp.arange(size[1])
-    top, left, bottom, right = (boxes[:, i, None] for i in range(4))
-    in_rows = (rows >= top) & (rows < bottom)
-    in_columns = (columns >= left) & (columns < right)
-    return in_rows[:, :, None] & in_columns[:, None, :]
-
-
 def half_area_boxes(
     keys: Key[Array, " n"], size: tuple[int, int], area: float = 0.5
 ) -> Int[Array, "n 4"]:
@@ -140,7 +133,7 @@ def half_area_boxes(
         area: of the box, as a share of the image.
 
     Returns:
-        Boxes as `box_masks` takes them.
+        Boxes as `masks.box_masks` takes them.
     """
     draws = jax.vmap(lambda key: jax.random.uniform(key, (3,), jnp.float32))(keys)
     return half_area_boxes_at(draws, size, area)
@@ -154,7 +147,7 @@ def half_area_boxes_at(
     The height is area ** draw of the image's height, the width the rest; both are rounded, and so
     is the position (`BoxMaskGenerator.generate_params`). The box lies inside the image.
     """
-    heights = jnp.exp(draws[:, 0] * np.log(area))
+    heights = jnp.exp(draws[:, 0] * math.log(area))
     shares = jnp.stack([heights, area / heights], axis=1)
     image = jnp.array(size, draws.dtype)
     extents = jnp.round(shares * image)
@@ -185,7 +178,7 @@ def unimatch_boxes(
         aspect: least and largest height / width of the box, in pixels; uniform before the choice.
 
     Returns:
-        Boxes as `box_masks` takes them.
+        Boxes as `masks.box_masks` takes them.
 
     Raises:
         UserError: a box of the largest area fits at no aspect ratio.
@@ -205,8 +198,8 @@ def unimatch_boxes(
         # A sum rather than an index, which would be a gather over the batch.
         is_chosen = jnp.arange(_ASPECT_CANDIDATES) == chosen
         tall, wide = (jnp.sum(jnp.where(is_chosen, extents, 0)) for extents in (tall, wide))
-        top = jax.random.randint(keys[4], (), 0, _corners(tall, height))
-        left = jax.random.randint(keys[5], (), 0, _corners(wide, width))
+        top = jax.random.randint(keys[4], (), 0, _corners(tall, height), jnp.int32)
+        left = jax.random.randint(keys[5], (), 0, _corners(wide, width), jnp.int32)
         box = jnp.stack([top, left, top + tall, left + wide]).astype(jnp.int32)
         return jnp.where(uniform[2] < probability, box, 0)
 
@@ -260,9 +253,7 @@ def class_masks(
         num_classes: C.
         ignore: label of the pixels to skip.
     """
-    shown = jnp.any(
-        (labels[..., None] == jnp.arange(num_classes)) & (labels != ignore)[..., None], axis=(1, 2)
-    )
+    shown = masks.classes_in_labels(labels, num_classes, ignore)
     return pixels_of_classes(labels, half_of_classes(keys, shown))
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from semiseg_jax.methods.precision import step_as_float
+
 RampShape = Literal["sigmoid", "linear", "cosine", "log", "exp"]
 
 
@@ -32,10 +34,9 @@ def ramp(
         start: of the ramp, in the same unit.
         shape: see above.
     """
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(float))
-    step = jnp.asarray(step, dtype)
+    step = step_as_float(step)
     if length == 0:
-        return jnp.where(step < start, 0, jnp.ones((), dtype))
+        return jnp.where(step < start, 0, jnp.ones((), step.dtype))
     t = jnp.clip((step - start) / length, 0, 1)
     match shape:
         case "sigmoid":

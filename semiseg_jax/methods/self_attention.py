@@ -43,11 +43,11 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        levels: Sequence[Float[Array, "b _h _w _c"]],
-        scores: Float[Array, "b h w k"],
+        levels: Sequence[Float[Array, "n _h _w _c"]],
+        scores: Float[Array, "n h w k"],
         layout: DomainLayout,
-        valid: Bool[Array, "b h w"] | None = None,
-    ) -> Float[Array, "b h w classes"]:
+        valid: Bool[Array, "n h w"] | None = None,
+    ) -> Float[Array, "n h w classes"]:
         """Computes logits at the size of the scores, in float32 (float64 for float64).
 
         Args:
@@ -83,8 +83,8 @@ class SelfAttention(nn.Module):
 
 
 def _hypercolumns(
-    levels: Sequence[Float[Array, "b _h _w _c"]], size: Sequence[int]
-) -> Float[Array, "b h w c"]:
+    levels: Sequence[Float[Array, "n _h _w _c"]], size: Sequence[int]
+) -> Float[Array, "n h w c"]:
     """Concatenates features of several levels at one size, without gradient, at least float32."""
     levels = [at_least_float32(level) for level in levels]
     resized = [layers.resize(level, size, align_corners=True) for level in levels]
@@ -92,11 +92,11 @@ def _hypercolumns(
 
 
 def _attend(
-    query: Float[Array, "b h w d"],
-    key: Float[Array, "b h w d"],
-    values: Float[Array, "b h w k"],
-    valid: Bool[Array, "b h w"] | None,
-) -> Float[Array, "b h w k"]:
+    query: Float[Array, "n h w d"],
+    key: Float[Array, "n h w d"],
+    values: Float[Array, "n h w k"],
+    valid: Bool[Array, "n h w"] | None,
+) -> Float[Array, "n h w k"]:
     """Averages the values by softmax(query . key / sqrt(d)) over the valid positions."""
     precision = jax.lax.Precision.HIGHEST
     similarity = jnp.einsum("bhwd,bijd->bhwij", query, key, precision=precision)

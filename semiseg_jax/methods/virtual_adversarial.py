@@ -17,17 +17,17 @@ Decoder = Callable[[Array], Array]
 
 
 def perturb(
+    keys: Key[Array, " n"],
     decoder: Decoder,
-    features: Float[Array, "b h w c"],
-    keys: Key[Array, " b"],
+    features: Float[Array, "n h w c"],
     **kwargs: Any,
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "n h w c"]:
     """Adds `perturbation` to the features, from a start in [-.5, .5] that is drawn for each image.
 
     Args:
+        keys: one for each image, from `image_keys`.
         decoder: see `perturbation`.
         features: of the encoder, of any float dtype.
-        keys: one for each image.
         kwargs: go to `perturbation`: xi, eps, iterations, norm_floor, linearized, valid.
 
     Returns:
@@ -42,16 +42,16 @@ def perturb(
 
 def perturbation(
     decoder: Decoder,
-    features: Float[Array, "b h w c"],
-    start: Float[Array, "b h w c"],
+    features: Float[Array, "n h w c"],
+    start: Float[Array, "n h w c"],
     xi: float = 1e-6,
     eps: float = 2.0,
     iterations: int = 1,
-    norm_floor: float = 1e-8,
+    norm_floor: float = 0.0,
     linearized: bool = True,
-    valid: Bool[Array, "b oh ow"] | None = None,
-) -> Float[Array, "b h w c"]:
-    """Returns the perturbation of about length `eps` that changes the prediction of an image most.
+    valid: Bool[Array, "n oh ow"] | None = None,
+) -> Float[Array, "n h w c"]:
+    """Returns the perturbation of length `eps` that changes the prediction of an image most.
 
     The start, scaled to length 1, is a direction d. The gradient of the divergence
     KL(softmax(decoder(x)), softmax(decoder(x + xi d))) with respect to d, scaled to length 1, is
@@ -62,11 +62,11 @@ def perturbation(
     of the decoder and the Fisher matrix F = diag(p) - p p^T of the softmax. It is the limit of the
     published gradient for small xi, without its rounding.
 
-    As published, the length has `norm_floor` added to it and the divergence is divided by the
-    number of images. The gradient is proportional to xi^2, and with xi = 1e-6 it is shorter than
-    the floor: for random features of 10x10x512, 10 images and 21 classes the published function
-    returns a length of 8e-4 in float32 and of 9e-5 in float64, and not eps = 2. With norm_floor = 0
-    the length is eps for any xi, as both papers have it, whatever the number of images.
+    The length is eps for any xi and any number of images, as both papers have it. The published
+    code adds 1e-8 to a length before it divides by it (`norm_floor`), and divides the divergence
+    by the number of images. The gradient is proportional to xi^2, and with xi = 1e-6 it is shorter
+    than that floor: for random features of 10x10x512, 10 images and 21 classes the published
+    function returns a length of 8e-4 in float32 and of 9e-5 in float64, and not eps = 2.
 
     Args:
         decoder: features to logits, for each image on its own; it must compute in the dtype of its
@@ -78,7 +78,7 @@ def perturbation(
         xi: length of the step at which the gradient is taken.
         eps: length of the perturbation.
         iterations: of the power method.
-        norm_floor: added to lengths before dividing by them.
+        norm_floor: added to lengths before dividing by them; published: 1e-8.
         linearized: False for the finite step xi, for steps that float32 resolves, such as .1.
         valid: pixels of the logits that are not padding; only they count in the divergence.
 
@@ -123,7 +123,7 @@ def _linearized_gradient(
     return xi * xi * gradient
 
 
-def _unit(x: Float[Array, "b h w c"], floor: float) -> Float[Array, "b h w c"]:
+def _unit(x: Float[Array, "n h w c"], floor: float) -> Float[Array, "n h w c"]:
     """Divides each image by its length plus the floor; an image of zeros stays 0."""
     # The largest value first: squares of values below 1e-19 are 0 in float32.
     largest = jnp.max(jnp.abs(x), axis=(1, 2, 3), keepdims=True)

@@ -1,25 +1,23 @@
 """The building blocks of CCT, beside results of the authors' functions (fixtures/cct.json)."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from semiseg_jax.methods import (
-    auxiliary_consistency,
     auxiliary_decoder,
+    consistency,
     masks,
     perturbations,
     virtual_adversarial,
 )
-from tests.methods import reference_arrays as arrays
+from semiseg_jax.methods.image_keys import image_keys
+from tests.methods import arrays
+from tests.methods.published import fixture
 
-PUBLISHED = json.loads((pathlib.Path(__file__).parent / "fixtures" / "cct.json").read_text())
-CLOSE = {"rtol": 1e-5, "atol": 1e-9}
-KEYS = jax.random.split(jax.random.key(0), 2)
+PUBLISHED = fixture("cct")
+KEYS = image_keys(jax.random.key(0), 2)
 
 
 def decoder_params(dtype):
@@ -65,6 +63,7 @@ def test_vat_agrees_with_the_published_one(case, linearized):
                 xi,
                 eps,
                 int(iterations),
+                norm_floor=1e-8,
                 linearized=linearized,
             )
         )(arrays.FEATURES, arrays.START)
@@ -77,13 +76,13 @@ def test_vat_agrees_with_the_published_one(case, linearized):
 
 def vat(x, **kwargs):
     params = decoder_params(jnp.float32)
-    return virtual_adversarial.perturb(lambda x: decode(params, x), x, KEYS, **kwargs)
+    return virtual_adversarial.perturb(KEYS, lambda x: decode(params, x), x, **kwargs)
 
 
 def test_vat_of_bfloat16_features_is_that_of_float32():
     """The published step of 1e-6 changes no feature in bfloat16, and few in float32."""
     x = jnp.asarray(arrays.FEATURES, jnp.bfloat16)
-    perturb = jax.jit(lambda x: vat(x, norm_floor=0.0))
+    perturb = jax.jit(lambda x: vat(x))
     ours, wide = perturb(x), perturb(x.astype(jnp.float32))
     assert ours.dtype == jnp.float32
     np.testing.assert_array_equal(ours, wide)
@@ -94,14 +93,14 @@ def test_vat_of_bfloat16_features_is_that_of_float32():
 def test_vat_takes_no_part_in_gradients_and_padding_takes_none_in_vat():
     x = jnp.asarray(arrays.FEATURES, jnp.float32)
     valid = jnp.ones((2, 24, 16), bool).at[:, 16:].set(False)
-    change = jax.jit(lambda x: vat(x, norm_floor=0.0, valid=valid) - x)
+    change = jax.jit(lambda x: vat(x, valid=valid) - x)
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(vat(x))))(x), 1.0)
     before, after = change(x), change(x.at[:, 2:].set(9.0))
     np.testing.assert_allclose(before[:, :2], after[:, :2], rtol=1e-4, atol=1e-5)
     assert np.abs(before[:, 2:]).max() == 0 < np.abs(before[:, :2]).max()
 
     def loss(params):
-        perturbed = virtual_adversarial.perturb(lambda x: decode(params, x), x, KEYS)
+        perturbed = virtual_adversarial.perturb(KEYS, lambda x: decode(params, x), x)
         return jnp.sum(perturbed)
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(decoder_params(jnp.float32))):
@@ -110,7 +109,7 @@ def test_vat_takes_no_part_in_gradients_and_padding_takes_none_in_vat():
 
 def test_feature_drop_agrees_with_the_published_one():
     x = jnp.asarray(arrays.FEATURES, jnp.float32)
-    dropped = perturbations.drop_attended(x, KEYS, low=0.8, high=0.8)
+    dropped = perturbations.drop_attended(KEYS, x, low=0.8, high=0.8)
     np.testing.assert_allclose(dropped, PUBLISHED["feature_drop"], rtol=1e-6)
     assert (np.asarray(dropped) == 0).any() and (np.asarray(dropped) != 0).any()
 
@@ -119,7 +118,7 @@ def test_feature_drop_ignores_padding():
     x = jnp.asarray(arrays.FEATURES, jnp.float32)
     valid = jnp.ones((2, 3, 2), bool).at[:, 2].set(False)
     drop = [
-        perturbations.drop_attended(x.at[:, 2].set(value), KEYS, valid=valid)[:, :2]
+        perturbations.drop_attended(KEYS, x.at[:, 2].set(value), valid=valid)[:, :2]
         for value in (0.0, 100.0)
     ]
     np.testing.assert_array_equal(*drop)
@@ -128,11 +127,10 @@ def test_feature_drop_ignores_padding():
 def test_masks_agree_with_the_published_ones():
     x = jnp.asarray(arrays.FEATURES, jnp.float32)
     objects = masks.predicted_objects(jnp.asarray(arrays.MAIN_LOGITS))
-    context_hidden = perturbations.mask_context(x, objects)
-    objects_hidden = perturbations.mask_objects(x, objects)
+    context_hidden = perturbations.keep_positions(x, objects)
+    objects_hidden = perturbations.keep_positions(x, ~objects)
     np.testing.assert_allclose(context_hidden, PUBLISHED["context_mask"], rtol=1e-6)
     np.testing.assert_allclose(objects_hidden, PUBLISHED["object_mask"], rtol=1e-6)
-    np.testing.assert_array_equal(perturbations.cut_out(x, objects), context_hidden)
 
 
 def test_objects_without_a_background_class_are_all_but_the_most_frequent():
@@ -147,8 +145,8 @@ def test_objects_without_a_background_class_are_all_but_the_most_frequent():
 
 def test_noise_is_uniform_and_one_key_draws_once_for_the_batch():
     x = jnp.full((2, 30, 20, 9), 2.0)
-    by_image = np.asarray(perturbations.add_noise(x, KEYS)) / 2 - 1
-    shared = np.asarray(perturbations.add_noise(x, KEYS[0])) / 2 - 1
+    by_image = np.asarray(perturbations.add_noise(KEYS, x)) / 2 - 1
+    shared = np.asarray(perturbations.add_noise(KEYS[0], x)) / 2 - 1
     assert -0.3 <= by_image.min() < -0.29 and 0.29 < by_image.max() <= 0.3
     assert by_image.std() == pytest.approx(0.6 / np.sqrt(12), rel=0.02)
     assert (by_image[0] != by_image[1]).any()
@@ -162,25 +160,38 @@ def test_random_perturbations_keep_bfloat16():
         perturbations.drop_attended,
         perturbations.add_noise,
     ):
-        assert perturb(x, KEYS).dtype == jnp.bfloat16
+        assert perturb(KEYS, x).dtype == jnp.bfloat16
 
 
 def test_consistency_agrees_with_the_published_loss():
     auxiliary = [jnp.asarray(logits, jnp.float32) for logits in arrays.AUXILIARY_LOGITS]
     main = jnp.asarray(arrays.MAIN_LOGITS, jnp.float32)
     valid = jnp.ones(main.shape[:3], bool)
-    loss = auxiliary_consistency.auxiliary_consistency(auxiliary, main, valid, weight=30.0)
-    np.testing.assert_allclose(loss, 30 * np.mean(PUBLISHED["consistency"]), **CLOSE)
+    total, count = consistency.auxiliary_consistency(auxiliary, main, valid)
+    np.testing.assert_allclose(total / count, np.mean(PUBLISHED["consistency"]), rtol=1e-5)
+    valid = valid.at[0].set(False)
+    counts = [
+        consistency.auxiliary_consistency(auxiliary, main, valid, divide_by)[1]
+        for divide_by in ("valid", "all")
+    ]
+    assert counts == [20, 40]
 
 
 def test_consistency_reaches_the_auxiliary_decoders_alone_and_no_padding():
     auxiliary = [jnp.asarray(logits, jnp.float32) for logits in arrays.AUXILIARY_LOGITS]
     main = jnp.asarray(arrays.MAIN_LOGITS, jnp.float32)
+
+    def loss(auxiliary, main, valid):
+        total, count = consistency.auxiliary_consistency(auxiliary, main, valid)
+        return total / jnp.maximum(count, 1)
+
     valid = jnp.ones(main.shape[:3], bool).at[0, :, 2:].set(False)
-    gradient = jax.jit(jax.grad(auxiliary_consistency.auxiliary_consistency, argnums=(0, 1)))
-    to_auxiliary, to_main = gradient(auxiliary, main, valid)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value, (to_auxiliary, to_main) = gradient(auxiliary, main, valid)
+    assert value > 0
     np.testing.assert_array_equal(to_main, 0)
     for leaf in to_auxiliary:
         assert (np.asarray(leaf)[np.asarray(valid)] != 0).all()
         np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(valid)], 0)
-    assert auxiliary_consistency.auxiliary_consistency(auxiliary, main, jnp.zeros_like(valid)) == 0
+    value, (to_auxiliary, _) = gradient(auxiliary, main, jnp.zeros_like(valid))
+    assert value == 0 and not np.any(to_auxiliary)

@@ -42,7 +42,7 @@ def test_french_loss_is_that_of_the_published_code():
     mixed = mixing.mix(masks(1), second, first)
 
     def loss(student, teacher):
-        share = confidence.confident_share(confidence.teacher_labels(teacher, valid), T, over="all")
+        share = confidence.confident_share(confidence.teacher_labels(teacher, valid), T, "all")
         return share * mean(
             consistency.squared_difference(student, teacher, valid, divide_by="all")
         ), share
@@ -61,7 +61,7 @@ def test_classmix_loss_is_that_of_the_published_code():
     own = teacher(1)
     mixed = mixing.mix(masks(1), own, mixing.partners(own, group_size=4, order="next"))
     np.testing.assert_array_equal(sample(mixed.label), published["mixed_label"])
-    share = confidence.confident_share(mixed, 0.968, over="all")
+    share = confidence.confident_share(mixed, 0.968, "all")
     np.testing.assert_allclose(share, published["share"], rtol=1e-12)
 
     def loss(student):
@@ -164,7 +164,7 @@ def test_labels_of_a_teacher():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "over", "expected"),
+    ("threshold", "divide_by", "expected"),
     [
         (0.8, "valid", 2 / 3),
         (0.85, "valid", 1 / 3),
@@ -173,10 +173,10 @@ def test_labels_of_a_teacher():
         (1.1, "valid", 0),
     ],
 )
-def test_share_of_confident_pixels(threshold, over, expected):
+def test_share_of_confident_pixels(threshold, divide_by, expected):
     # The confidence of .8 is a rounding of it.
     labels = hand_labels()
-    share = confidence.confident_share(labels, threshold - 1e-9, over)
+    share = confidence.confident_share(labels, threshold - 1e-9, divide_by)
     np.testing.assert_allclose(share, expected, rtol=1e-12)
 
 

@@ -1,19 +1,19 @@
 """The building blocks together, on a batch that is split over devices by image."""
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semiseg_jax import labeled_losses, losses
+from semiseg_jax import losses
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.methods import (
     channel_dropout,
     confidence,
     consistency,
     ema,
+    masks,
     mixing,
 )
 from semiseg_jax.methods.image_keys import image_keys
@@ -46,7 +46,7 @@ def step(params, average, batch, key):
     view = {"image": image, "labels": labels}
     partner = mixing.partners(view)
     boxes = [
-        mixing.box_masks(draw(keys[i], SIZE), SIZE)
+        masks.box_masks(draw(keys[i], SIZE), SIZE)
         for i, draw in enumerate((mixing.unimatch_boxes, mixing.half_area_boxes))
     ]
     classes = mixing.class_masks(keys[2], labels.label, CLASSES)
@@ -67,15 +67,15 @@ def step(params, average, batch, key):
             consistency.squared_difference(
                 even["image"] @ params, odd["image"] @ average, odd["labels"].valid
             ),
-            labeled_losses.ohem_cross_entropy(image @ params, batch["label"]),
-            labeled_losses.focal_loss(image @ params, batch["label"]),
-            labeled_losses.weighted_cross_entropy(
+            losses.ohem_cross_entropy(image @ params, batch["label"]),
+            losses.focal_loss(image @ params, batch["label"]),
+            losses.weighted_cross_entropy(
                 image @ params, batch["label"], jnp.arange(1.0, 1 + CLASSES)
             ),
         ]
         shares = [confidence.confident_share(m["labels"], 0.8) for m in mixed]
         terms = [total / jnp.maximum(count, 1) for total, count in parts]
-        terms.append(labeled_losses.ce_dice_loss(image @ params, batch["label"]))
+        terms.append(losses.ce_dice_loss(image @ params, batch["label"]))
         return sum(terms) + sum(shares) * terms[0], (terms, shares)
 
     gradient, (terms, shares) = jax.grad(loss, has_aux=True)(params)
@@ -85,30 +85,48 @@ def step(params, average, batch, key):
     return params, average, jnp.stack(terms + shares), counts
 
 
-@functools.cache
-def compiled(devices):
+def compile_on(devices, function, inputs, by_image, out_by_image=None):
+    """Compiles a function of which some inputs, and outputs, are split over devices by image.
+
+    Args:
+        devices: how many.
+        function: to compile.
+        inputs: a tuple of its arguments.
+        by_image: for each argument whether it is split.
+        out_by_image: likewise for each part of the result; None for a result on each device.
+
+    Returns:
+        The compiled program, and the inputs on the devices.
+    """
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-    replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-    batch = jax.device_put(make_batch(), by_image)
-    inputs = *jax.device_put((make_params(1), make_params(2)), replicated), batch, KEY
-    program = jax.jit(step, out_shardings=(*(replicated,) * 3, by_image)).lower(*inputs).compile()
-    return program, inputs
+    sharding = {False: mesh_lib.replicated(mesh), True: mesh_lib.batch_sharding(mesh)}
+    inputs = [jax.device_put(x, sharding[s]) for x, s in zip(inputs, by_image, strict=True)]
+    outputs = sharding[False] if out_by_image is None else tuple(sharding[s] for s in out_by_image)
+    return jax.jit(function, out_shardings=outputs).lower(*inputs).compile(), inputs
+
+
+def assert_all_reduces_alone(program):
+    kinds = (
+        "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    )
+    found = re.findall(rf"= [^=]*? ({kinds})(?:-start)?\(", program.as_text())
+    assert set(found) == {"all-reduce"}
 
 
 def test_eight_devices_compute_what_one_does_by_all_reduces_alone():
+    results = {}
     with jax.enable_x64(True):
-        results = {}
         for devices in (1, 8):
-            program, inputs = compiled(devices)
+            program, inputs = compile_on(
+                *(devices, step, (make_params(1), make_params(2), make_batch(), KEY)),
+                by_image=(False, False, True, False),
+                out_by_image=(False, False, False, True),
+            )
             results[devices] = jax.device_get(program(*inputs))
+    assert_all_reduces_alone(program)
     one, eight = (jax.tree.leaves(results[devices]) for devices in (1, 8))
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-10)
     terms, counts = results[1][2], results[1][3]
     assert np.all(terms > 0)
     assert all(len(np.unique(count)) > 3 for count in counts)
-    kinds = (
-        "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    )
-    found = re.findall(rf"= [^=]*? ({kinds})(?:-start)?\(", compiled(8)[0].as_text())
-    assert set(found) == {"all-reduce"}

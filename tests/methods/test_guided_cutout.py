@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from semiseg_jax.methods import connected_components, guided_cutout
+from semiseg_jax.methods.image_keys import image_keys
 
 SIZE = (37, 45)
-find = jax.jit(guided_cutout.find_objects, static_argnums=(1, 2))
+find = jax.jit(guided_cutout.find_objects, static_argnums=2)
 
 
 def smooth_masks(sigma, share, count=8, size=SIZE):
@@ -72,8 +73,8 @@ def test_rectangles_follow_the_published_law():
     count = 2000
     boxes = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count + 1, 1)), one_box())
     boxes = boxes.replace(exists=boxes.exists.at[-1].set(False))
-    keys = jax.random.split(jax.random.key(0), count + 1)
-    cut = ~np.asarray(jax.jit(guided_cutout.keep_mask, static_argnums=1)(boxes, SIZE, keys))
+    keys = image_keys(jax.random.key(0), count + 1)
+    cut = ~np.asarray(jax.jit(guided_cutout.keep_mask, static_argnums=2)(keys, boxes, SIZE))
     assert not cut[-1].any()  # no object there
     rows, columns = cut[:-1].any(axis=2), cut[:-1].any(axis=1)
     assert (rows.sum(axis=1) == 12).all() and (columns.sum(axis=1) == 2).all()

@@ -1,11 +1,9 @@
 """Guided cutout beside OpenCV's contours: larger masks, and contours of any length."""
 
-import jax
 import numpy as np
 import pytest
 
-from semiseg_jax.methods import guided_cutout
-from tests.methods.test_guided_cutout import boxes_of, opencv_boxes, smooth_masks, spiral
+from tests.methods.test_guided_cutout import boxes_of, find, opencv_boxes, smooth_masks, spiral
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +19,6 @@ def test_the_objects_are_those_of_opencv(min_points):
         for share in (0.3, 0.4, 0.5)
     ]
     masks = np.concatenate([*masks, [spiral(SIZE)]])
-    objects = jax.jit(guided_cutout.find_objects, static_argnums=(1, 2))(masks, min_points, 1000)
+    objects = find(masks, min_points, 1000)
     expected = [opencv_boxes(mask, min_points) for mask in masks]
     assert [boxes_of(objects, i) for i in range(len(masks))] == expected

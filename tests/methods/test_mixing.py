@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from semiseg_jax.losses import IGNORE
-from semiseg_jax.methods import mixing
+from semiseg_jax.methods import masks, mixing
 from semiseg_jax.methods.image_keys import image_keys
 from tests.errors import raises_code
 from tests.methods import arrays
@@ -112,10 +112,10 @@ def test_a_crop_in_which_no_box_fits_is_refused():
 
 
 def test_box_masks_by_hand():
-    masks = mixing.box_masks(jnp.array([[1, 2, 3, 5], [0, 0, 0, 0]]), (4, 6))
+    boxes = masks.box_masks(jnp.array([[1, 2, 3, 5], [0, 0, 0, 0]]), (4, 6))
     expected = np.zeros((2, 4, 6), bool)
     expected[0, 1:3, 2:5] = True
-    np.testing.assert_array_equal(masks, expected)
+    np.testing.assert_array_equal(boxes, expected)
 
 
 def test_the_keys_of_images_depend_on_their_place_alone():
@@ -148,6 +148,13 @@ def test_partners(kwargs, expected):
     assert np.all(moved["id"] != images["id"])
 
 
+@pytest.mark.parametrize(("group_size", "order"), [(1, "next"), (1, "reversed"), (3, "reversed")])
+def test_an_image_is_not_its_own_partner(group_size, order):
+    with pytest.raises(ValueError, match=f"a group of {group_size} would be mixed with itself"):
+        mixing.partners(jnp.arange(3), group_size, order)
+    assert mixing.partners(jnp.arange(3), 3, "next").tolist() == [1, 2, 0]
+
+
 def test_pairs_split_into_even_and_odd_images():
     even, odd = mixing.split_pairs({"id": jnp.arange(6)})
     np.testing.assert_array_equal(even["id"], [0, 2, 4])
@@ -177,16 +184,16 @@ def test_half_of_the_classes_are_drawn_rounded_down():
     draw = jax.jit(
         jax.vmap(lambda key: mixing.class_masks(image_keys(key, 4), labels, arrays.CLASSES))
     )
-    masks = np.asarray(draw(jax.random.split(KEY, 300)))
+    drawn = np.asarray(draw(jax.random.split(KEY, 300)))
     published = [len(classes) for classes in fixture("classmix")["chosen_classes"]]
     assert published == [2, 2, 1, 0]
     for image, (shown, count) in enumerate(zip(np.asarray(labels), published, strict=True)):
-        for mask in masks[:20, image]:
+        for mask in drawn[:20, image]:
             chosen = np.unique(shown[mask])
             assert len(chosen) == count
             np.testing.assert_array_equal(mask, np.isin(shown, chosen))
         # Each class that the image shows is drawn equally often.
-        shares = [masks[:, image, shown == c].mean() for c in np.unique(shown)]
+        shares = [drawn[:, image, shown == c].mean() for c in np.unique(shown)]
         np.testing.assert_allclose(shares, count / len(shares), atol=0.12)
 
 

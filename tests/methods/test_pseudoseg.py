@@ -1,8 +1,6 @@
 """The building blocks of PseudoSeg, beside the authors' results (fixtures/pseudoseg.json)."""
 
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +8,20 @@ import numpy as np
 import pytest
 
 from semiseg_jax.methods import (
+    consistency,
     fusion,
     grad_cam,
     image_classifier,
     image_cutout,
+    masks,
     self_attention,
 )
+from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.models import dsbn
-from tests.methods import reference_arrays as arrays
+from tests.methods import arrays
+from tests.methods.published import fixture
 
-PUBLISHED = json.loads((pathlib.Path(__file__).parent / "fixtures" / "pseudoseg.json").read_text())
+PUBLISHED = fixture("pseudoseg")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LAST = jnp.asarray(arrays.LAST, jnp.float32)
 LEVELS = [LAST, jnp.asarray(arrays.MIDDLE, jnp.float32)]
@@ -155,7 +157,7 @@ def test_fusion_agrees_with_the_published_one():
 
 def test_soft_cross_entropy_agrees_with_the_published_one():
     logits, labels = as_float32(arrays.STRONG_LOGITS, PUBLISHED["labels"])
-    total, count = fusion.soft_cross_entropy(logits, labels, VALID)
+    total, count = consistency.soft_cross_entropy(logits, labels, VALID)
     np.testing.assert_allclose(total / count, PUBLISHED["loss"], **CLOSE)
 
 
@@ -166,7 +168,7 @@ def test_pseudo_labels_get_no_gradient_and_padding_counts_nowhere():
 
     def loss(weak, attention, strong):
         labels = fusion.calibrated_fusion(weak, attention, VALID)
-        total, count = fusion.soft_cross_entropy(strong, labels, VALID)
+        total, count = consistency.soft_cross_entropy(strong, labels, VALID)
         return total / count
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(weak, attention, strong)
@@ -189,13 +191,10 @@ def test_classifier_agrees_with_the_published_loss():
     )
 
 
-@pytest.mark.parametrize(
-    ("background", "expected"), [(True, [False, True]), (False, [True, False, True])]
-)
-def test_classes_of_an_image_are_those_of_its_labels(background, expected):
+def test_classes_of_an_image_are_those_of_its_labels():
     labels = jnp.array([[[0, 2], [255, 255]]], jnp.uint8)
-    present = image_classifier.classes_in_labels(labels, 3, background)
-    np.testing.assert_array_equal(present, [expected])
+    present = masks.classes_in_labels(labels, 3)
+    np.testing.assert_array_equal(present, [[True, False, True]])
 
 
 def test_the_mean_of_the_classifier_is_over_valid_positions():
@@ -211,11 +210,11 @@ def test_the_mean_of_the_classifier_is_over_valid_positions():
 def test_the_cut_square_by_axis():
     """Not square: rows and columns apart, beside the published code's arithmetic."""
     height, width, count = 129, 257, 300
-    keys = jax.random.split(jax.random.key(3), count)
+    keys = image_keys(jax.random.key(3), count)
     images = jnp.zeros((count, height, width, 1), jnp.uint8)
     valid = jnp.ones((count, height, width), bool).at[:, :, 200:].set(False)
     filled, left = jax.jit(functools.partial(image_cutout.cut_square, fill=7.0))(
-        images, valid, keys
+        keys, images, valid
     )
     cut = np.asarray(filled)[..., 0] == 7
     np.testing.assert_array_equal(left, np.asarray(valid) & ~cut)

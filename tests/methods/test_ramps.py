@@ -11,7 +11,7 @@ from tests.methods.published import fixture
 def test_ramps_are_those_of_the_published_code(shape):
     with jax.enable_x64(True):
         factors = [ramp(step, 10, shape=shape) for step in arrays.RAMP_STEPS]
-        np.testing.assert_allclose(factors, fixture("cct")[shape], rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(factors, fixture("cct")["ramps"][shape], rtol=1e-12, atol=1e-15)
 
 
 def test_a_ramp_is_0_before_its_start_and_1_at_once_without_length():

@@ -1,17 +1,15 @@
 """The blocks of CCT and PseudoSeg, all in one program: eight devices compute what one does."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from semiseg_jax.methods import (
-    auxiliary_consistency,
     auxiliary_decoder,
+    consistency,
     fusion,
     grad_cam,
     guided_cutout,
@@ -22,7 +20,9 @@ from semiseg_jax.methods import (
     self_attention,
     virtual_adversarial,
 )
+from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.models import dsbn
+from tests.methods.test_devices import KEY, assert_all_reduces_alone, compile_on
 
 pytestmark = pytest.mark.slow
 
@@ -52,17 +52,18 @@ def cct_loss(variables, features, valid, keys):
     main = DECODER.apply(variables["main"], features)
     objects = masks.predicted_objects(main, valid=valid)
     boxes = guided_cutout.find_objects(objects, min_points=6)
-    keep = guided_cutout.keep_mask(boxes, objects.shape[1:], keys)
+    keep = guided_cutout.keep_mask(keys, boxes, objects.shape[1:])
     perturbed = [
-        perturbations.drop_attended(features, keys, valid=masks.resize_nearest(valid, (6, 5))),
-        perturbations.add_noise(features, keys),
-        perturbations.mask_context(features, objects),
-        perturbations.mask_objects(features, objects),
-        perturbations.cut_out(features, keep),
-        virtual_adversarial.perturb(decode, features, keys, norm_floor=0.0, valid=valid),
+        perturbations.drop_attended(keys, features, valid=masks.resize_nearest(valid, (6, 5))),
+        perturbations.add_noise(keys, features),
+        perturbations.keep_positions(features, objects),
+        perturbations.keep_positions(features, ~objects),
+        perturbations.keep_positions(features, keep),
+        virtual_adversarial.perturb(keys, decode, features, valid=valid),
     ]
     auxiliary = [decode(x) for x in perturbed]
-    return auxiliary_consistency.auxiliary_consistency(auxiliary, main, valid)
+    total, count = consistency.auxiliary_consistency(auxiliary, main, valid)
+    return total / jnp.maximum(count, 1)
 
 
 def pseudoseg_loss(variables, features, valid, keys):
@@ -76,40 +77,27 @@ def pseudoseg_loss(variables, features, valid, keys):
     )
     main = DECODER.apply(variables["main"], features)[:, ::4, ::4]
     labels = fusion.calibrated_fusion(main, refined, small)
-    strong, kept = image_cutout.cut_square(features, small, keys, side=4)
-    total, count = fusion.soft_cross_entropy(
+    strong, kept = image_cutout.cut_square(keys, features, small, side=4)
+    total, count = consistency.soft_cross_entropy(
         DECODER.apply(variables["main"], strong)[:, ::4, ::4], labels, kept
     )
     classification, images = image_classifier.sigmoid_cross_entropy(logits, present)
     return total / jnp.maximum(count, 1) + jnp.mean(refined**2) + classification / images
 
 
-def compile_on(devices, loss, *batch):
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    step = jax.jit(jax.value_and_grad(loss), in_shardings=(replicated, split, split, split))
-    return step.lower(*batch).compile(), (replicated, split, split, split)
-
-
 @pytest.mark.parametrize("loss", [cct_loss, pseudoseg_loss])
-def test_eight_devices_compute_what_one_does_with_all_reduces_alone(loss):
+def test_eight_devices_compute_what_one_does_by_all_reduces_alone(loss):
     with jax.enable_x64(True):
         features = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(IMAGES, 6, 5, 4))))
         valid = jnp.ones((IMAGES, 24, 20), bool).at[3, 10:].set(False).at[7].set(False)
-        keys = jax.random.split(jax.random.key(0), IMAGES)
-        batch = (init_variables(features), features, valid, keys)
+        inputs = (init_variables(features), features, valid, image_keys(KEY, IMAGES))
         results = []
         for devices in (1, 8):
-            program, shardings = compile_on(devices, loss, *batch)
-            results.append(jax.device_get(program(*jax.device_put(batch, shardings))))
-        text = program.as_text()
-    kinds = set(
-        re.findall(
-            r"= [^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)", text
-        )
-    )
-    assert kinds == {"all-reduce"}
+            program, placed = compile_on(
+                devices, jax.value_and_grad(loss), inputs, by_image=(False, True, True, True)
+            )
+            results.append(jax.device_get(program(*placed)))
+    assert_all_reduces_alone(program)
     # Image 7 is padding alone.
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
     assert results[0][0] > 0

@@ -1,6 +1,6 @@
 """Losses of labelled pixels beside cross-entropy: class weights, focal loss, Dice, OHEM.
 
-Losses that are a mean of pixels return `(sum, count)`, as in `semiseg_jax.losses`; all sums are
+Losses that are a mean of pixels return `(sum, count)`, as in `pixel_losses`; all sums are
 over the global batch.
 
 Sources: focal loss, Lin et al., ICCV 2017; Dice loss, Milletari et al., 3DV 2016; online hard
@@ -17,8 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from semiseg_jax import losses
-from semiseg_jax.losses import IGNORE
+from semiseg_jax.losses import pixel_losses
+from semiseg_jax.losses.pixel_losses import IGNORE
 from semiseg_jax.runtime.errors import UserError
 
 
@@ -71,12 +71,12 @@ def weighted_cross_entropy(
         class_weights: at least 0.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
     weights = jnp.asarray(class_weights, terms.cross_entropy.dtype)
     # A sum over classes rather than an index, whose transpose would be a scatter.
     is_label = jnp.asarray(labels, jnp.int32)[..., None] == jnp.arange(len(weights))
     weight = jnp.sum(jnp.where(is_label & terms.valid[..., None], weights, 0), axis=-1)
-    total, _ = losses.masked_sum(weight * terms.cross_entropy, terms.valid)
+    total, _ = pixel_losses.masked_sum(weight * terms.cross_entropy, terms.valid)
     return total, jnp.sum(weight)
 
 
@@ -94,11 +94,11 @@ def focal_loss(
         gamma: at least 0; 0 is cross-entropy.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
     # The gradient of miss^gamma with gamma below 1 is infinite at 0, where the loss is 0.
     misses = terms.miss > 0
     factor = jnp.where(misses, terms.miss, 1) ** gamma
-    return losses.masked_sum(jnp.where(misses, factor * terms.cross_entropy, 0), terms.valid)
+    return pixel_losses.masked_sum(jnp.where(misses, factor * terms.cross_entropy, 0), terms.valid)
 
 
 def ce_dice_loss(
@@ -117,7 +117,7 @@ def ce_dice_loss(
         labels: class ids, or `ignore`.
         ignore: label of the pixels that are not valid.
     """
-    total, count = losses.cross_entropy(logits, labels, ignore)
+    total, count = pixel_losses.cross_entropy(logits, labels, ignore)
     logits = jnp.asarray(logits)
     labels = jnp.asarray(labels, jnp.int32)
     valid = (labels != ignore)[..., None]
@@ -154,17 +154,17 @@ def ohem_cross_entropy(
         share: in 0..1, rounded to whole pixels; at least one pixel unless it is 0.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
-    return losses.masked_sum(terms.cross_entropy, hard_pixels(terms, probability, share))
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
+    return pixel_losses.masked_sum(terms.cross_entropy, hard_pixels(terms, probability, share))
 
 
 def hard_pixels(
-    terms: losses.PixelTerms, probability: float = 0.7, share: float = 1 / 6
+    terms: pixel_losses.PixelTerms, probability: float = 0.7, share: float = 1 / 6
 ) -> Bool[Array, "*pixels"]:
     """The pixels of `ohem_cross_entropy`.
 
     Args:
-        terms: from `losses.pixel_terms`, of the global batch.
+        terms: from `pixel_losses.pixel_terms`, of the global batch.
         probability, share: see `ohem_cross_entropy`.
     """
     p = jnp.exp(-jax.lax.stop_gradient(terms.cross_entropy)).astype(jnp.float32)
