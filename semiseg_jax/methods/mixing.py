@@ -21,7 +21,7 @@ from semiseg_jax.methods import masks
 from semiseg_jax.runtime.errors import UserError
 
 # How many aspect ratios `unimatch_boxes` weighs against each other for one box.
-_ASPECT_CANDIDATES = 256
+_ASPECT_CANDIDATES = 64
 
 
 def check_group_size(images: int, devices: int, accumulate: int = 1, group_size: int = 2) -> None:
@@ -167,7 +167,7 @@ def unimatch_boxes(
     The published code draws the area once, and aspect ratio and corner anew until the box lies
     inside the image (`obtain_cutmix_box`). The accepted boxes have a law that needs no loop: the
     density of an aspect ratio is proportional to the number of corners from which its box fits, and
-    the corner is uniform among those. Here one of 256 aspect ratios, one in each 256th of the
+    the corner is uniform among those. Here one of 64 aspect ratios, one in each 64th of the
     range, is drawn by that number. Extents are rounded down, as published.
 
     Args:

@@ -19,13 +19,19 @@ def in_float64():
         yield
 
 
+teacher_labels = jax.jit(confidence.teacher_labels)
+confident_share = jax.jit(confidence.confident_share, static_argnums=2)
+hard_cross_entropy = jax.jit(consistency.hard_cross_entropy, static_argnums=3)
+squared_difference = jax.jit(consistency.squared_difference, static_argnums=(3, 4))
+
+
 def mean(total_and_count):
     total, count = total_and_count
     return total / jnp.maximum(count, 1)
 
 
 def teacher(seed, valid=ALL_VALID):
-    return confidence.teacher_labels(jnp.asarray(arrays.logits(seed)), jnp.asarray(valid))
+    return teacher_labels(arrays.logits(seed), valid)
 
 
 def masks(seed):
@@ -58,16 +64,18 @@ def test_french_loss_is_that_of_the_published_code():
 
 def test_classmix_loss_is_that_of_the_published_code():
     published = fixture("classmix")
-    own = teacher(1)
-    mixed = mixing.mix(masks(1), own, mixing.partners(own, group_size=4, order="next"))
-    np.testing.assert_array_equal(sample(mixed.label), published["mixed_label"])
-    share = confidence.confident_share(mixed, 0.968, "all")
+
+    def loss(student, own):
+        mixed = mixing.mix(masks(1), own, mixing.partners(own, group_size=4, order="next"))
+        share = confidence.confident_share(mixed, 0.968, "all")
+        cross_entropy = mean(consistency.hard_cross_entropy(student, mixed, divide_by="all"))
+        return share * cross_entropy, (mixed.label, share)
+
+    (value, (label, share)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        jnp.asarray(arrays.logits(3)), teacher(1)
+    )
+    np.testing.assert_array_equal(sample(label), published["mixed_label"])
     np.testing.assert_allclose(share, published["share"], rtol=1e-12)
-
-    def loss(student):
-        return share * mean(consistency.hard_cross_entropy(student, mixed, divide_by="all"))
-
-    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(arrays.logits(3)))
     # The published code mixes in float32.
     np.testing.assert_allclose(value, published["loss"], rtol=1e-6)
     np.testing.assert_allclose(sample(gradient), published["gradient"], rtol=1e-6, atol=1e-12)
@@ -119,12 +127,19 @@ def test_unimatch_loss_is_that_of_the_published_code():
 
 def test_fixmatch_loss_is_that_of_the_published_code():
     published = fixture("unimatch")["fixmatch"]
-    mixed = mixing.mix(
-        masks(1), teacher(2, arrays.valid_pixels(2)), teacher(7, arrays.valid_pixels(1))
+
+    @jax.jit
+    def loss(pred_x, pred_u_s, partner, own):
+        terms = labeled_loss(pred_x), strong_loss(pred_u_s, mixing.mix(masks(1), partner, own))
+        return *terms, consistency.fixmatch_loss(*terms)
+
+    terms = loss(
+        *(arrays.logits(3), arrays.logits(4)),
+        *(teacher(2, arrays.valid_pixels(2)), teacher(7, arrays.valid_pixels(1))),
     )
-    terms = labeled_loss(arrays.logits(3)), strong_loss(jnp.asarray(arrays.logits(4)), mixed)
-    np.testing.assert_allclose(terms, [published["loss_x"], published["loss_u_s"]], rtol=1e-10)
-    np.testing.assert_allclose(consistency.fixmatch_loss(*terms), published["loss"], rtol=1e-10)
+    np.testing.assert_allclose(
+        terms, [published[name] for name in ("loss_x", "loss_u_s", "loss")], rtol=1e-10
+    )
 
 
 def test_unimatch_v2_loss_is_that_of_the_published_code():
@@ -152,7 +167,7 @@ VALID = np.array([[[True, True, True, False]]])
 
 
 def hand_labels():
-    return confidence.teacher_labels(jnp.asarray(LOGITS), jnp.asarray(VALID))
+    return teacher_labels(LOGITS, VALID)
 
 
 def test_labels_of_a_teacher():
@@ -176,12 +191,13 @@ def test_labels_of_a_teacher():
 def test_share_of_confident_pixels(threshold, divide_by, expected):
     # The confidence of .8 is a rounding of it.
     labels = hand_labels()
-    share = confidence.confident_share(labels, threshold - 1e-9, divide_by)
+    share = confident_share(labels, threshold - 1e-9, divide_by)
     np.testing.assert_allclose(share, expected, rtol=1e-12)
 
 
 def test_confident_pixels_by_class():
-    confident, valid = confidence.confident_pixels_by_class(hand_labels(), 0.7, 3)
+    by_class = jax.jit(confidence.confident_pixels_by_class, static_argnums=2)
+    confident, valid = by_class(hand_labels(), 0.7, 3)
     np.testing.assert_array_equal(confident, [1, 1, 0])
     np.testing.assert_array_equal(valid, [1, 2, 0])
 
@@ -191,9 +207,7 @@ def test_confident_pixels_by_class():
 def test_hard_cross_entropy_by_hand(divide_by, count, threshold, kept):
     labels = hand_labels()
     student = np.log([[[[0.5, 0.5], [0.75, 0.25], [0.3, 0.7], [0.5, 0.5]]]])
-    total, divisor = consistency.hard_cross_entropy(
-        jnp.asarray(student), labels, threshold, divide_by
-    )
+    total, divisor = hard_cross_entropy(student, labels, threshold, divide_by)
     expected = -sum(np.log([[0.5, 0.25, 0.7][i] for i in range(len(kept))]))
     np.testing.assert_allclose(total, expected, atol=1e-12)
     assert divisor == count
@@ -201,11 +215,13 @@ def test_hard_cross_entropy_by_hand(divide_by, count, threshold, kept):
 
 def test_squared_difference_by_hand():
     student = np.log([[[[0.5, 0.5], [0.4, 0.6], [0.3, 0.7], [0.5, 0.5]]]])
-    by_hand = [jnp.asarray(array) for array in (student, LOGITS, VALID)]
-    total, count = consistency.squared_difference(*by_hand)
+    by_hand = (student, LOGITS, VALID)
+    total, count = squared_difference(*by_hand, "valid", "sum")
     np.testing.assert_allclose(total, 2 * (0.4**2 + 0 + 0.1**2), rtol=1e-12)
     assert count == 3
-    assert consistency.squared_difference(*by_hand, "all")[1] == 4
+    of_mean, count = squared_difference(*by_hand, "all", "mean")
+    np.testing.assert_allclose(of_mean, total / 2, rtol=1e-12)
+    assert count == 4
 
 
 # ---- properties
@@ -221,7 +237,7 @@ def test_gradients_reach_confident_pixels_of_the_student_alone():
 
     student, of_teacher = (jnp.asarray(arrays.logits(seed)) for seed in (1, 2))
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(student, of_teacher)
-    kept = confidence.confident_pixels(teacher(2, arrays.valid_pixels(1)), T)
+    kept = jax.jit(confidence.confident_pixels)(teacher(2, arrays.valid_pixels(1)), T)
     np.testing.assert_array_equal(np.any(gradients[0] != 0, axis=-1), kept)
     assert 0.2 < np.mean(kept) < 0.8
     assert not np.any(gradients[1])
@@ -230,19 +246,19 @@ def test_gradients_reach_confident_pixels_of_the_student_alone():
 def test_padding_changes_nothing():
     valid = arrays.valid_pixels(1)
     painted = np.where(valid[..., None], arrays.logits(1), 50 * arrays.logits(9))
-    results = []
-    for own in (arrays.logits(1), painted):
-        labels = confidence.teacher_labels(jnp.asarray(own), jnp.asarray(valid))
+
+    @jax.jit
+    def compute(own):
+        labels = confidence.teacher_labels(own, jnp.asarray(valid))
         mixed = mixing.mix(masks(1), mixing.partners(labels), labels)
         student = jnp.asarray(arrays.logits(3))
-        results.append(
-            [
-                confidence.confident_share(mixed, T),
-                *consistency.hard_cross_entropy(student, mixed, T),
-                *consistency.squared_difference(student, jnp.asarray(own), labels.valid),
-            ]
+        return (
+            confidence.confident_share(mixed, T),
+            *consistency.hard_cross_entropy(student, mixed, T),
+            *consistency.squared_difference(student, own, labels.valid),
         )
-    assert results[0] == results[1]
+
+    assert compute(arrays.logits(1)) == compute(painted)
 
 
 def test_a_batch_of_padding_alone_has_loss_and_gradient_0():
@@ -260,11 +276,13 @@ def test_a_batch_of_padding_alone_has_loss_and_gradient_0():
 
 def test_bfloat16_logits_are_compared_in_float32():
     """.968 and .97 are one number in bfloat16."""
-    logits = jnp.array([[[[3.4531, 0.0]], [[3.5, 0.0]]]], jnp.bfloat16)
-    labels = confidence.teacher_labels(logits, jnp.ones((1, 2, 1), bool))
+    logits = np.array([[[[3.4531, 0.0]], [[3.5, 0.0]]]], jnp.bfloat16)
+    labels = teacher_labels(logits, np.ones((1, 2, 1), bool))
     assert labels.confidence.dtype == jnp.float32
-    below, above = labels.confidence[0, :, 0]
+    below, above = np.asarray(labels.confidence)[0, :, 0]
     assert 0.968 < below < 0.97 < above
-    assert confidence.confident_share(labels, 0.97) == 0.5
-    total, count = consistency.squared_difference(logits, logits[:, ::-1], labels.valid)
+    assert confident_share(labels, 0.97, "valid") == 0.5
+    total, count = squared_difference(
+        logits, logits[:, ::-1], np.ones((1, 2, 1), bool), "valid", "sum"
+    )
     assert total.dtype == count.dtype == jnp.float32 and 0 < total < 1e-5

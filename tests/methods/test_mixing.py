@@ -18,11 +18,18 @@ KEY = jax.random.key(1)
 # ---- boxes
 
 
-@pytest.mark.parametrize(("index", "size"), [*enumerate(arrays.BOX_SIZES)])
-def test_half_area_boxes_are_those_of_the_published_code(index, size):
+def test_half_area_boxes_are_those_of_the_published_code():
+    @jax.jit
+    def boxes(draws):
+        return [
+            mixing.half_area_boxes_at(*case) for case in zip(draws, arrays.BOX_SIZES, strict=True)
+        ]
+
     with jax.enable_x64(True):
-        boxes = mixing.half_area_boxes_at(jnp.asarray(arrays.box_draws(index)), size)
-    np.testing.assert_array_equal(boxes, fixture("french2019")["boxes"]["x".join(map(str, size))])
+        drawn = boxes([arrays.box_draws(index) for index in range(len(arrays.BOX_SIZES))])
+    for size, ours in zip(arrays.BOX_SIZES, drawn, strict=True):
+        published = fixture("french2019")["boxes"]["x".join(map(str, size))]
+        np.testing.assert_array_equal(ours, published)
 
 
 @functools.cache
@@ -112,16 +119,20 @@ def test_a_crop_in_which_no_box_fits_is_refused():
 
 
 def test_box_masks_by_hand():
-    boxes = masks.box_masks(jnp.array([[1, 2, 3, 5], [0, 0, 0, 0]]), (4, 6))
+    boxes = jax.jit(lambda boxes: masks.box_masks(boxes, (4, 6)))(
+        np.array([[1, 2, 3, 5], [0, 0, 0, 0]])
+    )
     expected = np.zeros((2, 4, 6), bool)
     expected[0, 1:3, 2:5] = True
     np.testing.assert_array_equal(boxes, expected)
 
 
 def test_the_keys_of_images_depend_on_their_place_alone():
-    many, few = image_keys(KEY, 8), image_keys(KEY, 3, first=5)
-    np.testing.assert_array_equal(jax.random.key_data(many[5:]), jax.random.key_data(few))
-    assert len(np.unique(jax.random.key_data(many), axis=0)) == 8
+    many, few = jax.jit(
+        lambda: [jax.random.key_data(keys) for keys in (image_keys(KEY, 8), image_keys(KEY, 3, 5))]
+    )()
+    np.testing.assert_array_equal(many[5:], few)
+    assert len(np.unique(many, axis=0)) == 8
     assert (
         len(np.unique(np.transpose(draw_boxes("half_area_boxes", 4000, (129, 257))), axis=0)) > 3000
     )
@@ -141,8 +152,8 @@ def test_the_keys_of_images_depend_on_their_place_alone():
     ],
 )
 def test_partners(kwargs, expected):
-    images = {"id": jnp.arange(8), "image": jnp.arange(8)[:, None, None] * jnp.ones((8, 2, 3))}
-    moved = mixing.partners(images, **kwargs)
+    images = {"id": np.arange(8), "image": np.arange(8)[:, None, None] * np.ones((8, 2, 3))}
+    moved = jax.jit(lambda images: mixing.partners(images, **kwargs))(images)
     np.testing.assert_array_equal(moved["id"], expected)
     np.testing.assert_array_equal(moved["image"][:, 1, 2], expected)
     assert np.all(moved["id"] != images["id"])
@@ -200,7 +211,7 @@ def test_half_of_the_classes_are_drawn_rounded_down():
 def test_the_pixels_of_the_published_choice():
     published = fixture("classmix")
     classes = np.array([np.isin(np.arange(5), chosen) for chosen in published["chosen_classes"]])
-    mask = mixing.pixels_of_classes(jnp.asarray(arrays.teacher_classes()), jnp.asarray(classes))
+    mask = jax.jit(mixing.pixels_of_classes)(arrays.teacher_classes(), classes)
     np.testing.assert_array_equal(np.sum(mask, axis=(1, 2)), published["mask_pixels"])
 
 
@@ -208,29 +219,35 @@ def test_padding_takes_no_part_in_the_choice_of_classes():
     labels = np.where(arrays.valid_pixels(1), arrays.teacher_classes(), IGNORE)
     assert np.all((labels == IGNORE).any(axis=(1, 2))[:1])
     keys = image_keys(KEY, 4)
-    mask = mixing.class_masks(keys, jnp.asarray(labels), arrays.CLASSES)
+    class_masks = jax.jit(mixing.class_masks, static_argnums=(2, 3))
+    mask = class_masks(keys, labels, arrays.CLASSES, IGNORE)
     assert not np.any(mask & (labels == IGNORE))
     # A class that only padding would show is no class.
-    one_class = jnp.asarray(np.where(labels == IGNORE, IGNORE, 2), jnp.uint8)
-    assert not np.any(mixing.class_masks(keys, one_class, arrays.CLASSES))
+    one_class = np.where(labels == IGNORE, IGNORE, 2)
+    assert not np.any(class_masks(keys, one_class, arrays.CLASSES, IGNORE))
     # The ignored id may be below the number of classes: one class is left, of which half is none.
-    two_ids = jnp.asarray(np.where(labels == IGNORE, 3, 1))
-    assert np.any(mixing.class_masks(keys, two_ids, arrays.CLASSES))
-    assert not np.any(mixing.class_masks(keys, two_ids, arrays.CLASSES, ignore=3))
+    two_ids = np.where(labels == IGNORE, 3, 1)
+    assert np.any(class_masks(keys, two_ids, arrays.CLASSES, IGNORE))
+    assert not np.any(class_masks(keys, two_ids, arrays.CLASSES, 3))
 
 
 # ---- the mix
 
 
 def test_mixed_images_are_those_of_the_published_code():
-    first, second, third, fourth = (jnp.asarray(arrays.images(seed)) for seed in (1, 2, 3, 4))
-    mask = {seed: jnp.asarray(arrays.masks(seed)) for seed in (1, 2)}
-    mixed = {
-        "french2019": mixing.mix(mask[1], second, first),
-        "unimatch": mixing.mix(mask[2], fourth, third),
-        "unimatch_v2": mixing.mix(mask[2], mixing.partners(third, group_size=4), third),
-        "classmix": mixing.mix(mask[1], first, mixing.partners(first, 4, "next")),
-    }
+    @jax.jit
+    def mix(masks, images):
+        (one, two), (first, second, third, fourth) = masks, images
+        return {
+            "french2019": mixing.mix(one, second, first),
+            "unimatch": mixing.mix(two, fourth, third),
+            "unimatch_v2": mixing.mix(two, mixing.partners(third, group_size=4), third),
+            "classmix": mixing.mix(one, first, mixing.partners(first, 4, "next")),
+        }
+
+    mixed = mix(
+        [arrays.masks(seed) for seed in (1, 2)], [arrays.images(seed) for seed in (1, 2, 3, 4)]
+    )
     for name, images in mixed.items():
         np.testing.assert_allclose(
             sample(images), fixture(name)["mixed_image"], rtol=1e-6, err_msg=name
@@ -238,10 +255,11 @@ def test_mixed_images_are_those_of_the_published_code():
 
 
 def test_all_arrays_of_a_view_are_mixed_by_one_mask():
-    mask = jnp.asarray(arrays.masks(1))
-    ids = jnp.arange(4)[:, None, None] * jnp.ones(mask.shape, jnp.int32)
-    view = {"image": ids[..., None] * jnp.ones(3), "label": ids.astype(jnp.uint8), "valid": ids > 1}
-    mixed = mixing.mix(mask, mixing.partners(view), view)
+    mask = arrays.masks(1)
+    ids = np.arange(4)[:, None, None] * np.ones(mask.shape, np.int32)
+    image = np.float32(1) * ids[..., None] * np.ones(3, np.float32)
+    view = {"image": image, "label": ids.astype(np.uint8), "valid": ids > 1}
+    mixed = jax.jit(lambda mask, view: mixing.mix(mask, mixing.partners(view), view))(mask, view)
     expected = np.where(arrays.masks(1), np.array([1, 0, 3, 2])[:, None, None], ids)
     np.testing.assert_array_equal(mixed["label"], expected)
     np.testing.assert_array_equal(mixed["image"][..., 2], expected)

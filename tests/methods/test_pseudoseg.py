@@ -151,13 +151,13 @@ def as_float32(*values):
 
 def test_fusion_agrees_with_the_published_one():
     logits = as_float32(arrays.DECODER_LOGITS, arrays.ATTENTION_LOGITS)
-    labels = fusion.calibrated_fusion(*logits)
+    labels = jax.jit(fusion.calibrated_fusion)(*logits)
     np.testing.assert_allclose(labels, PUBLISHED["labels"], **CLOSE)
 
 
 def test_soft_cross_entropy_agrees_with_the_published_one():
     logits, labels = as_float32(arrays.STRONG_LOGITS, PUBLISHED["labels"])
-    total, count = consistency.soft_cross_entropy(logits, labels, VALID)
+    total, count = jax.jit(consistency.soft_cross_entropy)(logits, labels, VALID)
     np.testing.assert_allclose(total / count, PUBLISHED["loss"], **CLOSE)
 
 
@@ -171,29 +171,31 @@ def test_pseudo_labels_get_no_gradient_and_padding_counts_nowhere():
         total, count = consistency.soft_cross_entropy(strong, labels, VALID)
         return total / count
 
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(weak, attention, strong)
+    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    value, grads = compute(weak, attention, strong)
     np.testing.assert_array_equal(grads[0], 0)
     np.testing.assert_array_equal(grads[1], 0)
     np.testing.assert_array_equal(np.asarray(grads[2])[~arrays.PADDED], 0)
     assert np.abs(np.asarray(grads[2])[arrays.PADDED]).min() > 0
     repainted = [x.at[0, 3].set(70.0) for x in (weak, attention, strong)]
-    np.testing.assert_allclose(loss(weak, attention, strong), loss(*repainted), rtol=1e-6)
+    np.testing.assert_allclose(compute(*repainted)[0], value, rtol=1e-6)
 
 
 def test_classifier_agrees_with_the_published_loss():
-    logits = classify(LAST)
-    total, count = image_classifier.sigmoid_cross_entropy(logits, PRESENT)
-    np.testing.assert_allclose(total / count, PUBLISHED["classification"], **CLOSE)
-    first, one = image_classifier.sigmoid_cross_entropy(logits, PRESENT, jnp.array([True, False]))
-    assert one == 1 and first < total
-    np.testing.assert_array_equal(
-        image_classifier.predicted_classes(jnp.array([[-0.1, 0.0, 2.0]])), [[False, True, True]]
+    loss = jax.jit(
+        lambda x, labeled: image_classifier.sigmoid_cross_entropy(classify(x), PRESENT, labeled)
     )
+    total, count = loss(LAST, np.array([True, True]))
+    np.testing.assert_allclose(total / count, PUBLISHED["classification"], **CLOSE)
+    first, one = loss(LAST, np.array([True, False]))
+    assert one == 1 and first < total
+    predicted = jax.jit(image_classifier.predicted_classes)(np.array([[-0.1, 0.0, 2.0]]))
+    np.testing.assert_array_equal(predicted, [[False, True, True]])
 
 
 def test_classes_of_an_image_are_those_of_its_labels():
-    labels = jnp.array([[[0, 2], [255, 255]]], jnp.uint8)
-    present = masks.classes_in_labels(labels, 3)
+    labels = np.array([[[0, 2], [255, 255]]], np.uint8)
+    present = jax.jit(masks.classes_in_labels, static_argnums=1)(labels, 3)
     np.testing.assert_array_equal(present, [[True, False, True]])
 
 
@@ -211,13 +213,18 @@ def test_the_cut_square_by_axis():
     """Not square: rows and columns apart, beside the published code's arithmetic."""
     height, width, count = 129, 257, 300
     keys = image_keys(jax.random.key(3), count)
-    images = jnp.zeros((count, height, width, 1), jnp.uint8)
-    valid = jnp.ones((count, height, width), bool).at[:, :, 200:].set(False)
-    filled, left = jax.jit(functools.partial(image_cutout.cut_square, fill=7.0))(
-        keys, images, valid
-    )
-    cut = np.asarray(filled)[..., 0] == 7
-    np.testing.assert_array_equal(left, np.asarray(valid) & ~cut)
+
+    @jax.jit
+    def draw(keys):
+        images = jnp.zeros((count, height, width, 1), jnp.uint8)
+        valid = jnp.ones((count, height, width), bool).at[:, :, 200:].set(False)
+        filled, left = image_cutout.cut_square(keys, images, valid, fill=7.0)
+        cut = filled[..., 0] == 7
+        return cut, jnp.all(left == (valid & ~cut))
+
+    cut, is_left_out = draw(keys)
+    assert is_left_out
+    cut = np.asarray(cut)
     rng = np.random.default_rng(0)
     for axis, size in ((2, height), (1, width)):
         extent = cut.any(axis=axis).sum(axis=1)
