@@ -41,7 +41,7 @@ def most_frequent_class(labels: Integer[Array, "..."], num_classes: int) -> Int[
     return jnp.argmax(counts).astype(jnp.int32)
 
 
-def box_masks(boxes: Int[Array, "n 4"], size: tuple[int, int]) -> Bool[Array, "n h w"]:
+def box_masks(boxes: Int[Array, "n 4"], size: Sequence[int]) -> Bool[Array, "n h w"]:
     """Masks that are true inside the boxes.
 
     Args:

@@ -102,6 +102,7 @@ def step(params, average, batch, key):
     return params, average, jnp.stack(terms + shares), counts
 
 
+OBJECT_CLASSES = 3
 NORM = functools.partial(dsbn.DomainNorm, kind="shared", momentum=0.9, epsilon=1e-3)
 LAYOUT = dsbn.DomainLayout("weak", train=True)
 DECODER = auxiliary_decoder.AuxiliaryDecoder(OBJECT_CLASSES, upscale=4)
