@@ -178,6 +178,13 @@ def test_labels_of_a_teacher():
     np.testing.assert_array_equal(labels.valid, VALID)
 
 
+def test_confidences_have_no_gradient():
+    def total(logits):
+        return jnp.sum(confidence.teacher_labels(logits, jnp.asarray(VALID)).confidence)
+
+    assert not np.any(jax.jit(jax.grad(total))(LOGITS))
+
+
 @pytest.mark.parametrize(
     ("threshold", "divide_by", "expected"),
     [
