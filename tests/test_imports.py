@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from semiseg_jax import models
+from semiseg_jax import methods, models
 
 MODULES = [
     "semiseg_jax.data.folder_walk",
@@ -20,7 +20,11 @@ MODULES = [
     "semiseg_jax.serving.trained_model",
     "semiseg_jax.shape_buckets",
     "semiseg_jax.train_step",
-    *(f"semiseg_jax.models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
+    *(
+        f"{package.__name__}.{module.name}"
+        for package in (methods, models)
+        for module in pkgutil.iter_modules(package.__path__)
+    ),
 ]
 
 IMPORT_ALL = """
@@ -58,6 +62,8 @@ def test_the_import_hook_blocks_tensorflow():
     assert "TensorFlow is not installed" in process.stderr
 
 
-@pytest.mark.parametrize("name", ["deeplab", "pretrained", "weight_files"])
-def test_the_list_of_modules_covers_the_models(name):
-    assert f"semiseg_jax.models.{name}" in MODULES
+@pytest.mark.parametrize(
+    "name", ["models.deeplab", "models.pretrained", "models.weight_files", "methods.mixing"]
+)
+def test_the_list_of_modules_covers_the_packages(name):
+    assert f"semiseg_jax.{name}" in MODULES

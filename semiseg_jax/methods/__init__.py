@@ -1,0 +1,1 @@
+"""Building blocks of the methods that label images inside the training step."""
