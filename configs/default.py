@@ -262,8 +262,11 @@ def loss() -> ConfigDict:
 
 
 def optim() -> ConfigDict:
-    """SGD with momentum; learning rate * (1 - step / steps) ^ poly_power."""
+    """Optimiser; learning rate * (1 - step / steps) ^ poly_power."""
     optim = ConfigDict()
+    # sgd (with momentum); adam (weight decay is added to the gradient); adamw (weight decay is
+    # subtracted from the parameter, times the learning rate). All as PyTorch has them.
+    optim.kind = "sgd"
     # Learning rate of the backbone at step 0, > 0; the head's is `head_multiplier` (> 0) times as
     # large. The control has the student's.
     optim.teacher = ConfigDict({"learning_rate": 0.01, "head_multiplier": 1.0})
@@ -272,12 +275,18 @@ def optim() -> ConfigDict:
     # multiplied by train.batch_labeled / reference_batch. 0: learning rates do not depend on the
     # batch.
     optim.reference_batch = 0
-    # Momentum coefficient (weight of the previous update), [0, 1).
+    # sgd: momentum coefficient (weight of the previous update), [0, 1).
     optim.momentum = 0.9
+    # adam and adamw: weights of the former mean of gradients and of squared gradients, each [0, 1);
+    # added to the root of the latter, at least 1e-30.
+    optim.betas = (0.9, 0.999)
+    optim.epsilon = 1e-8
     # Exponent of the schedule above, at least 0; 0 for a constant rate.
     optim.poly_power = 0.9
-    # Weight decay of kernels, at least 0; norms and biases have none.
+    # Weight decay, at least 0: of kernels alone, norms and biases have none; with `decay_all` of
+    # every parameter.
     optim.weight_decay = 1e-4
+    optim.decay_all = False
     return optim
 
 

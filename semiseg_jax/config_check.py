@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from semiseg_jax import inference, stages
+from semiseg_jax import inference, optim, stages
 from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
@@ -168,9 +168,14 @@ RULES: dict[str, Rule] = {
     "optim.teacher.head_multiplier": rules.above(0, 10**4),
     "optim.student.head_multiplier": rules.above(0, 10**4),
     "optim.reference_batch": rules.integer(0, _MAX_BATCH),
+    "optim.kind": rules.key_of(optim.OPTIMIZERS),
     "optim.momentum": rules.below(0, 1),
+    "optim.betas": rules.pair(rules.below(0, 1), "two numbers, each at least 0 and below 1"),
+    # float32 has no smaller numbers.
+    "optim.epsilon": rules.number(1e-30, 1),
     "optim.poly_power": rules.number(0, 1000),
     "optim.weight_decay": rules.number(0, 1000),
+    "optim.decay_all": BOOL,
     "train.steps": _STEPS,
     "train.teacher_steps": _STEPS,
     "train.batch_labeled": rules.integer(1, _MAX_BATCH),
