@@ -242,8 +242,25 @@ def model() -> ConfigDict:
 
 
 def loss() -> ConfigDict:
-    """Losses; labelled images always have cross-entropy, in either stream."""
+    """Losses; an image has the loss of its kind, labelled or pseudo-labelled, in either stream."""
     loss = ConfigDict()
+    # Loss of labelled images: ce (cross-entropy); ohem (cross-entropy of the hard pixels, online
+    # hard example mining); focal (focal loss); ce_dice (cross-entropy plus the Dice loss of the
+    # batch). ohem and ce_dice are defined over the batch of a step: train.accumulate must be 1.
+    loss.labeled = "ce"
+    # A pixel is hard if the probability of its label is at most the larger of `probability` and the
+    # probability below which `share` of the labelled pixels of the batch lie. Both 0 to 1, not both
+    # 0: share is the smallest part of the pixels that has a loss, a probability of 1 keeps all.
+    loss.ohem = ConfigDict({"probability": 0.7, "share": 1 / 6})
+    # Exponent of the focal loss (1 - p)^gamma * CE, p the probability of the label; at least 0, 0
+    # for cross-entropy.
+    loss.focal_gamma = 2.0
+    # Weights of the classes in the loss of labelled images, whatever its kind. "" for none;
+    # balanced: sqrt(median of n / n_c), n_c the labelled pixels of the class in all labelled masks,
+    # and the loss is the weighted mean. The Dice loss of ce_dice has none.
+    loss.class_weights = ""
+    # balanced, for a class without a labelled pixel: refuse (an error) or zero (its weight).
+    loss.absent_classes = "refuse"
     # Loss of pseudo-labelled images: scl, scl_official, sce or ce.
     loss.unlabeled = "scl"
     # Its weight relative to the loss of labelled images, at least 0.

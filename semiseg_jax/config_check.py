@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from semiseg_jax import inference, optim, stages
+from semiseg_jax import inference, optim, stages, supervised_loss
 from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
@@ -155,6 +155,12 @@ RULES: dict[str, Rule] = {
     "sda.ops": rules.keys_of(OPS),
     **{f"model.{key}": rule for key, rule in deeplab.RULES.items()},
     "model.pretrained": _WEIGHTS,
+    "loss.labeled": rules.one_of(*supervised_loss.KINDS),
+    "loss.ohem.probability": rules.number(0, 1),
+    "loss.ohem.share": rules.number(0, 1),
+    "loss.focal_gamma": rules.number(0, 100),
+    "loss.class_weights": rules.one_of("", "balanced"),
+    "loss.absent_classes": rules.one_of("refuse", "zero"),
     "loss.unlabeled": rules.one_of("scl", "scl_official", "sce", "ce"),
     "loss.unlabeled_weight": rules.number(0, 10**6),
     "loss.scl.stop_gradient": BOOL,
@@ -243,6 +249,7 @@ def check(config: Any) -> None:
         )
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
+    supervised_loss.check(config)
     _check_weights(config)
 
 

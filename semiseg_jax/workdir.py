@@ -64,6 +64,12 @@ ADDED_KEYS = {
     "rounds.teacher_from": "",
     "data.max_image_pixels": 2**28,
     "rounds.keep": "last",
+    "loss.labeled": "ce",
+    "loss.ohem.probability": 0.7,
+    "loss.ohem.share": 1 / 6,
+    "loss.focal_gamma": 2.0,
+    "loss.class_weights": "",
+    "loss.absent_classes": "refuse",
     "optim.kind": "sgd",
     "optim.betas": (0.9, 0.999),
     "optim.epsilon": 1e-8,
@@ -289,7 +295,8 @@ RESUME_SAFE_KEYS = frozenset(
 # Prefixes of the keys that no teacher depends on.
 TEACHER_INDEPENDENT_KEYS = (
     *("data.weak_stream", "data.strong_stream", "data.unlabeled", "data.train_extra", "sda."),
-    *("loss.", "pseudo.", "eval.", "rounds.", "optim.student.", "train.steps"),
+    *("loss.unlabeled", "loss.scl.", "pseudo.", "eval.", "rounds."),
+    *("optim.student.", "train.steps"),
     *("train.batch_unlabeled", "model.norm"),
 )
 

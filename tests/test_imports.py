@@ -19,6 +19,7 @@ MODULES = [
     "semiseg_jax.results",
     "semiseg_jax.serving.trained_model",
     "semiseg_jax.shape_buckets",
+    "semiseg_jax.supervised_loss",
     "semiseg_jax.train_step",
     *(f"semiseg_jax.models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
 ]

@@ -161,6 +161,30 @@ def test_a_teacher_of_older_code_can_be_imported(with_teacher, unlabeled):
     assert workdir.check_teacher(*with_teacher, images(unlabeled=unlabeled)) == "dsbn"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"),
+    [
+        ("loss.labeled", "focal", False),
+        ("loss.ohem.share", 0.5, False),
+        ("loss.class_weights", "balanced", False),
+        ("optim.kind", "adamw", False),
+        ("optim.betas", (0.9, 0.99), False),
+        ("loss.unlabeled", "ce", True),
+        ("loss.scl.alpha", 2.0, True),
+    ],
+)
+def test_teachers_depend_on_the_loss_of_labelled_images_and_on_the_optimiser(
+    with_teacher, key, value, is_same
+):
+    source, config = with_teacher
+    config.update_from_flattened_dict({key: value})
+    if is_same:
+        workdir.check_teacher(source, config, images())
+        return
+    with raises_code("teacher-of-another-config", f"{value!r} here"):
+        workdir.check_teacher(source, config, images())
+
+
 @pytest.mark.parametrize("labeled", ["a", "ax"])
 def test_a_teacher_of_other_labelled_images_is_not_imported(with_teacher, labeled):
     with raises_code("teacher-of-other-images", str(with_teacher[0])):
