@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from semiseg_jax import evaluate, optim, stages, supervised_loss, train_state, train_step
+from semiseg_jax import evaluate, optim, stages, train_state, train_step
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab
 from semiseg_jax.pseudo_labels import Labeler
 from semiseg_jax.train_state import TrainState, Variables

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from semiseg_jax import inference, optim, stages, supervised_loss
+from semiseg_jax import inference, optim, stages
 from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
@@ -14,6 +14,7 @@ from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE
 from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.models.deeplab import BACKBONES
 from semiseg_jax.runtime import config_files, rules

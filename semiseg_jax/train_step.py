@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from semiseg_jax import losses, supervised_loss
+from semiseg_jax import losses
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.batch_layout import BatchSpec
-from semiseg_jax.losses import IGNORE
+from semiseg_jax.losses import IGNORE, supervised_loss
 from semiseg_jax.train_state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]

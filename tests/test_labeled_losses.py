@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semiseg_jax import labeled_losses, losses
+from semiseg_jax import losses
 from semiseg_jax.losses import IGNORE
 from tests.errors import raises_code
 from tests.methods import arrays
@@ -35,26 +35,26 @@ def in_float64():
 
 
 def test_balanced_weights_by_hand():
-    weights = labeled_losses.balanced_class_weights(np.array([100, 400, 25, 100]))
+    weights = losses.balanced_class_weights(np.array([100, 400, 25, 100]))
     np.testing.assert_allclose(weights, [1, 0.5, 2, 1], rtol=1e-12)
     # The median is over the classes that have pixels: 100 and 400.
-    weights = labeled_losses.balanced_class_weights(np.array([100, 0, 400]), absent="zero")
+    weights = losses.balanced_class_weights(np.array([100, 0, 400]), absent="zero")
     np.testing.assert_allclose(weights, [np.sqrt(2.5), 0, np.sqrt(0.625)], rtol=1e-12)
 
 
 def test_balanced_weights_of_a_class_without_pixels_are_refused():
     with raises_code("class-without-labeled-pixels", "none: bus."):
-        labeled_losses.balanced_class_weights(np.array([4, 0]), ["road", "bus"])
+        losses.balanced_class_weights(np.array([4, 0]), ["road", "bus"])
     with raises_code("class-without-labeled-pixels", "none: 0, 1."):
-        labeled_losses.balanced_class_weights(np.array([0, 0]), absent="zero")
+        losses.balanced_class_weights(np.array([0, 0]), absent="zero")
 
 
 def test_weighted_cross_entropy_by_hand(in_float64):
     weights = np.array([1.0, 0.5, 3.0, 0.0, 2.0])
-    total, weight = labeled_losses.weighted_cross_entropy(LOGITS, LABELS, weights)
+    total, weight = losses.weighted_cross_entropy(LOGITS, LABELS, weights)
     w = weights[TARGET] * VALID
     np.testing.assert_allclose([total, weight], [np.sum(w * CE), np.sum(w)], rtol=1e-10)
-    same = labeled_losses.weighted_cross_entropy(LOGITS, LABELS, np.ones(5))
+    same = losses.weighted_cross_entropy(LOGITS, LABELS, np.ones(5))
     np.testing.assert_allclose(same, losses.cross_entropy(LOGITS, LABELS), rtol=1e-12)
 
 
@@ -63,7 +63,7 @@ def test_weighted_cross_entropy_by_hand(in_float64):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss_by_hand(in_float64, gamma):
-    total, count = labeled_losses.focal_loss(LOGITS, LABELS, gamma)
+    total, count = losses.focal_loss(LOGITS, LABELS, gamma)
     np.testing.assert_allclose(total, np.sum(((1 - P_LABEL) ** gamma * CE)[VALID]), rtol=1e-9)
     assert count == VALID.sum()
 
@@ -80,7 +80,7 @@ def test_ce_dice_by_hand(in_float64):
     for c in (0, 2, 3, 4):
         p, t = P[valid][:, c], target[valid] == c
         dice.append((2 * np.sum(p * t) + 1) / (np.sum(p) + np.sum(t) + 1))
-    loss = labeled_losses.ce_dice_loss(LOGITS, labels)
+    loss = losses.ce_dice_loss(LOGITS, labels)
     np.testing.assert_allclose(loss, ce + 1 - np.mean(dice), rtol=1e-10)
 
 
@@ -94,7 +94,7 @@ def test_ohem_is_that_of_the_published_code(in_float64, case):
     assert (pixels[round(share * len(pixels)) - 1] > 0.7) == (share == 0.9)
 
     def loss(logits):
-        total, count = labeled_losses.ohem_cross_entropy(logits, LABELS, 0.7, share)
+        total, count = losses.ohem_cross_entropy(logits, LABELS, 0.7, share)
         return total / count
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(LOGITS))
@@ -102,7 +102,7 @@ def test_ohem_is_that_of_the_published_code(in_float64, case):
     np.testing.assert_allclose(sample(gradient), case["gradient"], rtol=1e-8, atol=1e-15)
 
 
-find = jax.jit(labeled_losses.kth_smallest_probability)
+find = jax.jit(losses.kth_smallest_probability)
 
 
 def test_the_kth_smallest_probability_is_exact():
@@ -132,15 +132,15 @@ def test_hard_pixels_by_hand(probability, share, kept):
     p = np.append(np.arange(1, 11) / 10 - 1e-4, 0.05)
     logits = np.stack([np.log(p), np.log1p(-p)], -1).astype(np.float32)
     labels = np.array([0] * 10 + [IGNORE])
-    hard = labeled_losses.hard_pixels(losses.pixel_terms(logits, labels), probability, share)
+    hard = losses.hard_pixels(losses.pixel_terms(logits, labels), probability, share)
     np.testing.assert_array_equal(hard, np.arange(11) < kept)
-    total, count = labeled_losses.ohem_cross_entropy(logits, labels, probability, share)
+    total, count = losses.ohem_cross_entropy(logits, labels, probability, share)
     assert count == kept
     np.testing.assert_allclose(total, -np.log(p[:kept]).sum(), rtol=1e-5)
 
 
 def test_pixels_that_tie_with_the_kth_are_hard_too():
-    _, count = labeled_losses.ohem_cross_entropy(np.zeros((6, 1)), np.zeros(6, int), 0.7, 0.5)
+    _, count = losses.ohem_cross_entropy(np.zeros((6, 1)), np.zeros(6, int), 0.7, 0.5)
     assert count == 6
 
 
@@ -148,11 +148,11 @@ def test_pixels_that_tie_with_the_kth_are_hard_too():
 
 
 ALL = {
-    "weighted": lambda *a: labeled_losses.weighted_cross_entropy(*a, np.array([1.0, 2.0, 0.5])),
-    "focal": labeled_losses.focal_loss,
-    "focal, small gamma": lambda *a: labeled_losses.focal_loss(*a, gamma=0.5),
-    "ce_dice": lambda *a: (labeled_losses.ce_dice_loss(*a), 1.0),
-    "ohem": labeled_losses.ohem_cross_entropy,
+    "weighted": lambda *a: losses.weighted_cross_entropy(*a, np.array([1.0, 2.0, 0.5])),
+    "focal": losses.focal_loss,
+    "focal, small gamma": lambda *a: losses.focal_loss(*a, gamma=0.5),
+    "ce_dice": lambda *a: (losses.ce_dice_loss(*a), 1.0),
+    "ohem": losses.ohem_cross_entropy,
 }
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semiseg_jax import config_check, optim, supervised_loss, train_step
+from semiseg_jax import config_check, optim, train_step
 from semiseg_jax import mesh as mesh_lib
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.planning import suggestions
 from semiseg_jax.train_state import create_train_state
 from tests.conftest import tiny_config

@@ -19,13 +19,13 @@ from semiseg_jax import (
     compiled_model,
     optim,
     stages,
-    supervised_loss,
     train,
     train_state,
     train_step,
 )
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.inference import Predictor
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab
 from semiseg_jax.planning import flops, hlo, optimized_hlo
 from semiseg_jax.planning.chips import Topology

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import stages, supervised_loss
+from semiseg_jax import stages
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 from semiseg_jax.runtime.errors import UserError

@@ -72,3 +72,38 @@ def teacher_classes():
     rng = np.random.default_rng(11)
     shown = ([0, 1, 2, 3, 4], [0, 2, 3, 4], [1, 2, 4], [3])
     return np.stack([rng.choice(classes, (HEIGHT, WIDTH)) for classes in shown])
+
+
+# ---- features and logits of CCT and PseudoSeg
+
+
+def _normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def _uniform(seed, *shape):
+    return np.random.default_rng(seed).uniform(size=shape)
+
+
+# Weights of a decoder with 3 input channels, 2 classes and 8 times the size: kernels [in, out].
+DECODER_KERNELS = [_normal(10, 3, 2)] + [_normal(11 + i, 2, 8) for i in range(3)]
+DECODER_BIASES = [_normal(20 + i, 8) for i in range(3)]
+# CCT: features of 3 channels, and logits of 3 classes.
+FEATURES = np.abs(_normal(1, 2, 3, 2, 3))  # [n, h, w, c]
+START = _uniform(2, 2, 3, 2, 3) - 0.5
+AUXILIARY_LOGITS = 3 * _normal(3, 2, 2, 5, 4, 3)  # of two decoders
+MAIN_LOGITS = 3 * _normal(4, 2, 5, 4, 3)
+
+# PseudoSeg: 4 classes with the background, a last layer of 5 channels and one of 3.
+LAST = _normal(30, 2, 4, 3, 5)
+MIDDLE = _normal(31, 2, 7, 5, 3)
+CLASSIFIER_KERNEL = _normal(32, 5, 3)
+PRESENT = np.array([[1, 0, 1], [1, 1, 0]], bool)
+QUERY_KERNEL = _normal(33, 8, 128) / 8
+KEY_KERNEL = _normal(34, 8, 128) / 8
+CONV_KERNEL = _normal(35, 4, 4)
+PADDED = np.ones((2, 4, 3), bool)
+PADDED[0, 3] = PADDED[0, :, 2] = False
+DECODER_LOGITS = 5 * _normal(36, 2, 4, 3, 4)
+ATTENTION_LOGITS = _normal(37, 2, 4, 3, 4)
+STRONG_LOGITS = _normal(38, 2, 4, 3, 4)

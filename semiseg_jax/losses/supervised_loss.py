@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from semiseg_jax import labeled_losses, losses
-from semiseg_jax.losses import IGNORE
+from semiseg_jax.losses import labeled_losses, pixel_losses
+from semiseg_jax.losses.pixel_losses import IGNORE
 from semiseg_jax.runtime.errors import UserError
 
 KINDS = ("ce", "ohem", "focal", "ce_dice")
@@ -74,10 +74,10 @@ def mean_loss(
     Returns:
         The loss, and its metrics: with OHEM the share of the valid pixels that have a loss.
     """
-    terms = losses.pixel_terms(logits, labels)
+    terms = pixel_losses.pixel_terms(logits, labels)
     of_pixels = supervised_pixels(terms, labels, terms.valid, loss_config)
-    total, kept = losses.masked_sum(of_pixels.loss, of_pixels.kept)
-    weight, _ = losses.masked_sum(of_pixels.weight, of_pixels.kept)
+    total, kept = pixel_losses.masked_sum(of_pixels.loss, of_pixels.kept)
+    weight, _ = pixel_losses.masked_sum(of_pixels.weight, of_pixels.kept)
     loss = divided(total, weight) + dice_loss(logits, labels, terms.valid, loss_config)
     if loss_config.labeled != "ohem":
         return loss, {}
@@ -108,7 +108,7 @@ class SupervisedPixels(NamedTuple):
 
 
 def supervised_pixels(
-    terms: losses.PixelTerms,
+    terms: pixel_losses.PixelTerms,
     labels: Integer[Array, "*pixels"],
     labeled: Bool[Array, "*pixels"],
     loss_config: Any,

@@ -1,6 +1,6 @@
 """Losses of labelled pixels beside cross-entropy: class weights, focal loss, Dice, OHEM.
 
-Losses that are a mean of pixels return `(sum, count)`, as in `semiseg_jax.losses`; all sums are
+Losses that are a mean of pixels return `(sum, count)`, as in `pixel_losses`; all sums are
 over the global batch.
 
 Sources: focal loss, Lin et al., ICCV 2017; Dice loss, Milletari et al., 3DV 2016; online hard
@@ -17,8 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from semiseg_jax import losses
-from semiseg_jax.losses import IGNORE
+from semiseg_jax.losses import pixel_losses
+from semiseg_jax.losses.pixel_losses import IGNORE
 from semiseg_jax.runtime.errors import UserError
 
 
@@ -71,10 +71,10 @@ def weighted_cross_entropy(
         class_weights: at least 0.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
     weight = pixel_weights(labels, class_weights, terms.cross_entropy.dtype)
-    total, _ = losses.masked_sum(weight * terms.cross_entropy, terms.valid)
-    return total, losses.masked_sum(weight, terms.valid)[0]
+    total, _ = pixel_losses.masked_sum(weight * terms.cross_entropy, terms.valid)
+    return total, pixel_losses.masked_sum(weight, terms.valid)[0]
 
 
 def pixel_weights(
@@ -107,11 +107,11 @@ def focal_loss(
         gamma: at least 0; 0 is cross-entropy.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
-    return losses.masked_sum(focal_map(terms, gamma), terms.valid)
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
+    return pixel_losses.masked_sum(focal_map(terms, gamma), terms.valid)
 
 
-def focal_map(terms: losses.PixelTerms, gamma: float = 2.0) -> Float[Array, "*pixels"]:
+def focal_map(terms: pixel_losses.PixelTerms, gamma: float = 2.0) -> Float[Array, "*pixels"]:
     """Focal loss of each pixel (Lin et al., ICCV 2017, equation 4)."""
     # The gradient of miss^gamma with gamma below 1 is infinite at 0, where the loss is 0.
     misses = terms.miss > 0
@@ -131,7 +131,7 @@ def ce_dice_loss(
         labels: class ids, or `ignore`.
         ignore: label of the pixels that are not valid.
     """
-    total, count = losses.cross_entropy(logits, labels, ignore)
+    total, count = pixel_losses.cross_entropy(logits, labels, ignore)
     return total / jnp.maximum(count, 1) + dice_loss(logits, labels, ignore)
 
 
@@ -187,17 +187,17 @@ def ohem_cross_entropy(
         share: in 0..1, rounded to whole pixels; at least one pixel unless it is 0.
         ignore: label of the pixels that are not valid.
     """
-    terms = losses.pixel_terms(logits, labels, ignore)
-    return losses.masked_sum(terms.cross_entropy, hard_pixels(terms, probability, share))
+    terms = pixel_losses.pixel_terms(logits, labels, ignore)
+    return pixel_losses.masked_sum(terms.cross_entropy, hard_pixels(terms, probability, share))
 
 
 def hard_pixels(
-    terms: losses.PixelTerms, probability: float = 0.7, share: float = 1 / 6
+    terms: pixel_losses.PixelTerms, probability: float = 0.7, share: float = 1 / 6
 ) -> Bool[Array, "*pixels"]:
     """The pixels of `ohem_cross_entropy`.
 
     Args:
-        terms: from `losses.pixel_terms`, of the global batch.
+        terms: from `pixel_losses.pixel_terms`, of the global batch.
         probability, share: see `ohem_cross_entropy`.
     """
     p = jnp.exp(-jax.lax.stop_gradient(terms.cross_entropy)).astype(jnp.float32)
