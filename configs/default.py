@@ -242,8 +242,25 @@ def model() -> ConfigDict:
 
 
 def loss() -> ConfigDict:
-    """Losses; labelled images always have cross-entropy, in either stream."""
+    """Losses; an image has the loss of its kind, labelled or pseudo-labelled, in either stream."""
     loss = ConfigDict()
+    # Loss of labelled images: ce (cross-entropy); ohem (cross-entropy of the hard pixels, online
+    # hard example mining); focal (focal loss); ce_dice (cross-entropy plus the Dice loss of the
+    # batch). ohem and ce_dice are defined over the batch of a step: train.accumulate must be 1.
+    loss.labeled = "ce"
+    # A pixel is hard if the probability of its label is at most the larger of `probability` and the
+    # probability below which `share` of the labelled pixels of the batch lie. Both 0 to 1, not both
+    # 0: share is the smallest part of the pixels that has a loss, a probability of 1 keeps all.
+    loss.ohem = ConfigDict({"probability": 0.7, "share": 1 / 6})
+    # Exponent of the focal loss (1 - p)^gamma * CE, p the probability of the label; at least 0, 0
+    # for cross-entropy.
+    loss.focal_gamma = 2.0
+    # Weights of the classes in the loss of labelled images, whatever its kind. "" for none;
+    # balanced: sqrt(median of n / n_c), n_c the labelled pixels of the class in all labelled masks,
+    # and the loss is the weighted mean. The Dice loss of ce_dice has none.
+    loss.class_weights = ""
+    # balanced, for a class without a labelled pixel: refuse (an error) or zero (its weight).
+    loss.absent_classes = "refuse"
     # Loss of pseudo-labelled images: scl, scl_official, sce or ce.
     loss.unlabeled = "scl"
     # Its weight relative to the loss of labelled images, at least 0.
@@ -262,8 +279,11 @@ def loss() -> ConfigDict:
 
 
 def optim() -> ConfigDict:
-    """SGD with momentum; learning rate * (1 - step / steps) ^ poly_power."""
+    """Optimiser; learning rate * (1 - step / steps) ^ poly_power."""
     optim = ConfigDict()
+    # sgd (with momentum); adam (weight decay is added to the gradient); adamw (weight decay is
+    # subtracted from the parameter, times the learning rate). All as PyTorch has them.
+    optim.kind = "sgd"
     # Learning rate of the backbone at step 0, > 0; the head's is `head_multiplier` (> 0) times as
     # large. The control has the student's.
     optim.teacher = ConfigDict({"learning_rate": 0.01, "head_multiplier": 1.0})
@@ -272,12 +292,18 @@ def optim() -> ConfigDict:
     # multiplied by train.batch_labeled / reference_batch. 0: learning rates do not depend on the
     # batch.
     optim.reference_batch = 0
-    # Momentum coefficient (weight of the previous update), [0, 1).
+    # sgd: momentum coefficient (weight of the previous update), [0, 1).
     optim.momentum = 0.9
+    # adam and adamw: weights of the former mean of gradients and of squared gradients, each [0, 1);
+    # added to the root of the latter, at least 1e-30.
+    optim.betas = (0.9, 0.999)
+    optim.epsilon = 1e-8
     # Exponent of the schedule above, at least 0; 0 for a constant rate.
     optim.poly_power = 0.9
-    # Weight decay of kernels, at least 0; norms and biases have none.
+    # Weight decay, at least 0: of kernels alone, norms and biases have none; with `decay_all` of
+    # every parameter.
     optim.weight_decay = 1e-4
+    optim.decay_all = False
     return optim
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from semiseg_jax import evaluate, optim, stages, train_state, train_step
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab
 from semiseg_jax.pseudo_labels import Labeler
 from semiseg_jax.train_state import TrainState, Variables
@@ -48,6 +50,9 @@ class CompiledModel:
         select: evaluates on the set that the weights of a stage are selected on; `evaluate` itself
             where that is the reported set.
         label: labels the unlabelled images.
+
+    Raises:
+        UserError: as `supervised_loss.resolve`.
     """
 
     def __init__(self, config: Any, backbone: str, dataset: Dataset, mesh: Mesh):
@@ -66,7 +71,8 @@ class CompiledModel:
             )
         self.label = Labeler(self.model, dataset, config, mesh, self.pad_value)
         self.shapes = train_state.variable_shapes(self.model)
-        self._config = config
+        pixels = np.array(dataset.labeled_pixels, np.int64)
+        self._config = supervised_loss.resolve(config, pixels, dataset.classes)
         self._mesh = mesh
         # Not functools.cache, which would keep every network of a sweep until its end.
         self._programs: dict[tuple[str, int], StageProgram] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from semiseg_jax import inference, stages
+from semiseg_jax import inference, optim, stages
 from semiseg_jax.comparison import kept_stage
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
@@ -14,6 +14,7 @@ from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE
 from semiseg_jax.data.sources.tfds import PREFIX
 from semiseg_jax.eval_protocol import SELECTIONS
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.models.deeplab import BACKBONES
 from semiseg_jax.runtime import config_files, rules
@@ -155,6 +156,12 @@ RULES: dict[str, Rule] = {
     "sda.ops": rules.keys_of(OPS),
     **{f"model.{key}": rule for key, rule in deeplab.RULES.items()},
     "model.pretrained": _WEIGHTS,
+    "loss.labeled": rules.one_of(*supervised_loss.KINDS),
+    "loss.ohem.probability": rules.number(0, 1),
+    "loss.ohem.share": rules.number(0, 1),
+    "loss.focal_gamma": rules.number(0, 100),
+    "loss.class_weights": rules.one_of("", "balanced"),
+    "loss.absent_classes": rules.one_of("refuse", "zero"),
     "loss.unlabeled": rules.one_of("scl", "scl_official", "sce", "ce"),
     "loss.unlabeled_weight": rules.number(0, 10**6),
     "loss.scl.stop_gradient": BOOL,
@@ -168,9 +175,14 @@ RULES: dict[str, Rule] = {
     "optim.teacher.head_multiplier": rules.above(0, 10**4),
     "optim.student.head_multiplier": rules.above(0, 10**4),
     "optim.reference_batch": rules.integer(0, _MAX_BATCH),
+    "optim.kind": rules.key_of(optim.OPTIMIZERS),
     "optim.momentum": rules.below(0, 1),
+    "optim.betas": rules.pair(rules.below(0, 1), "two numbers, each at least 0 and below 1"),
+    # float32 has no smaller numbers.
+    "optim.epsilon": rules.number(1e-30, 1),
     "optim.poly_power": rules.number(0, 1000),
     "optim.weight_decay": rules.number(0, 1000),
+    "optim.decay_all": BOOL,
     "train.steps": _STEPS,
     "train.teacher_steps": _STEPS,
     "train.batch_labeled": rules.integer(1, _MAX_BATCH),
@@ -238,6 +250,7 @@ def check(config: Any) -> None:
         )
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
+    supervised_loss.check(config)
     _check_weights(config)
 
 

@@ -1,9 +1,11 @@
 """Optimisers, the poly schedule, and the parameter groups: learning-rate factor and weight decay.
 
 A parameter belongs to a named group by the first rule that matches its path. An optimiser reads
-the factor on the learning rate and the weight decay of a parameter from its group alone.
+the factor on the learning rate and the weight decay of a parameter from its group alone. The
+optimisers have PyTorch's order of operations.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -58,11 +60,17 @@ def map_groups(value: Callable[[ParameterGroup], Any], params: Any, rules: Rules
     )
 
 
-def table(params: Any) -> str:
-    """Returns a table for the log: the number of tensors and of parameters in each group."""
+def table(params: Any, decay_all: bool = False) -> str:
+    """Returns a table for the log: the number of tensors and of parameters in each group.
+
+    Args:
+        params: of the network.
+        decay_all: `config.optim.decay_all`.
+    """
     totals: dict[ParameterGroup, list[int]] = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        total = totals.setdefault(group_of(path), [0, 0])
+        group = group_of(path)
+        total = totals.setdefault(group._replace(decayed=group.decayed or decay_all), [0, 0])
         total[0] += 1
         total[1] += leaf.size
     return "\n".join(
@@ -89,10 +97,22 @@ def rate_factor(config: Any) -> float:
     return config.train.batch_labeled / reference if reference else 1.0
 
 
-def decay_weights(weight_decay: float, rules: Rules = RULES) -> optax.GradientTransformation:
-    """Adds weight_decay * parameter to the updates of the decayed groups."""
+def decay_weights(
+    weight_decay: float, rules: Rules = RULES, decay_all: bool = False
+) -> optax.GradientTransformation:
+    """Adds weight_decay * parameter to the updates of the decayed groups.
+
+    Args:
+        weight_decay: at least 0.
+        rules: see `RULES`.
+        decay_all: decay every group.
+    """
+
+    def is_decayed(group: ParameterGroup) -> bool:
+        return group.decayed or decay_all
+
     return optax.add_decayed_weights(
-        weight_decay, mask=lambda params: map_groups(lambda group: group.decayed, params, rules)
+        weight_decay, mask=lambda params: map_groups(is_decayed, params, rules)
     )
 
 
@@ -138,34 +158,99 @@ def sgd(
         rules: see `RULES`.
     """
     return optax.chain(
-        decay_weights(optim_config.weight_decay, rules),
+        decay_weights(optim_config.weight_decay, rules, optim_config.decay_all),
         optax.trace(optim_config.momentum),
         scale_by_group(factors, rules),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-# By name: a function of the arguments of `sgd`.
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd}
+def scale_by_adam(betas: tuple[float, float], epsilon: float) -> optax.GradientTransformation:
+    """Replaces gradients by m / (sqrt(v) + epsilon), with m and v corrected for their start at 0.
+
+    As optax.scale_by_adam, but 1 - beta^t is computed to float32 rounding: there, powers of a
+    float32 .999 make the first updates wrong by 1e-5 of their size.
+
+    Args:
+        betas: weights of the former m, the mean of gradients, and v, the mean of their squares.
+        epsilon: above 0.
+    """
+    log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
+    b1, b2 = betas
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in betas]
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params
+        count = state.count + 1
+        first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            steps = count.astype(m.dtype)
+            start1, start2 = (-jnp.expm1(steps * log_beta) for log_beta in log_betas)
+            return m / start1 / (jnp.sqrt(v) / jnp.sqrt(start2) + epsilon)
+
+        return jax.tree.map(direction, first, second), optax.ScaleByAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam(
+    optim_config: Any, schedule: Schedule, factors: Mapping[str, float], rules: Rules = RULES
+) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba, ICLR 2015); weight decay is added to the gradient.
+
+    Arguments as for `sgd`, and its note on checkpoints.
+    """
+    return optax.chain(
+        decay_weights(optim_config.weight_decay, rules, optim_config.decay_all),
+        scale_by_adam(optim_config.betas, optim_config.epsilon),
+        scale_by_group(factors, rules),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def adamw(
+    optim_config: Any, schedule: Schedule, factors: Mapping[str, float], rules: Rules = RULES
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, ICLR 2019): weight decay is apart from Adam's means.
+
+    The learning rate of the group multiplies both. Arguments as for `sgd`, and its note on
+    checkpoints.
+    """
+    return optax.chain(
+        scale_by_adam(optim_config.betas, optim_config.epsilon),
+        decay_weights(optim_config.weight_decay, rules, optim_config.decay_all),
+        scale_by_group(factors, rules),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+# By the name that `optim.kind` has: a function of the arguments of `sgd`.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+}
 
 
 def make_optimizer(
-    optim_config: Any,
-    kind: str,
-    num_steps: int,
-    factor: float = 1.0,
-    optimizer: str = "sgd",
+    optim_config: Any, kind: str, num_steps: int, factor: float = 1.0
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Builds the optimiser of a stage, and the schedule of the backbone's learning rate.
 
     Args:
-        optim_config: `config.optim`.
-        kind: "teacher", "student" or "control" (which has the student's rates).
+        optim_config: `config.optim`; its `kind` is a key of `OPTIMIZERS`.
+        kind: of the stage, "teacher", "student" or "control" (which has the student's rates).
         num_steps: steps of the stage.
         factor: on all learning rates, from `rate_factor`.
-        optimizer: key of `OPTIMIZERS`.
     """
     rates = optim_config.teacher if kind == "teacher" else optim_config.student
     schedule = poly(factor * rates.learning_rate, num_steps, optim_config.poly_power)
     factors = {"backbone": 1.0, "head": rates.head_multiplier}
-    return OPTIMIZERS[optimizer](optim_config, schedule, factors), schedule
+    return OPTIMIZERS[optim_config.kind](optim_config, schedule, factors), schedule

@@ -424,7 +424,8 @@ class SelfTraining:
         """The weights after the last step of a stage."""
         config = self._config
         program = model.program(stage.kind, stage.steps)
-        absl_logging.info("Parameters by rule:\n%s", optim.table(program.shapes["params"]))
+        groups = optim.table(program.shapes["params"], config.optim.decay_all)
+        absl_logging.info("Parameters by rule:\n%s", groups)
         examples = (
             input_pipeline.pseudo_examples(self.dataset, pseudo_labels) if pseudo_labels else ()
         )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped
 from semiseg_jax import losses
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.batch_layout import BatchSpec
-from semiseg_jax.losses import IGNORE
+from semiseg_jax.losses import IGNORE, supervised_loss
 from semiseg_jax.train_state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -45,7 +45,7 @@ def make_train_step(
     Args:
         model: from `deeplab.build`.
         tx: the optimiser.
-        loss_config: `config.loss`.
+        loss_config: `config.loss`, from `supervised_loss.resolve`.
         spec: the images of a batch.
         mesh: to run on.
 
@@ -120,7 +120,7 @@ class LossSums(NamedTuple):
     """Sums over the valid pixels of a batch; the sums of micro-batches add up. Each a scalar.
 
     Attributes:
-        loss_labeled: cross-entropy of the labelled pixels.
+        loss_labeled: loss of the labelled pixels, times their class weights.
         loss_pseudo: loss of the pseudo-labelled pixels.
         confidence_pseudo: their largest softmax values, w of equation 5 before
             `loss.scl.saturate`.
@@ -128,6 +128,11 @@ class LossSums(NamedTuple):
         correct_labeled: how many of the labelled pixels are.
         num_labeled: labelled pixels.
         num_pseudo: pseudo-labelled pixels.
+        weight_labeled: what `loss_labeled` is divided by: class weights of the labelled pixels that
+            have a loss, which is their number without class weights.
+        kept_labeled: labelled pixels that have a loss; OHEM leaves some out.
+        dice_labeled: Dice loss of the labelled pixels, 0 without one. It is no sum over pixels, and
+            `supervised_loss.check` refuses micro-batches for it.
     """
 
     loss_labeled: Float[Array, ""]
@@ -137,6 +142,9 @@ class LossSums(NamedTuple):
     correct_labeled: Float[Array, ""]
     num_labeled: Float[Array, ""]
     num_pseudo: Float[Array, ""]
+    weight_labeled: Float[Array, ""]
+    kept_labeled: Float[Array, ""]
+    dice_labeled: Float[Array, ""]
 
     @classmethod
     def compute(
@@ -146,52 +154,73 @@ class LossSums(NamedTuple):
         is_pseudo: Bool[Array, " n"],
         loss_config: Any,
     ) -> "LossSums":
-        """The sums of a batch; the loss of an image follows from `is_pseudo`, not its stream."""
+        """The sums of a batch; the loss of an image follows from `is_pseudo`, not its stream.
+
+        Args:
+            logits: of the global batch, or of a micro-batch of it.
+            labels: class ids, or IGNORE.
+            is_pseudo: whether the label of an image is a pseudo-label.
+            loss_config: `config.loss`, from `supervised_loss.resolve`.
+        """
         terms = losses.pixel_terms(logits, labels, IGNORE)
         pseudo = is_pseudo[:, None, None] & terms.valid
         labeled = ~is_pseudo[:, None, None] & terms.valid
         correct = (jnp.argmax(logits, axis=-1) == labels).astype(terms.miss.dtype)
-        masked_values = [
-            (terms.cross_entropy, labeled),
-            (pseudo_loss_map(terms, loss_config), pseudo),
-            (terms.confidence, pseudo),
-            (correct, pseudo),
-            (correct, labeled),
-        ]
+        supervised = supervised_loss.supervised_pixels(terms, labels, labeled, loss_config)
+        columns = {
+            "loss_labeled": jnp.where(supervised.kept, supervised.loss, 0),
+            "loss_pseudo": jnp.where(pseudo, pseudo_loss_map(terms, loss_config), 0),
+            "confidence_pseudo": jnp.where(pseudo, terms.confidence, 0),
+            "correct_pseudo": jnp.where(pseudo, correct, 0),
+            "correct_labeled": jnp.where(labeled, correct, 0),
+            "num_labeled": labeled.astype(terms.miss.dtype),
+            "num_pseudo": pseudo.astype(terms.miss.dtype),
+        }
+        if not supervised_loss.is_plain_mean(loss_config):
+            columns["weight_labeled"] = jnp.where(supervised.kept, supervised.weight, 0)
+            columns["kept_labeled"] = supervised.kept.astype(terms.miss.dtype)
         # Sums by image first, then over the batch in one array: one all-reduce for all of them.
-        columns = [jnp.where(mask, value, 0) for value, mask in masked_values] + [
-            mask.astype(terms.miss.dtype) for mask in (labeled, pseudo)
-        ]
-        by_image = jnp.stack([column.sum(axis=(1, 2)) for column in columns], axis=1)
-        return cls(*jnp.sum(by_image, axis=0))
+        by_image = jnp.stack([column.sum(axis=(1, 2)) for column in columns.values()], axis=1)
+        sums = dict(zip(columns, jnp.sum(by_image, axis=0), strict=True))
+        plain = dict.fromkeys(("weight_labeled", "kept_labeled"), sums["num_labeled"])
+        dice = supervised_loss.dice_loss(logits, labels, labeled, loss_config)
+        return cls(**(plain | sums), dice_labeled=dice)
 
-    def loss(self, loss_config: Any, counts: tuple[Array, Array] | None = None) -> Float[Array, ""]:
-        """Cross-entropy of the labelled pixels plus the weighted loss of the pseudo-labelled.
+    def loss(
+        self, loss_config: Any, divisors: tuple[Array, Array] | None = None
+    ) -> Float[Array, ""]:
+        """Loss of the labelled pixels plus the weighted loss of the pseudo-labelled.
 
-        Each is the mean over its own valid pixels of the global batch (ICCV 2021, Algorithm 1).
+        Each is the mean over its own valid pixels of the global batch (ICCV 2021, Algorithm 1);
+        `supervised_loss` has the means that a config may select for labelled pixels instead.
 
         Args:
             loss_config: `config.loss`.
-            counts: (labelled, pseudo-labelled) valid pixels to divide by, where these are the sums
-                of a micro-batch.
+            divisors: what to divide the two losses by, from `loss_divisors`, where these are the
+                sums of a micro-batch.
         """
-        num_labeled, num_pseudo = counts or (self.num_labeled, self.num_pseudo)
-        supervised = self.loss_labeled / jnp.maximum(num_labeled, 1)
+        weight_labeled, num_pseudo = divisors or (self.weight_labeled, self.num_pseudo)
         unsupervised = self.loss_pseudo / jnp.maximum(num_pseudo, 1)
+        supervised = self._supervised(weight_labeled)
         return supervised + loss_config.unlabeled_weight * unsupervised
+
+    def _supervised(self, weight_labeled: Float[Array, ""]) -> Float[Array, ""]:
+        """Loss of the labelled pixels, divided by the given weight; 0 without labelled pixels."""
+        return supervised_loss.divided(self.loss_labeled, weight_labeled) + self.dice_labeled
 
     def metrics(self, loss_config: Any) -> Metrics:
         """The metrics of a step, from the sums of its whole batch."""
         num_labeled = jnp.maximum(self.num_labeled, 1)
         num_pseudo = jnp.maximum(self.num_pseudo, 1)
+        kept = {"kept_labeled": self.kept_labeled / num_labeled}
         return {
             "loss": self.loss(loss_config),
-            "loss_labeled": self.loss_labeled / num_labeled,
+            "loss_labeled": self._supervised(self.weight_labeled),
             "loss_pseudo": self.loss_pseudo / num_pseudo,
             "mean_w": self.confidence_pseudo / num_pseudo,
             "agreement": self.correct_pseudo / num_pseudo,
             "accuracy_labeled": self.correct_labeled / num_labeled,
-        }
+        } | (kept if loss_config.labeled == "ohem" else {})
 
 
 def pseudo_loss_map(terms: losses.PixelTerms, loss_config: Any) -> Float[Array, "*pixels"]:
@@ -223,7 +252,7 @@ def gradients(
     norms: dict[str, Any],
     batch: Batch,
     key: Array,
-    counts: tuple[Array, Array] | None = None,
+    divisors: tuple[Array, Array] | None = None,
 ) -> tuple[Any, LossSums, dict[str, Any]]:
     """Gradients of the loss of a batch, its sums, and the new norm statistics.
 
@@ -234,13 +263,13 @@ def gradients(
         norms: its statistics collections.
         batch: a whole batch, or a micro-batch.
         key: of dropout.
-        counts: see `LossSums.loss`; given for a micro-batch.
+        divisors: see `LossSums.loss`; given for a micro-batch.
     """
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[LossSums, dict[str, Any]]]:
         logits, updated = forward(params, norms, batch, key)
         sums = LossSums.compute(logits, batch["label"], batch["is_pseudo"], loss_config)
-        return sums.loss(loss_config, counts), (sums, updated)
+        return sums.loss(loss_config, divisors), (sums, updated)
 
     grads, (sums, updated) = jax.grad(loss, has_aux=True)(params)
     return grads, sums, updated
@@ -257,8 +286,8 @@ def accumulated_gradients(
 ) -> tuple[Any, LossSums, dict[str, Any]]:
     """As `gradients`, one micro-batch after the other.
 
-    The loss of each is divided by the valid pixels of the whole batch, so that the gradients add up
-    to those of the whole batch.
+    The losses of each are divided by `loss_divisors` of the whole batch, so that the gradients add
+    up to those of the whole batch.
 
     Args:
         forward: the network.
@@ -270,12 +299,14 @@ def accumulated_gradients(
         key: of dropout; the number of the micro-batch is folded into it.
     """
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
-    counts = valid_pixels(batch, dtype)
+    divisors = loss_divisors(batch, loss_config, dtype)
 
     def add(carry: Any, numbered: Any) -> tuple[Any, None]:
         (norms, *totals), (number, micro_batch) = carry, numbered
         folded = jax.random.fold_in(key, number)
-        *added, norms = gradients(forward, loss_config, params, norms, micro_batch, folded, counts)
+        *added, norms = gradients(
+            forward, loss_config, params, norms, micro_batch, folded, divisors
+        )
         return (norms, *jax.tree.map(jnp.add, totals, added)), None
 
     zero = jnp.zeros((), dtype)
@@ -303,8 +334,18 @@ def split_microbatches(batch: Batch, groups: int, accum_steps: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def valid_pixels(batch: Batch, dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How many valid pixels of a batch have true labels, and how many pseudo-labels."""
-    valid = jnp.sum(batch["label"] != IGNORE, axis=(1, 2), dtype=dtype)
-    is_pseudo = batch["is_pseudo"]
-    return jnp.sum(valid * ~is_pseudo), jnp.sum(valid * is_pseudo)
+def loss_divisors(
+    batch: Batch, loss_config: Any, dtype: Any
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What the losses of a batch are divided by: the labelled and the pseudo-labelled loss.
+
+    That is the number of valid pixels, or the sum of the class weights of the labelled ones.
+    Losses whose divisor depends on the network's output are in `supervised_loss.WHOLE_BATCH_KINDS`.
+    """
+    valid, is_pseudo = batch["label"] != IGNORE, batch["is_pseudo"]
+    count = jnp.sum(valid, axis=(1, 2), dtype=dtype)
+    weight = count
+    if supervised_loss.has_weights(loss_config):
+        weights = supervised_loss.pixel_weights(batch["label"], loss_config, dtype)
+        weight = jnp.sum(jnp.where(valid, weights, 0), axis=(1, 2))
+    return jnp.sum(weight * ~is_pseudo), jnp.sum(count * is_pseudo)

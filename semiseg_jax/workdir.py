@@ -50,7 +50,7 @@ from semiseg_jax.data import load
 from semiseg_jax.data.data_record import RECORD_FORM, DataRecord
 from semiseg_jax.data.split_lists import split_hash
 from semiseg_jax.models.dsbn import NORM_KINDS
-from semiseg_jax.runtime import config_files, hashes, json_forms, multihost, paths
+from semiseg_jax.runtime import config_files, hashes, json_forms, multihost, paths, rules
 from semiseg_jax.runtime.errors import UserError, printable, read_error, write_error
 from semiseg_jax.runtime.fileio import has_rename, parse_json, read_text, write_bytes
 from semiseg_jax.stages import DONE
@@ -64,6 +64,16 @@ ADDED_KEYS = {
     "rounds.teacher_from": "",
     "data.max_image_pixels": 2**28,
     "rounds.keep": "last",
+    "loss.labeled": "ce",
+    "loss.ohem.probability": 0.7,
+    "loss.ohem.share": 1 / 6,
+    "loss.focal_gamma": 2.0,
+    "loss.class_weights": "",
+    "loss.absent_classes": "refuse",
+    "optim.kind": "sgd",
+    "optim.betas": (0.9, 0.999),
+    "optim.epsilon": 1e-8,
+    "optim.decay_all": False,
 }
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.
@@ -201,7 +211,9 @@ def config_hash(config: Any) -> str:
     Omits ADDED_KEYS at their defaults, so that a new key changes no hash.
     """
     flat = traverse_util.flatten_dict(_to_dict(config), sep=".")
-    hashed = {k: v for k, v in flat.items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
+    hashed = {
+        k: v for k, v in flat.items() if k not in ADDED_KEYS or rules.to_tuples(v) != ADDED_KEYS[k]
+    }
     return hashes.hash_json(traverse_util.unflatten_dict(hashed, sep="."))
 
 
@@ -286,7 +298,8 @@ RESUME_SAFE_KEYS = frozenset(
 # Prefixes of the keys that no teacher depends on.
 TEACHER_INDEPENDENT_KEYS = (
     *("data.weak_stream", "data.strong_stream", "data.unlabeled", "data.train_extra", "sda."),
-    *("loss.", "pseudo.", "eval.", "rounds.", "optim.student.", "train.steps"),
+    *("loss.unlabeled", "loss.scl.", "pseudo.", "eval.", "rounds."),
+    *("optim.student.", "train.steps"),
     *("train.batch_unlabeled", "model.norm"),
 )
 
@@ -446,9 +459,10 @@ def teacher_keys(flat: dict[str, Any]) -> dict[str, Any]:
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     """Returns {"data.root": …} for {"data": {"root": …}}; ADDED_KEYS that are missing are added.
 
+    Lists become tuples, which the config and ADDED_KEYS have.
     A ~ in a path, which older code recorded as it was written, is replaced by the home folder.
     """
-    flat = ADDED_KEYS | traverse_util.flatten_dict(config, sep=".")
+    flat = ADDED_KEYS | rules.to_tuples(traverse_util.flatten_dict(config, sep="."))
     recorded = {key: flat[key] for key in paths.PATH_KEYS if isinstance(flat.get(key), str)}
     return flat | {key: os.path.expanduser(path) for key, path in recorded.items()}
 

@@ -13,6 +13,7 @@ MODULES = [
     "semiseg_jax.data.image_header",
     "semiseg_jax.inference",
     "semiseg_jax.losses",
+    "semiseg_jax.losses.supervised_loss",
     "semiseg_jax.mesh",
     "semiseg_jax.metrics",
     "semiseg_jax.optim",

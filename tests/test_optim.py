@@ -1,10 +1,16 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import traverse_util
 
-from semiseg_jax import optim
+from semiseg_jax import mesh as mesh_lib
+from semiseg_jax import optim, train_state
 from semiseg_jax.models import deeplab
+from tests import torch_optimizers
 from tests.conftest import tiny_config
 
 
@@ -56,6 +62,89 @@ def test_updates_equal_torchs_sgd_with_decay_on_kernels_and_a_faster_head():
     )
 
 
+def compared_parameters(kind, decay_all, dtype):
+    """As `torch_optimizers.fixture` has them, from our optimiser of that kind."""
+    config = tiny_config(
+        optim__kind=kind,
+        optim__decay_all=decay_all,
+        optim__weight_decay=torch_optimizers.DECAY,
+        optim__momentum=torch_optimizers.MOMENTUM,
+        optim__betas=torch_optimizers.BETAS,
+        optim__epsilon=torch_optimizers.EPSILON,
+        optim__poly_power=torch_optimizers.POWER,
+        optim__student={
+            "learning_rate": torch_optimizers.RATE,
+            "head_multiplier": torch_optimizers.HEAD_MULTIPLIER,
+        },
+    ).optim
+    tx, _ = optim.make_optimizer(config, "student", torch_optimizers.STEPS)
+
+    def tree(flat):
+        arrays = {path: jnp.asarray(value, dtype) for path, value in flat.items()}
+        return traverse_util.unflatten_dict(arrays, sep="/")
+
+    @jax.jit
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = tree(torch_optimizers.parameters())
+    state, after = tx.init(params), []
+    for number in range(torch_optimizers.STEPS):
+        params, state = step(tree(torch_optimizers.gradients(number)), state, params)
+        if number + 1 in torch_optimizers.COMPARED:
+            flat = traverse_util.flatten_dict(params, sep="/")
+            after.append(np.concatenate([flat[path].ravel() for path in torch_optimizers.SHAPES]))
+    return after
+
+
+@pytest.mark.parametrize("name", torch_optimizers.CASES)
+def test_parameters_are_those_of_torch_in_20_steps(name):
+    """With decayed and other groups, and a faster head."""
+    expected = torch_optimizers.fixture()[name]
+    kind, decay_all = torch_optimizers.CASES[name]
+    # The learning rate is float32, whatever the parameters are.
+    for dtype, rtol, atol in ((jnp.float64, 1e-7, 1e-7), (jnp.float32, 1e-6, 1e-6)):
+        with jax.enable_x64(dtype == jnp.float64):
+            after = compared_parameters(kind, decay_all, dtype)
+        np.testing.assert_allclose(after, expected, rtol, atol)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.999999])
+def test_the_first_update_of_adam_has_the_size_of_the_rate(beta):
+    tx = optim.scale_by_adam((beta, beta), 1e-30)
+    gradients = {"kernel": jnp.array([3.0, -1e-5, 0.0])}
+    updates, state = tx.update(gradients, tx.init(gradients))
+    np.testing.assert_allclose(updates["kernel"], [1, -1, 0], rtol=1e-6)
+    assert state.count == 1
+
+
+def test_every_group_is_decayed_with_decay_all():
+    params = {"backbone": {"norm": {"scale": jnp.array(2.0)}}, "head": {"bias": jnp.array(3.0)}}
+    tx = optim.decay_weights(0.1, decay_all=True)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(jax.tree.leaves(updates), [0.2, 0.3], rtol=1e-6)
+    for line in optim.table(params, decay_all=True).splitlines():
+        assert "not decayed" not in line
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("sgd", 1), ("adam", 2), ("adamw", 2)])
+def test_the_state_is_float32_whatever_the_network_computes_in(kind, copies):
+    """The state that checkpoints store and that `plan` counts: one or two copies of parameters."""
+    config = tiny_config(optim__kind=kind, model__compute_dtype="bfloat16")
+    shapes = train_state.variable_shapes(deeplab.build(config.model, 3))
+    tx, _ = optim.make_optimizer(config.optim, "student", 10)
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    create = functools.partial(train_state.create_train_state, tx=tx, mesh=mesh)
+    state = jax.eval_shape(create, shapes).opt_state
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    sizes = [
+        sum(leaf.size for leaf in part) for part in (leaves, jax.tree.leaves(shapes["params"]))
+    ]
+    assert sizes[0] == copies * sizes[1]
+
+
 def test_teacher_and_student_have_their_own_rates():
     config = tiny_config().optim
     rates = {
@@ -76,15 +165,24 @@ def test_rates_scale_with_the_batch_only_with_a_reference_batch():
     np.testing.assert_allclose(float(schedule(0)), 0.02, rtol=1e-6)
 
 
-def test_paths_of_the_state_are_those_in_checkpoints():
+PATHS = {
+    "sgd": ["[1].trace", "[3].count"],
+    "adam": ["[1].count", "[1].mu", "[1].nu", "[3].count"],
+    "adamw": ["[0].count", "[0].mu", "[0].nu", "[3].count"],
+}
+
+
+@pytest.mark.parametrize("kind", optim.OPTIMIZERS)
+def test_paths_of_the_state_are_those_in_checkpoints(kind):
     """Checkpoints are restored by these paths: a change makes old checkpoints unreadable."""
-    tx, _ = optim.make_optimizer(tiny_config().optim, "student", 10)
+    tx, _ = optim.make_optimizer(tiny_config(optim__kind=kind).optim, "student", 10)
     state = tx.init({"backbone": {"kernel": jnp.zeros(2)}, "classifier": {"bias": jnp.zeros(3)}})
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    leaves = ("['backbone']['kernel']", "['classifier']['bias']")
     assert paths == [
-        "[1].trace['backbone']['kernel']",
-        "[1].trace['classifier']['bias']",
-        "[3].count",
+        path + leaf
+        for path in PATHS[kind]
+        for leaf in (leaves if not path.endswith("count") else ("",))
     ]
 
 

@@ -270,6 +270,14 @@ def test_a_run_that_cannot_start_leaves_the_workdir_to_its_corrected_config(conf
     assert not (tmp_path / "run").exists()
 
 
+def test_balanced_weights_of_a_class_without_labels_are_refused_before_training(config, tmp_path):
+    config.data.classes = (*config.data.classes, "unicorn")
+    config.loss.class_weights = "balanced"
+    with raises_code("class-without-labeled-pixels", "none: unicorn", "loss.absent_classes"):
+        self_training.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_config_that_no_command_has_checked_is_refused(config, tmp_path, monkeypatch):
     config.train.steps = 0
     with raises_code("config-value-invalid", "train.steps is 0"):

@@ -101,6 +101,8 @@ def without(config, *keys):
 
 def another_value(value):
     """Returns a different value of the same type."""
+    if isinstance(value, tuple):
+        return tuple(map(another_value, value))
     if isinstance(value, str):
         return f"{value}x"
     return not value if isinstance(value, bool) else value + 1
@@ -159,6 +161,30 @@ def with_teacher(tmp_path):
 def test_a_teacher_of_older_code_can_be_imported(with_teacher, unlabeled):
     """Other unlabelled images make no other teacher."""
     assert workdir.check_teacher(*with_teacher, images(unlabeled=unlabeled)) == "dsbn"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"),
+    [
+        ("loss.labeled", "focal", False),
+        ("loss.ohem.share", 0.5, False),
+        ("loss.class_weights", "balanced", False),
+        ("optim.kind", "adamw", False),
+        ("optim.betas", (0.9, 0.99), False),
+        ("loss.unlabeled", "ce", True),
+        ("loss.scl.alpha", 2.0, True),
+    ],
+)
+def test_teachers_depend_on_the_loss_of_labelled_images_and_on_the_optimiser(
+    with_teacher, key, value, is_same
+):
+    source, config = with_teacher
+    config.update_from_flattened_dict({key: value})
+    if is_same:
+        workdir.check_teacher(source, config, images())
+        return
+    with raises_code("teacher-of-another-config", f"{value!r} here"):
+        workdir.check_teacher(source, config, images())
 
 
 @pytest.mark.parametrize("labeled", ["a", "ax"])

@@ -70,6 +70,8 @@ class Dataset:
         selection: labelled images held out to select the weights of a stage; usually empty.
         pixels: number of pixels of the labelled and the unlabelled images, before any
             downscaling; 0 until `load.check` has counted them.
+        labeled_pixels: of these, the pixels of each class in the masks of `labeled`; empty until
+            `load.check` has counted them.
         left_out: unlabelled images that are lost or not decodable and therefore not in
             `unlabeled`: the reason by id. They still belong to the split.
         record: the content of all files; None until `load.check` has read them.
@@ -89,6 +91,7 @@ class Dataset:
     evaluated_on: str = "val"
     selection: tuple[Example, ...] = ()
     pixels: int = 0
+    labeled_pixels: tuple[int, ...] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     record: DataRecord | None = None
     root: str = ""

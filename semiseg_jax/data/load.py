@@ -407,8 +407,8 @@ def check(
         is_first_start: refuse missing images, which a list names by mistake. Later they are lost.
 
     Returns:
-        The data set with `pixels` and `record`, and without the unlabelled images that are lost or
-        not decodable (`left_out`).
+        The data set with `pixels`, `labeled_pixels` and `record`, and without the unlabelled images
+        that are lost or not decodable (`left_out`).
 
     Raises:
         UserError: see `load_dataset`.
@@ -444,6 +444,7 @@ def check(
     return dataclasses.replace(
         checked,
         pixels=int(counts.sum()) + sum(map(math.prod, sizes)),
+        labeled_pixels=tuple(counts[: len(dataset.classes)].tolist()),
         record=_record(dataset, checked, contents),
     )
 

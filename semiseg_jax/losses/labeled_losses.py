@@ -9,7 +9,7 @@ example mining (OHEM), Shrivastava et al., CVPR 2016, as the published code of U
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def balanced_class_weights(
         names = ", ".join(class_names[c] if class_names else str(c) for c in missing)
         raise UserError(
             f"Balanced class weights need labelled pixels of each class, and these classes have "
-            f"none: {names}. Label an image that shows them, or give absent classes weight 0.",
+            f"none: {names}. Label an image that shows them, or set loss.absent_classes=zero.",
             code="class-without-labeled-pixels",
         )
     median = np.median(pixels[pixels > 0])
@@ -72,12 +72,25 @@ def weighted_cross_entropy(
         ignore: label of the pixels that are not valid.
     """
     terms = pixel_losses.pixel_terms(logits, labels, ignore)
-    weights = jnp.asarray(class_weights, terms.cross_entropy.dtype)
-    # A sum over classes rather than an index, whose transpose would be a scatter.
-    is_label = jnp.asarray(labels, jnp.int32)[..., None] == jnp.arange(len(weights))
-    weight = jnp.sum(jnp.where(is_label & terms.valid[..., None], weights, 0), axis=-1)
+    weight = pixel_weights(labels, class_weights, terms.cross_entropy.dtype)
     total, _ = pixel_losses.masked_sum(weight * terms.cross_entropy, terms.valid)
-    return total, jnp.sum(weight)
+    return total, pixel_losses.masked_sum(weight, terms.valid)[0]
+
+
+def pixel_weights(
+    labels: Integer[ArrayLike, "*pixels"], class_weights: Float[ArrayLike, " classes"], dtype: Any
+) -> Float[Array, "*pixels"]:
+    """The weight of the class of each pixel; 0 where the label is no class.
+
+    Args:
+        labels: class ids, or an ignored id outside of them.
+        class_weights: at least 0.
+        dtype: of the result.
+    """
+    weights = jnp.asarray(class_weights, dtype)
+    # A sum over classes rather than an index, which would gather from the weights.
+    is_label = jnp.asarray(labels, jnp.int32)[..., None] == jnp.arange(len(weights))
+    return jnp.sum(jnp.where(is_label, weights, 0), axis=-1)
 
 
 def focal_loss(
@@ -95,10 +108,15 @@ def focal_loss(
         ignore: label of the pixels that are not valid.
     """
     terms = pixel_losses.pixel_terms(logits, labels, ignore)
+    return pixel_losses.masked_sum(focal_map(terms, gamma), terms.valid)
+
+
+def focal_map(terms: pixel_losses.PixelTerms, gamma: float = 2.0) -> Float[Array, "*pixels"]:
+    """Focal loss of each pixel (Lin et al., ICCV 2017, equation 4)."""
     # The gradient of miss^gamma with gamma below 1 is infinite at 0, where the loss is 0.
     misses = terms.miss > 0
     factor = jnp.where(misses, terms.miss, 1) ** gamma
-    return pixel_losses.masked_sum(jnp.where(misses, factor * terms.cross_entropy, 0), terms.valid)
+    return jnp.where(misses, factor * terms.cross_entropy, 0)
 
 
 def ce_dice_loss(
@@ -106,11 +124,7 @@ def ce_dice_loss(
     labels: Integer[ArrayLike, "*pixels"],
     ignore: int = IGNORE,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy plus the Dice loss of the batch; 0 for a batch without valid pixels.
-
-    The Dice loss is 1 - the mean over the classes that the labels of the batch show of
-    (2 sum p_c t_c + 1) / (sum p_c + sum t_c + 1), with sums over the valid pixels of the whole
-    batch: the losses of micro-batches do not add up to it.
+    """Mean cross-entropy plus `dice_loss`; 0 for a batch without valid pixels.
 
     Args:
         logits: class scores of any float dtype; the softmax is float32.
@@ -118,19 +132,38 @@ def ce_dice_loss(
         ignore: label of the pixels that are not valid.
     """
     total, count = pixel_losses.cross_entropy(logits, labels, ignore)
+    return total / jnp.maximum(count, 1) + dice_loss(logits, labels, ignore)
+
+
+def dice_loss(
+    logits: Float[ArrayLike, "*pixels classes"],
+    labels: Integer[ArrayLike, "*pixels"],
+    ignore: int = IGNORE,
+) -> Float[Array, ""]:
+    """Dice loss of the batch, in 0..1; 0 for a batch without valid pixels.
+
+    It is 1 - the mean over the classes that the labels of the batch show of
+    (2 sum p_c t_c + 1) / (sum p_c + sum t_c + 1), with sums over the valid pixels of the whole
+    batch: the losses of micro-batches do not add up to it.
+
+    Args:
+        logits: class scores of any float dtype; the softmax is float32 (float64 for float64).
+        labels: class ids, or `ignore`.
+        ignore: label of the pixels that are not valid.
+    """
     logits = jnp.asarray(logits)
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
     labels = jnp.asarray(labels, jnp.int32)
     valid = (labels != ignore)[..., None]
-    softmax = jax.nn.softmax(logits.astype(total.dtype), axis=-1)
+    softmax = jax.nn.softmax(logits.astype(dtype), axis=-1)
     target = (labels[..., None] == jnp.arange(logits.shape[-1])) & valid
     pixels = tuple(range(labels.ndim))
     predicted = jnp.sum(jnp.where(valid, softmax, 0), axis=pixels)
-    labeled = jnp.sum(target, axis=pixels, dtype=total.dtype)
+    labeled = jnp.sum(target, axis=pixels, dtype=dtype)
     correct = jnp.sum(jnp.where(target, softmax, 0), axis=pixels)
     dice = (2 * correct + 1) / (predicted + labeled + 1)
     shown = labeled > 0
-    missed = jnp.sum(jnp.where(shown, 1 - dice, 0)) / jnp.maximum(jnp.sum(shown), 1)
-    return total / jnp.maximum(count, 1) + missed
+    return jnp.sum(jnp.where(shown, 1 - dice, 0)) / jnp.maximum(jnp.sum(shown), 1)
 
 
 def ohem_cross_entropy(

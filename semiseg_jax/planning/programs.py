@@ -13,10 +13,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from semiseg_jax import compiled_model, optim, stages, train, train_state, train_step
+from semiseg_jax import (
+    compiled_model,
+    optim,
+    stages,
+    train,
+    train_state,
+    train_step,
+)
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.inference import Predictor
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.models import deeplab
 from semiseg_jax.planning import flops, hlo, optimized_hlo
 from semiseg_jax.planning.chips import Topology
@@ -157,6 +166,9 @@ def _picklable(config: Any) -> Any:
 
 def _trace_step(config: Any, kind: str, num_classes: int, topology: Topology) -> jax.stages.Traced:
     mesh = mesh_lib.make_mesh(topology.devices)
+    # No cost depends on the values of class weights.
+    names = [str(i) for i in range(num_classes)]
+    config = supervised_loss.resolve(config, np.ones(num_classes, np.int64), names)
     model = deeplab.build(
         deeplab.config_for(config, stages.stage_backbone(config, kind)), num_classes
     )

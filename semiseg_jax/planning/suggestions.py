@@ -7,6 +7,7 @@ from typing import Any
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import stages
+from semiseg_jax.losses import supervised_loss
 from semiseg_jax.planning.chips import Topology
 from semiseg_jax.planning.programs import Cost, Counted, Program, TooLarge
 from semiseg_jax.runtime.errors import UserError
@@ -120,6 +121,7 @@ def _are_batches_valid(config: Any, num_devices: int) -> bool:
     try:
         mesh_lib.check_batches(config, num_devices)
         stages.check_norm_values(config)
+        supervised_loss.check(config)
     except UserError:
         return False
     return True

@@ -24,6 +24,7 @@ _CURVES = (
     ("learning_rate", "learning rate of the backbone", 1, False),
     ("mean_w", "mean of the weight w over pseudo-labelled pixels", 1, True),
     ("agreement", "agreement of student and pseudo-label, % of pixels", 100, True),
+    ("kept_labeled", "labelled pixels that OHEM keeps, %", 100, False),
     ("accuracy_labeled", "training accuracy on labelled images, % of pixels", 100, False),
     ("gradient_norm", "gradient norm", 1, False),
     ("input_wait", "time spent waiting for input, %", 100, False),

