@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from semiseg_jax import losses
@@ -55,13 +55,13 @@ def teacher_labels(
     return TeacherLabels(jnp.where(valid, label, IGNORE), confidence)
 
 
-def confident_pixels(labels: TeacherLabels, threshold: float) -> Bool[Array, "n h w"]:
+def confident_pixels(labels: TeacherLabels, threshold: ArrayLike) -> Bool[Array, "n h w"]:
     """The valid pixels whose confidence is at least `threshold`; with 0 all valid pixels."""
     return labels.valid & (labels.confidence >= threshold)
 
 
 def confident_pixels_by_class(
-    labels: TeacherLabels, threshold: float, num_classes: int
+    labels: TeacherLabels, threshold: ArrayLike, num_classes: int
 ) -> tuple[Float[Array, " classes"], Float[Array, " classes"]]:
     """Counts the confident and all valid pixels of the batch by the class of their label.
 
@@ -82,7 +82,7 @@ def confident_pixels_by_class(
 
 
 def confident_share(
-    labels: TeacherLabels, threshold: float, divide_by: PixelSet = "valid"
+    labels: TeacherLabels, threshold: ArrayLike, divide_by: PixelSet = "valid"
 ) -> Float[Array, ""]:
     """The share of confident pixels in the batch, in 0..1; 0 for a batch without valid pixels.
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from semiseg_jax import losses
@@ -29,7 +30,7 @@ from semiseg_jax.methods.precision import at_least_float32
 def hard_cross_entropy(
     logits: Float[Array, "n h w classes"],
     labels: TeacherLabels,
-    threshold: float = 0.0,
+    threshold: ArrayLike = 0.0,
     divide_by: PixelSet = "valid",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy with the labels of the confident pixels, as (sum in nats, count).

@@ -40,7 +40,7 @@ def test_decoder_agrees_with_the_published_one():
 
 def test_initial_decoder_has_no_checkerboard():
     model = auxiliary_decoder.AuxiliaryDecoder(2, upscale=4)
-    x = arrays.FEATURES.astype(np.float32)
+    x = jnp.asarray(arrays.FEATURES, jnp.float32)
     logits = np.asarray(jax.jit(lambda x: model.apply(model.init(jax.random.key(0), x), x))(x))
     np.testing.assert_array_equal(logits, logits[:, ::4, ::4].repeat(4, axis=1).repeat(4, axis=2))
     with pytest.raises(ValueError, match="power of 2"):

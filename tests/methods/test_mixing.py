@@ -257,7 +257,7 @@ def test_mixed_images_are_those_of_the_published_code():
 def test_all_arrays_of_a_view_are_mixed_by_one_mask():
     mask = arrays.masks(1)
     ids = np.arange(4)[:, None, None] * np.ones(mask.shape, np.int32)
-    image = np.float32(1) * ids[..., None] * np.ones(3, np.float32)
+    image = (ids[..., None] * np.ones(3)).astype(np.float32)
     view = {"image": image, "label": ids.astype(np.uint8), "valid": ids > 1}
     mixed = jax.jit(lambda mask, view: mixing.mix(mask, mixing.partners(view), view))(mask, view)
     expected = np.where(arrays.masks(1), np.array([1, 0, 3, 2])[:, None, None], ids)
