@@ -535,6 +535,7 @@ def selecting(config, select):
     return config
 
 
+@pytest.mark.slow
 def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path, monkeypatch):
     selecting(config, "reported")
     results = self_training.run(config, tmp_path / "whole")
@@ -565,6 +566,7 @@ def test_the_best_weights_count_and_the_same_ones_after_a_kill(config, tmp_path,
         self_training.run(config, tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_weights_chosen_on_labelled_images_that_are_held_out(config, tmp_path, monkeypatch):
     selecting(config, "holdout")
     config.rounds.count = 0

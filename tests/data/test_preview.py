@@ -159,6 +159,7 @@ def test_operations_sheet_contains_each_operation(config, views):
             assert contains(sheet, np.kron(augmented, np.ones((factor, factor, 1), np.uint8)))
 
 
+@pytest.mark.slow
 def test_command_writes_both_sheets(config, tmp_path):
     data = config.data
     command = [sys.executable, "-m", "semiseg_jax.data.preview", "--config=configs/default.py"]
