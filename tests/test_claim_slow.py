@@ -13,11 +13,21 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
-# configs/streets.py, shortened: one round, labels at one scale, fewer steps.
+# One round on the scenes of configs/streets.py with a small network from scratch.
 SHORT = (
     "--config=configs/streets.py",
     "--config.rounds.count=1",
+    "--config.data.crop=(64,96)",
+    "--config.data.scale=(0.75,1.5)",
+    "--config.eval.scales=(1.0,)",
     "--config.pseudo.scales=(1.0,)",
+    "--config.model.backbone=resnet10_slim",
+    "--config.model.pretrained=",
+    "--config.model.aspp_rates=(1,2,3)",
+    "--config.optim.teacher.learning_rate=0.2",
+    "--config.optim.teacher.head_multiplier=1.0",
+    "--config.optim.student.learning_rate=0.1",
+    "--config.optim.student.head_multiplier=1.0",
     "--config.train.teacher_steps=400",
     "--config.train.steps=250",
     "--config.train.checkpoint_every=1000",

@@ -78,6 +78,7 @@ def quickstart(tmp_path_factory):
             *("--config.data.streets_train=24", "--config.data.streets_val=4"),
             *("--config.train.steps=4", "--config.train.teacher_steps=8"),
             *("--config.rounds.count=1", "--config.rounds.control=False"),
+            *("--config.model.backbone=resnet10_slim", "--config.model.pretrained="),
             f"--config.sda.ops={FEW_OPERATIONS}",
         ],
         ROOT,

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = (
     "--config.model.backbone=tiny",
+    "--config.model.pretrained=",
     "--config.model.head_features=8",
     "--config.model.low_level_features=4",
     "--config.data.crop=48,64",
