@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.data = data()
     config.sda = sda()
+    config.method = method()
     config.model = model()
     config.loss = loss()
     config.optim = optim()
@@ -99,6 +100,9 @@ def data() -> ConfigDict:
     data.labeled_list = ""
     data.unlabeled_list = ""
     data.evaluation_list = ""
+    # An image that both the labelled and the unlabelled list name, as some published lists do.
+    # refuse: an error; labeled: it is labelled alone; both: it is used with and without its mask.
+    data.in_both_lists = "refuse"
     # Unlabelled images per labelled image, at least 0, drawn with `split_seed`; the draw of a
     # larger ratio contains that of a smaller one. 0 for all unlabelled images.
     data.unlabeled_ratio = 0.0
@@ -175,6 +179,116 @@ def sda() -> ConfigDict:
         "jpeg_compression",
     )
     return sda
+
+
+def method() -> ConfigDict:
+    """The semi-supervised method, and the views of unlabelled images that some methods take."""
+    method = ConfigDict()
+    # self_training: the paper's, labels before each student. The others label inside the training
+    # step of the students: fixmatch, cutmix (CutMix-Seg), classmix, unimatch, unimatch_v2, cct,
+    # pseudoseg. docs/methods.md has what they are and the published recipes.
+    method.name = "self_training"
+    # Methods that label unlabelled images inside the training step see views of them: one scale,
+    # crop and mirror per image (data.scale, data.crop, data.mirror), and for each strong view
+    # colours of its own. docs/data.md has the published values; the defaults are UniMatch's.
+    method.views = ConfigDict()
+    # Colours of a strong view. jitter: colour jitter, then greyscale, then blur, each with its
+    # probability; sda: the operations of `sda`. The keys below but `per_batch` are for jitter.
+    method.views.kind = "jitter"
+    # Strengths (brightness, contrast, saturation, hue). The factors of the first three, at least 0,
+    # are drawn from 1 - strength (at least 0) to 1 + strength, the shift of hue, in circles, from
+    # -strength to strength; its strength is in 0..0.5. The four are applied in random order.
+    method.views.jitter = (0.5, 0.5, 0.5, 0.25)
+    # Probabilities, 0..1, that a view is jittered, made grey, and blurred.
+    method.views.jitter_probability = 0.8
+    method.views.grey_probability = 0.2
+    method.views.blur_probability = 0.5
+    # Range [low, high], 0 < low <= high, of the standard deviation of the Gaussian blur in pixels.
+    method.views.blur_sigma = (0.1, 2.0)
+    # True: one draw of colours for all images of a step, as ClassMix has it; False: one per image.
+    method.views.per_batch = False
+    # What images are mixed with: other_image, or same_image, another crop of the same image, as in
+    # the published code of UniMatch.
+    method.views.partner = "other_image"
+
+    # One section for each method; only that of `name` is read. Thresholds are least confidences,
+    # at least 0; above 1 no pixel has a loss.
+    method.fixmatch = ConfigDict()
+    # Pixels below it have no loss.
+    method.fixmatch.threshold = 0.95
+
+    method.cutmix = averaged_teacher(decay=0.99, warmup=False)
+    # The unlabelled loss is multiplied by the share of pixels with at least this confidence.
+    method.cutmix.threshold = 0.97
+    # Weight of the unlabelled loss, the squared difference summed over the classes, at least 0.
+    method.cutmix.weight = 1.0
+    # Pixels that share and mean are taken over: valid; all counts padding too, as published.
+    method.cutmix.divide_by = "valid"
+
+    method.classmix = averaged_teacher(decay=0.99, warmup=True)
+    # As for cutmix.
+    method.classmix.threshold = 0.968
+    method.classmix.weight = 1.0
+    method.classmix.divide_by = "valid"
+    # eval; train, as published: the teacher normalises by the moments of the batch, with dropout,
+    # so that its labels depend on the other images of the batch.
+    method.classmix.teacher_mode = "eval"
+
+    method.unimatch = ConfigDict()
+    # As for fixmatch.
+    method.unimatch.threshold = 0.95
+    # Share of feature channels that the dropped view loses, [0, 1).
+    method.unimatch.dropout = 0.5
+
+    method.unimatch_v2 = averaged_teacher(decay=0.996, warmup=True)
+    # As for fixmatch.
+    method.unimatch_v2.threshold = 0.95
+
+    method.cct = ConfigDict()
+    # Weight of the unlabelled loss, a mean over the classes, at least 0; reached after this share
+    # of the stage, 0..1.
+    method.cct.weight = 30.0
+    method.cct.ramp = 0.1
+    # Class that is no object; -1: the one with the most labelled pixels of the batch, for data
+    # without a background class.
+    method.cct.background = 0
+    # Auxiliary decoders by what perturbs their features, 0 to 64 each: virtual adversarial
+    # training, dropout of channels, guided cutout, context and object masks, feature drop, noise.
+    method.cct.vat = 2
+    method.cct.dropout = 6
+    method.cct.cutout = 6
+    method.cct.context_mask = 2
+    method.cct.object_mask = 2
+    method.cct.feature_drop = 6
+    method.cct.noise = 6
+
+    method.pseudoseg = ConfigDict()
+    # Weight of the loss of strong views, at least 0.
+    method.pseudoseg.weight = 1.0
+    # Temperature that sharpens the fused labels, (0, 1]; 1 does not.
+    method.pseudoseg.temperature = 0.5
+    # Class 0 is a background, which gets no class map. False for data without one.
+    method.pseudoseg.has_background = True
+    # Side of the square that is cut out of each strong view, in pixels, even; 0 for none.
+    method.pseudoseg.cutout = 100
+    # Rate of the dropout before the image classifier, [0, 1); published: .5 for Xception, else 0.
+    method.pseudoseg.classifier_dropout = 0.0
+    return method
+
+
+def averaged_teacher(decay: float, warmup: bool) -> ConfigDict:
+    """The exponential moving average (EMA) of the network that labels for it."""
+    average = ConfigDict()
+    # Weight of the old value in an update, [0, 1).
+    average.decay = decay
+    # Let the decay grow as 1 - 1 / (step + 1) to its value.
+    average.warmup = warmup
+    # Norm statistics of the teacher: average (as the parameters), copy (the student's), keep (those
+    # of its start).
+    average.statistics = "average"
+    # Weights that are evaluated and kept: average or student.
+    average.report = "average"
+    return average
 
 
 def model() -> ConfigDict:
@@ -375,6 +489,10 @@ def evaluation() -> ConfigDict:
     # which are then not trained on; reported on the reported set itself, which biases the score
     # upwards. Result rows record the choice.
     evaluation.select = "last"
+    # Folder with true masks of unlabelled images, named as these; "" for none. Each stage is then
+    # evaluated on these images too, which shows how good its labels are. No mask there is trained
+    # on or selects weights: for experiments.
+    evaluation.unlabeled_masks = ""
     return evaluation
 
 

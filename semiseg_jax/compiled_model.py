@@ -1,18 +1,23 @@
 """A network and its jitted programs: training steps, evaluation, labelling."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from semiseg_jax import evaluate, optim, stages, train_state, train_step
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.dataset import Dataset
 from semiseg_jax.losses import supervised_loss
+from semiseg_jax.methods import method as method_lib
+from semiseg_jax.methods.method import OnlineMethod
 from semiseg_jax.models import deeplab
 from semiseg_jax.pseudo_labels import Labeler
 from semiseg_jax.train_state import TrainState, Variables
@@ -28,6 +33,9 @@ class StageProgram:
         schedule: the learning rate of the backbone by step.
         spec: the images of a batch.
         shapes: of the network's variables.
+        model: the network.
+        method: what labels images inside the step; None where none are.
+        classes: names of the classes, for metrics by class.
     """
 
     step: Callable[..., tuple[TrainState, train_step.Metrics]]
@@ -35,6 +43,74 @@ class StageProgram:
     schedule: Callable[[Any], jax.Array]
     spec: BatchSpec
     shapes: Variables
+    model: Any = None
+    method: OnlineMethod | None = None
+    classes: tuple[str, ...] = ()
+
+    def create_state(self, variables: Variables, mesh: Mesh, seed: int = 0) -> TrainState:
+        """Returns the state of the stage at step 0, replicated over the mesh.
+
+        Args:
+            variables: of the network; they are copied.
+            mesh: to put the state on.
+            seed: of the initial values of the method's auxiliary networks.
+        """
+        if self.method is None:
+            return train_state.create_train_state(variables, self.tx, mesh)
+        init = functools.partial(self._init_method, jax.random.key(seed))
+        return train_state.create_train_state(variables, self.tx, mesh, init)
+
+    def _init_method(self, key: Array, variables: Variables) -> method_lib.State:
+        assert self.method is not None
+        images = jax.ShapeDtypeStruct((1, 65, 65, 3), jnp.uint8)
+        encode = functools.partial(self.model.apply, method="encode")
+        features = jax.eval_shape(encode, variables, images)
+        auxiliary = self.method.init_auxiliary(key, features, self.model.num_classes)
+        opt_state = self.tx.init(auxiliary["params"]) if auxiliary else {}
+        return method_lib.State(self.method.init_state(variables), auxiliary, opt_state)
+
+    def reported(self, state: TrainState) -> Variables:
+        """Returns the weights of a state that are evaluated, label and are kept."""
+        if self.method is None:
+            return state.variables
+        return self.method.reported(state.method.own, state.variables)
+
+    def student(self, state: TrainState) -> Variables | None:
+        """Returns the trained network's weights where others are reported; None otherwise."""
+        if self.method is None:
+            return None
+        variables = state.variables
+        is_reported = self.method.reported(state.method.own, variables) is variables
+        return None if is_reported else variables
+
+
+def make_program(
+    config: Any,
+    kind: str,
+    num_steps: int,
+    model: nn.Module,
+    shapes: Variables,
+    mesh: Mesh,
+    classes: Sequence[str] = (),
+) -> StageProgram:
+    """Builds the step of a kind of stage; nothing is compiled before its first call.
+
+    Args:
+        config: the whole config.
+        kind: one of `stages.KINDS`.
+        num_steps: steps of the stage.
+        model: from `deeplab.build`.
+        shapes: of its variables.
+        mesh: to run on.
+        classes: names of the classes.
+    """
+    tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, optim.rate_factor(config))
+    spec, method = stages.batch_spec(config, kind), stages.online_method(config, kind)
+    if method is None:
+        step = train_step.make_train_step(model, tx, config.loss, spec, mesh)
+    else:
+        step = train_step.make_method_step(method, model, tx, config.loss, mesh)
+    return StageProgram(step, tx, schedule, spec, shapes, model, method, tuple(classes))
 
 
 class CompiledModel:
@@ -71,6 +147,7 @@ class CompiledModel:
             )
         self.label = Labeler(self.model, dataset, config, mesh, self.pad_value)
         self.shapes = train_state.variable_shapes(self.model)
+        self._classes = dataset.classes
         pixels = np.array(dataset.labeled_pixels, np.int64)
         self._config = supervised_loss.resolve(config, pixels, dataset.classes)
         self._mesh = mesh
@@ -81,11 +158,13 @@ class CompiledModel:
         """The compiled step of a kind of stage; the same object at every call."""
         key = kind, num_steps
         if key not in self._programs:
-            config = self._config
-            tx, schedule = optim.make_optimizer(
-                config.optim, kind, num_steps, optim.rate_factor(config)
+            self._programs[key] = make_program(
+                self._config,
+                kind,
+                num_steps,
+                self.model,
+                self.shapes,
+                self._mesh,
+                self._classes,
             )
-            spec = stages.batch_spec(config, kind)
-            step = train_step.make_train_step(self.model, tx, config.loss, spec, self._mesh)
-            self._programs[key] = StageProgram(step, tx, schedule, spec, self.shapes)
         return self._programs[key]

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flax import traverse_util
 
@@ -13,8 +13,11 @@ from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
 from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE
 from semiseg_jax.data.sources.tfds import PREFIX
+from semiseg_jax.data.view_augment import KINDS as VIEW_KINDS
+from semiseg_jax.data.views import Partner
 from semiseg_jax.eval_protocol import SELECTIONS
 from semiseg_jax.losses import supervised_loss
+from semiseg_jax.methods import registry
 from semiseg_jax.models import deeplab, pretrained, published_weights
 from semiseg_jax.models.deeplab import BACKBONES
 from semiseg_jax.runtime import config_files, rules
@@ -76,6 +79,15 @@ _COLOURS: Rule = (
     lambda v: isinstance(v, tuple) and all(_are_bytes(colour, 3) for colour in v),
     "a tuple of colours (R, G, B), integers from 0 to 255",
 )
+_JITTER: Rule = (
+    lambda v: (
+        isinstance(v, tuple)
+        and len(v) == 4
+        and all(rules.is_number(n, 0, 100) for n in v)
+        and v[3] <= 0.5
+    ),
+    "(brightness, contrast, saturation, hue), four numbers of at least 0, hue at most 0.5",
+)
 _ID_MAP: Rule = (
     lambda v: isinstance(v, tuple) and all(_are_bytes(pair, 2) for pair in v),
     "((mask value, class id), …), integers from 0 to 255",
@@ -133,6 +145,7 @@ RULES: dict[str, Rule] = {
     "data.unlabeled_dir": TEXT,
     "data.labeled_list": TEXT,
     "data.unlabeled_list": TEXT,
+    "data.in_both_lists": rules.one_of("refuse", "labeled", "both"),
     "data.evaluation_list": TEXT,
     "data.unlabeled_ratio": rules.number(0, 10**6),
     "data.labels": _IMAGES_OR_SHARE,
@@ -154,6 +167,16 @@ RULES: dict[str, Rule] = {
     "sda.magnitude": rules.one_of("uniform", "released"),
     "sda.before_geometry": BOOL,
     "sda.ops": rules.keys_of(OPS),
+    "method.name": rules.key_of(registry.METHODS),
+    **registry.RULES,
+    "method.views.kind": rules.one_of(*VIEW_KINDS),
+    "method.views.jitter": _JITTER,
+    "method.views.jitter_probability": rules.number(0, 1),
+    "method.views.grey_probability": rules.number(0, 1),
+    "method.views.blur_probability": rules.number(0, 1),
+    "method.views.blur_sigma": _RANGE,
+    "method.views.per_batch": BOOL,
+    "method.views.partner": rules.one_of(*get_args(Partner)),
     **{f"model.{key}": rule for key, rule in deeplab.RULES.items()},
     "model.pretrained": _WEIGHTS,
     "loss.labeled": rules.one_of(*supervised_loss.KINDS),
@@ -184,7 +207,7 @@ RULES: dict[str, Rule] = {
     "optim.weight_decay": rules.number(0, 1000),
     "optim.decay_all": BOOL,
     "train.steps": _STEPS,
-    "train.teacher_steps": _STEPS,
+    "train.teacher_steps": rules.integer(0, _MAX_STEPS),
     "train.batch_labeled": rules.integer(1, _MAX_BATCH),
     "train.batch_unlabeled": rules.integer(1, _MAX_BATCH),
     "train.accumulate": rules.integer(1, _MAX_BATCH),
@@ -199,6 +222,7 @@ RULES: dict[str, Rule] = {
     **{f"eval.{key}": inference.RULES[key] for key in (*_INFERENCE_KEYS, "pad_to")},
     "eval.every": _INTERVAL_OR_0,
     "eval.select": rules.one_of(*SELECTIONS),
+    "eval.unlabeled_masks": TEXT,
     "rounds.count": rules.integer(0, _MAX_ROUNDS),
     "rounds.student_model": rules.key_of(BACKBONES, ""),
     "rounds.student_pretrained": _WEIGHTS,
@@ -248,10 +272,31 @@ def check(config: Any) -> None:
             "eval.select is holdout and data.holdout 0: say how many labelled images to hold out.",
             code="select-without-holdout",
         )
+    if not stages.has_teacher(config):
+        _check_starts_without_teacher(config)
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
     supervised_loss.check(config)
     _check_weights(config)
+
+
+def _check_starts_without_teacher(config: Any) -> None:
+    """Checks that students need no teacher where none is trained.
+
+    Raises:
+        UserError: naming the key that needs one.
+    """
+    rounds = config.rounds
+    is_online = stages.online_method(config, "student") is not None
+    if rounds.count and is_online and rounds.student_init == "scratch" and not rounds.teacher_from:
+        return
+    raise UserError(
+        "train.teacher_steps is 0, but without a teacher only a method can be trained that labels "
+        "images itself, from a new network: give the teacher steps, or set rounds.student_init to "
+        "scratch, rounds.teacher_from to empty, rounds.count to at least 1 and method.name to one "
+        "of the others.",
+        code="teacher-without-steps",
+    )
 
 
 def _check_values(flat: dict[str, Any]) -> None:

@@ -37,6 +37,28 @@ _FORMS: Mapping[str, json_forms.Form] = {
     "pixels": json_forms.is_count,
     "seed": json_forms.is_integer,
     "protocol": json_forms.is_object,  # in detail by `EvalProtocol.from_json`
+    "student_miou": json_forms.optional(json_forms.is_number),
+    "unlabeled_miou": json_forms.optional(json_forms.is_number),
+    "unlabeled_pixel_accuracy": json_forms.optional(json_forms.is_number),
+    "labels": json_forms.optional(
+        json_forms.record(
+            {
+                "kept": json_forms.is_number,
+                "kept_by_class": json_forms.list_of(json_forms.optional(json_forms.is_number)),
+                "warnings": json_forms.list_of(json_forms.is_text),
+            }
+        )
+    ),
+}
+
+
+# Fields that a row may lack, with their values then.
+_OPTIONAL = {
+    "weights_step": None,
+    "student_miou": None,
+    "labels": None,
+    "unlabeled_miou": None,
+    "unlabeled_pixel_accuracy": None,
 }
 
 
@@ -57,6 +79,12 @@ class ResultRow:
         pixels: labelled pixels counted.
         seed: of the run.
         protocol: how the result was obtained.
+        student_miou: mIoU of the network that is trained, in 0..1, where `miou` is that of its
+            average; None otherwise.
+        labels: of a stage whose method labels inside the step, the fields of
+            `label_health.LabelHealth`; None otherwise.
+        unlabeled_miou, unlabeled_pixel_accuracy: in 0..1, on the unlabelled images that
+            `eval.unlabeled_masks` has masks of; None without.
     """
 
     stage: str
@@ -71,6 +99,10 @@ class ResultRow:
     pixels: int
     seed: int
     protocol: EvalProtocol
+    student_miou: float | None = None
+    labels: Mapping[str, Any] | None = None
+    unlabeled_miou: float | None = None
+    unlabeled_pixel_accuracy: float | None = None
 
     @classmethod
     def of_score(
@@ -105,12 +137,12 @@ class ResultRow:
         Raises:
             ValueError: it is no object, a key is missing, or a value is of another form.
         """
-        values = json_forms.checked(content, _FORMS, {"weights_step": None}, "a row")
+        values = json_forms.checked(content, _FORMS, _OPTIONAL, "a row")
         protocol = EvalProtocol.from_json(content["protocol"])
         return cls(**values | {"iou": tuple(content["iou"]), "protocol": protocol})
 
     def to_json(self) -> dict[str, Any]:
-        """What results.json holds of it; without `weights_step` where that is None."""
+        """What results.json holds of it; without what is None."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content |= {"iou": list(self.iou), "protocol": self.protocol.to_json()}
         return {k: v for k, v in content.items() if v is not None}

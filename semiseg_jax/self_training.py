@@ -48,7 +48,7 @@ from semiseg_jax.runtime.logger import RunConsole, log_prefix, logger
 from semiseg_jax.serving import model_bundle
 from semiseg_jax.stage_evaluator import StageEvaluator
 from semiseg_jax.stages import Stage
-from semiseg_jax.train_state import Variables
+from semiseg_jax.train_state import TrainState, Variables
 
 
 def run(
@@ -86,16 +86,21 @@ def run(
         # Only now, as the other files of the workdir: see `open_run`.
         fitted_settings.record(workdir, given, chosen.values, chosen.sentence)
         training.start_observing(observer or RunObserver())
-        first, *later = training.stages
-        teacher = first_teacher = training.restore_stage(first) or training.train_stage(first)
-        for stage in later:
+        teacher: TrainedStage | None = None
+        first_teacher: TrainedStage | None = None
+        for stage in training.stages:
             start_from = first_teacher if stage.kind == "control" else teacher
             trained = training.restore_stage(stage, start_from)
             if trained is None:
-                labels = training.label(start_from, stage) if stage.needs_pseudo_labels else None
+                labels = None
+                if stage.needs_pseudo_labels and start_from:
+                    labels = training.label(start_from, stage)
                 trained = training.train_stage(stage, start_from, labels)
-            if stage.kind == "student":
+            if stage.kind == "teacher":
+                first_teacher = trained
+            if stage.kind != "control":
                 teacher = trained
+        assert teacher is not None  # a run has a teacher or a student
         choice = training.choose_stage()
         is_last = (choice.stage, choice.round) == (teacher.stage.kind, teacher.stage.round)
         kept = teacher if is_last else training.load_stage(choice)
@@ -174,7 +179,7 @@ def check_unlabeled(config: Any, dataset: load.Dataset) -> None:
     Raises:
         UserError: it has none.
     """
-    if stages.takes_pseudo_labels(config) and not dataset.unlabeled:
+    if stages.takes_unlabeled_images(config) and not dataset.unlabeled:
         raise UserError(
             "There is no unlabelled image: give data.unlabeled_list or data.unlabeled_dir, "
             "or train the teacher alone with rounds.count=0.",
@@ -214,6 +219,7 @@ class SelfTraining:
         check_unlabeled(self._config, self.dataset)
         mesh_lib.check_batches(config, self._mesh.size)
         stages.check_norm_values(config)
+        stages.check_method(config, self._mesh.size)
         self._evaluator = StageEvaluator(config, workdir, self.dataset, self._mesh)
         self.stages = stages.schedule(config, workdir, self._earlier_controls())
         self._log_start()
@@ -365,18 +371,24 @@ class SelfTraining:
             if marker is None:
                 logger.info(f"{stages.DONE} is damaged: the stage goes on at its last checkpoint")
                 return None
-            last = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
-            if last is None:
+            program = model.program(stage.kind, stage.steps)
+            state = train.restore(stage, program, self._mesh)
+            if state is None:
                 logger.info(
                     f"the checkpoint of step {stage.steps} is missing: its steps are trained again"
                 )
                 return None
-            variables = self._evaluator.reported_weights(stage, model, last)
-            expected = _describe_end(stage, last, variables, teacher)
+            variables = self._evaluator.reported_weights(stage, model, program.reported(state))
+            expected = _describe_end(stage, state.variables, variables, teacher)
             _check_marker(marker, expected, stage)
             logger.info("done before")
             self._evaluator.ensure_evaluated(
-                stage, model, variables, expected.reported, marker.is_of_older_code
+                stage,
+                model,
+                variables,
+                expected.reported,
+                marker.is_of_older_code,
+                program.student(state),
             )
         self._observer.on_end(stage)
         return TrainedStage(stage, variables, model, expected.reported)
@@ -402,9 +414,13 @@ class SelfTraining:
                 last = variables = self._import_teacher(stage, model)
             else:
                 logger.info(f"{stage.steps} steps")
-                last = self._train(stage, model, teacher, pseudo_labels)
+                state = self._train(stage, model, teacher, pseudo_labels)
+                last = state.variables
+                program = model.program(stage.kind, stage.steps)
                 with self._observer.evaluating():
-                    variables = self._evaluator.evaluate_final(stage, model, last)
+                    variables = self._evaluator.evaluate_final(
+                        stage, model, program.reported(state), program.student(state)
+                    )
         marker = _describe_end(stage, last, variables, teacher)
         multihost.barrier(f"end of {stage.name}")
         if multihost.is_main():
@@ -420,8 +436,8 @@ class SelfTraining:
         model: CompiledModel,
         teacher: TrainedStage | None,
         pseudo_labels: epath.Path | None,
-    ) -> Variables:
-        """The weights after the last step of a stage."""
+    ) -> TrainState:
+        """The state after the last step of a stage."""
         config = self._config
         program = model.program(stage.kind, stage.steps)
         groups = optim.table(program.shapes["params"], config.optim.decay_all)
@@ -442,9 +458,11 @@ class SelfTraining:
             process_count=multihost.process_count(),
         )
 
-        def evaluate(step: int, variables: Variables) -> None:
+        def evaluate(step: int, state: TrainState) -> None:
             with self._observer.evaluating():
-                self._evaluator.evaluate_at(stage, model, step, variables)
+                self._evaluator.evaluate_at(
+                    stage, model, step, program.reported(state), program.student(state)
+                )
 
         return train.run(
             stage,
@@ -549,14 +567,15 @@ class SelfTraining:
         with workdir_lib.locked(source):
             program = source_model.program("teacher", stage.steps)
             marker = _read_marker(source_stage)
-            last = variables = train.restore(source_stage, program, self._mesh)
-            if marker is None or last is None or variables is None:
+            state = train.restore(source_stage, program, self._mesh)
+            if marker is None or state is None:
                 lost = f"no checkpoint of step {stage.steps}" if marker else "a damaged DONE"
                 raise UserError(
                     f"The teacher in {source} (rounds.teacher_from) has {lost}: run its own "
                     "command again, or name another workdir.",
                     code="teacher-checkpoint-missing",
                 )
+            last = variables = state.variables
             selected = None
             if self._config.eval.select != "last":
                 best = checkpoints.BestWeights(source_stage.folder, self._config.eval.every)
@@ -626,8 +645,9 @@ class SelfTraining:
         """
         stage = next(s for s in self.stages if (s.kind, s.round) == (choice.stage, choice.round))
         model = self._model(stage.kind)
-        last = train.restore(stage, model.program(stage.kind, stage.steps), self._mesh)
-        if last is None:
+        program = model.program(stage.kind, stage.steps)
+        state = train.restore(stage, program, self._mesh)
+        if state is None:
             raise UserError(
                 f"{stage.folder / 'checkpoints'} has no intact checkpoint of step {stage.steps}, "
                 f"which {model_bundle.FOLDER}/ is to be made of: start the same command again, "
@@ -635,8 +655,8 @@ class SelfTraining:
                 code="kept-stage-checkpoint-missing",
             )
         with log_prefix(stage.log_prefix):
-            variables = self._evaluator.reported_weights(stage, model, last)
-        weights_hash = _describe_end(stage, last, variables).reported
+            variables = self._evaluator.reported_weights(stage, model, program.reported(state))
+        weights_hash = _describe_end(stage, state.variables, variables).reported
         return TrainedStage(stage, variables, model, weights_hash)
 
     def save_model_bundle(self, final: TrainedStage, choice: KeptStage) -> None:

@@ -8,13 +8,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from semiseg_jax import evaluate, stages
+from semiseg_jax import evaluate, metrics, stages
 from semiseg_jax.checkpoints import BestWeights, Candidate
 from semiseg_jax.comparison import image_counts, kept_stage
 from semiseg_jax.comparison.image_counts import ImageCounts
 from semiseg_jax.compiled_model import CompiledModel
+from semiseg_jax.data import unlabeled_truth
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.eval_protocol import EvalProtocol
+from semiseg_jax.methods import label_health
 from semiseg_jax.models.dsbn import DOMAINS
 from semiseg_jax.reporting import artifacts
 from semiseg_jax.results import ResultRow, Results
@@ -33,12 +35,16 @@ class Evaluation:
         variables: the weights that were evaluated.
         score: of them.
         images: what was drawn of the evaluation images.
+        student_miou: of the trained network, where `variables` are others; None otherwise.
+        unlabeled: score on the unlabelled images of `eval.unlabeled_masks`; None without.
     """
 
     step: int
     variables: Variables
     score: evaluate.Score
     images: artifacts.PredictionSink
+    student_miou: float | None = None
+    unlabeled: evaluate.Score | None = None
 
 
 class StageEvaluator:
@@ -56,6 +62,9 @@ class StageEvaluator:
         self._mesh = mesh
         # The reported set is then also the set that weights are selected on.
         self._selects_on_reported = config.eval.select == "reported"
+        self._truth = unlabeled_truth.load_truth(config, dataset)
+        # By backbone, the evaluators on the images of `_truth`.
+        self._truth_evaluators: dict[str, evaluate.Evaluator] = {}
 
     def protocol(self, model: CompiledModel) -> EvalProtocol:
         """The protocol of the evaluations of this run; a part of each row."""
@@ -92,27 +101,46 @@ class StageEvaluator:
         )
 
     def evaluate_at(
-        self, stage: Stage, model: CompiledModel, step: int, variables: Variables
+        self,
+        stage: Stage,
+        model: CompiledModel,
+        step: int,
+        variables: Variables,
+        student: Variables | None = None,
     ) -> None:
-        """Evaluates at a step inside a stage, unless the row of that step exists."""
+        """Evaluates at a step inside a stage, unless the row of that step exists.
+
+        Args:
+            stage, model: the stage and its network.
+            step: where the stage stands.
+            variables: the weights that are reported.
+            student: those of the trained network, where they are others.
+        """
         best = self._best_weights(stage)
         # Where rows select the weights, a row that an earlier process wrote is not reused: its
         # weights may differ from those of this process in the last bits.
         reuses = not (best and self._selects_on_reported)
         row = self.find_row(stage, model, step, _weights_hash(variables)) if reuses else None
         if row is None:
-            row = self._record(stage, model, self._evaluate(stage, model, step, variables))
+            row = self._record(stage, model, self._evaluate(stage, model, step, variables, student))
         if best:
             by_row = self._selects_on_reported
             best.update(step, row.miou if by_row else model.select(variables).miou, variables)
 
-    def evaluate_final(self, stage: Stage, model: CompiledModel, last: Variables) -> Variables:
+    def evaluate_final(
+        self,
+        stage: Stage,
+        model: CompiledModel,
+        last: Variables,
+        student: Variables | None = None,
+    ) -> Variables:
         """Evaluates a stage at its end and writes its row.
 
         Args:
             stage: that has been trained.
             model: its network.
-            last: the weights after its last step.
+            last: the weights to report after its last step.
+            student: those of the trained network, where they are others.
 
         Returns:
             The reported weights, by `eval.select`.
@@ -120,15 +148,15 @@ class StageEvaluator:
         variables, evaluation = last, None
         if best := self._best_weights(stage):
             if self._selects_on_reported:
-                evaluation = self._evaluate(stage, model, stage.steps, last)
+                evaluation = self._evaluate(stage, model, stage.steps, last, student)
             miou = evaluation.score.miou if evaluation else model.select(last).miou
             best.update(stage.steps, miou, last)
             selected = self._selected(best, model)
             variables = selected.variables
             if selected.step != stage.steps:
-                evaluation = None
+                evaluation = student = None
         if evaluation is None:
-            evaluation = self._evaluate(stage, model, stage.steps, variables)
+            evaluation = self._evaluate(stage, model, stage.steps, variables, student)
         self._record(stage, model, evaluation)
         self._ensure_held_out_counted(stage, model, variables)
         return variables
@@ -150,6 +178,7 @@ class StageEvaluator:
         variables: Variables,
         weights_hash: str,
         is_of_older_code: bool,
+        student: Variables | None = None,
     ) -> None:
         """Evaluates a finished stage if its row is missing, or is of other weights.
 
@@ -158,12 +187,16 @@ class StageEvaluator:
             variables: its reported weights.
             weights_hash: of these.
             is_of_older_code: the stage was trained by code that did not write the weights of rows.
+            student: the weights of the trained network, where they are others.
         """
         row = self.find_row(
             stage, model, weights_hash=weights_hash, may_be_unknown=is_of_older_code
         )
         if row is None:
-            self._record(stage, model, self._evaluate(stage, model, stage.steps, variables))
+            if self.weights_step(stage) != stage.steps:
+                student = None
+            evaluation = self._evaluate(stage, model, stage.steps, variables, student)
+            self._record(stage, model, evaluation)
         self._ensure_held_out_counted(stage, model, variables)
 
     def record_imported(
@@ -261,13 +294,33 @@ class StageEvaluator:
         return selected
 
     def _evaluate(
-        self, stage: Stage, model: CompiledModel, step: int, variables: Variables
+        self,
+        stage: Stage,
+        model: CompiledModel,
+        step: int,
+        variables: Variables,
+        student: Variables | None = None,
     ) -> Evaluation:
         """Evaluates weights of a stage; at its end all images of the report are drawn."""
         final = step == stage.steps
         images = artifacts.PredictionSink(self._workdir, stage.folder, self._dataset, final)
         score = model.evaluate(variables, images.shown, images)
-        return Evaluation(step, variables, score, images)
+        student_miou = None if student is None else model.evaluate(student).miou
+        unlabeled = self._evaluate_on_unlabeled(model, variables)
+        return Evaluation(step, variables, score, images, student_miou, unlabeled)
+
+    def _evaluate_on_unlabeled(
+        self, model: CompiledModel, variables: Variables
+    ) -> evaluate.Score | None:
+        """The score on the unlabelled images whose masks are known; None if there are none."""
+        if self._truth is None:
+            return None
+        backbone = model.model_config.backbone
+        if backbone not in self._truth_evaluators:
+            self._truth_evaluators[backbone] = evaluate.Evaluator(
+                model.model, self._truth, self._config.eval, self._mesh, model.pad_value
+            )
+        return self._truth_evaluators[backbone](variables)
 
     def _record(self, stage: Stage, model: CompiledModel, evaluation: Evaluation) -> ResultRow:
         """Writes what an evaluation found: its row, metrics, and files for the report."""
@@ -287,16 +340,49 @@ class StageEvaluator:
             image_counts.write(stage.folder / image_counts.EVALUATED, counts)
         weights_step = self.weights_step(stage) if final else step
         row = ResultRow.of_score(stage.kind, stage.round, step, score, protocol, weights_step)
+        row = dataclasses.replace(
+            row,
+            student_miou=evaluation.student_miou,
+            labels=self._label_health(stage) if final else None,
+        )
+        if unlabeled := evaluation.unlabeled:
+            accuracy = metrics.pixel_accuracy(unlabeled.confusion)
+            row = dataclasses.replace(
+                row, unlabeled_miou=unlabeled.miou, unlabeled_pixel_accuracy=accuracy
+            )
         self.results.add(row, final, weights_hash)
         at_step = "" if final else f"step {step}: "
         logger.info(f"{at_step}mIoU {100 * score.miou:.2f} on {self._dataset.evaluated_on}")
         by_class = zip(self._dataset.classes, score.iou, strict=True)
         scalars = {"miou": score.miou} | {f"iou/{k}": v for k, v in by_class if v is not None}
+        if row.student_miou is not None:
+            scalars["miou_student"] = row.student_miou
+            logger.info(f"{at_step}mIoU {100 * row.student_miou:.2f} of the student itself")
+        if row.unlabeled_miou is not None and row.unlabeled_pixel_accuracy is not None:
+            scalars["miou_unlabeled"] = row.unlabeled_miou
+            scalars["pixel_accuracy_unlabeled"] = row.unlabeled_pixel_accuracy
+            logger.info(
+                f"{at_step}mIoU {100 * row.unlabeled_miou:.2f} on the unlabelled images, "
+                f"{100 * row.unlabeled_pixel_accuracy:.2f} % of their pixels right"
+            )
         writer = metric_writer.MetricWriter(stage.folder)
         writer.write_scalars(step, scalars)
         artifacts.write_summaries(writer, step, evaluation.images, norms)
         writer.close()
         return row
+
+    def _label_health(self, stage: Stage) -> dict[str, Any] | None:
+        """The health of the labels that a stage made inside its steps; None if it made none."""
+        method = stages.online_method(self._config, stage.kind)
+        if method is None:
+            return None
+
+        def summarize() -> dict[str, Any] | None:
+            lines = metric_writer.read_metrics(stage.folder)
+            health = label_health.summarize(lines, stage.steps, self._dataset.classes, method)
+            return dataclasses.asdict(health) if health else None
+
+        return multihost.broadcast_from_main(f"labels of {stage.name}", summarize)
 
 
 def _ids(examples: Sequence[Example]) -> list[str]:

@@ -2,6 +2,8 @@
 
     teacher -> [labelling -> student 1] -> [labelling -> student 2] -> ... -> control
 
+Methods that label inside the step have no labelling, and may have no teacher.
+
 Everything that depends on the kind of a stage is decided here. Training, evaluation, planning,
 reports and the sweeps over seeds take it from `schedule`.
 """
@@ -16,6 +18,9 @@ from etils import epath
 from jaxtyping import Int
 
 from semiseg_jax.data.batch_layout import BatchSpec
+from semiseg_jax.data.views import Views
+from semiseg_jax.methods import mixing, registry
+from semiseg_jax.methods.method import OnlineMethod
 from semiseg_jax.runtime import fileio, hashes, json_forms
 from semiseg_jax.runtime.errors import UserError
 
@@ -142,8 +147,9 @@ def schedule(
     if rounds.control and rounds.count:
         # As many steps as all students together, from the same teacher.
         controls = (*earlier_controls, rounds.count)
+    teachers = int(has_teacher(config))
     parts_per_round = 1 + takes_pseudo_labels(config)
-    num_parts = 1 + rounds.count * parts_per_round + bool(controls)
+    num_parts = teachers + rounds.count * parts_per_round + bool(controls)
 
     def stage(kind: str, round_: int, number: int) -> Stage:
         return Stage(
@@ -158,23 +164,42 @@ def schedule(
         )
 
     return (
-        stage("teacher", 0, 1),
-        *(stage("student", round_, 1 + round_ * parts_per_round) for round_ in students),
+        *[stage("teacher", 0, 1)] * teachers,
+        *(stage("student", round_, teachers + round_ * parts_per_round) for round_ in students),
         *(stage("control", round_, num_parts) for round_ in controls),
     )
 
 
+def has_teacher(config: Any) -> bool:
+    """Whether a teacher is trained before the students; else these start as new networks."""
+    return config.train.teacher_steps > 0
+
+
+def online_method(config: Any, kind: str) -> OnlineMethod | None:
+    """The method that labels images inside the steps of a kind of stage; None without one."""
+    method = registry.build(config)
+    return method if kind == "student" and isinstance(method, OnlineMethod) else None
+
+
 def takes_pseudo_labels(config: Any) -> bool:
-    """Whether students see pseudo-labelled images."""
-    return bool(config.rounds.count) and "pseudo" in (
-        *config.data.weak_stream,
-        *config.data.strong_stream,
+    """Whether students learn from labels that are made before their stage."""
+    return (
+        bool(config.rounds.count)
+        and online_method(config, "student") is None
+        and "pseudo" in (*config.data.weak_stream, *config.data.strong_stream)
     )
+
+
+def takes_unlabeled_images(config: Any) -> bool:
+    """Whether students see unlabelled images, however these are labelled."""
+    is_online = bool(config.rounds.count) and online_method(config, "student") is not None
+    return is_online or takes_pseudo_labels(config)
 
 
 def trained_kinds(config: Any) -> tuple[str, ...]:
     """The kinds of stage that have a training step of their own; a control has the teacher's."""
-    return ("teacher", "student") if config.rounds.count else ("teacher",)
+    kinds = ["teacher"] * has_teacher(config) + ["student"] * bool(config.rounds.count)
+    return tuple(kinds)
 
 
 def stage_backbone(config: Any, kind: str) -> str:
@@ -189,14 +214,21 @@ def batch_spec(config: Any, kind: str) -> BatchSpec:
         config: the whole config; `data` and `train` are read.
         kind: one of KINDS.
     """
-    is_student = kind == "student"
+    method = online_method(config, kind)
+    takes_streams = kind == "student" and method is None
     return BatchSpec(
-        weak=tuple(config.data.weak_stream) if is_student else ("labeled",),
-        strong=tuple(config.data.strong_stream) if is_student else (),
+        weak=tuple(config.data.weak_stream) if takes_streams else ("labeled",),
+        strong=tuple(config.data.strong_stream) if takes_streams else (),
         batch_labeled=config.train.batch_labeled,
         batch_pseudo=config.train.batch_unlabeled,
         accum_steps=config.train.accumulate,
+        views=_views(config, method) if method else None,
+        batch_unlabeled=config.train.batch_unlabeled if method else 0,
     )
+
+
+def _views(config: Any, method: OnlineMethod) -> Views:
+    return dataclasses.replace(method.views, partner=config.method.views.partner)
 
 
 # A norm that computes its moments from one value per channel has variance 0: its output is the same
@@ -229,7 +261,10 @@ def norm_values(config: Any, kind: str) -> dict[str, int]:
         height, width = (-(-side // model.output_stride) for side in crop)
         values_per_image = height * width
     images = {name: spec.size(name) for name in ("weak", "strong") if spec.size(name)}
-    if model.norm == "shared":
+    if spec.views is not None and spec.views.strong:
+        # A pass of its own; methods that mix images may make one of two.
+        images["strong"] = max(spec.batch_unlabeled // 2, 1)
+    elif model.norm == "shared":
         images = {" and ".join(images): sum(images.values())}
     return {name: n // spec.accum_steps * values_per_image for name, n in images.items()}
 
@@ -246,6 +281,8 @@ def check_norm_values(config: Any) -> None:
             if values >= MIN_NORM_VALUES:
                 continue
             kinds = {k for name in streams.split(" and ") for k in getattr(spec, name)}
+            if spec.views is not None and streams == "strong":
+                kinds = {"pseudo"}
             keys = {"labeled": "train.batch_labeled", "pseudo": "train.batch_unlabeled"}
             sizes = {
                 key: config.train[key.removeprefix("train.")]
@@ -261,6 +298,30 @@ def check_norm_values(config: Any) -> None:
                 "model.norm=frozen.",
                 code="batch-norm-sees-one-value",
             )
+
+
+def check_method(config: Any, devices: int) -> None:
+    """Refuses batches that the method of the students cannot take.
+
+    Args:
+        config: the whole config.
+        devices: number of devices.
+
+    Raises:
+        UserError: names the key of the batch.
+    """
+    method = online_method(config, "student")
+    if method is None or not config.rounds.count:
+        return
+    if config.train.accumulate > 1:
+        raise UserError(
+            f"train.accumulate is {config.train.accumulate}, but method.name={config.method.name} "
+            "takes thresholds and means over the whole batch: set it to 1, and lower "
+            "train.batch_labeled and train.batch_unlabeled, or set model.remat, to save memory.",
+            code="accumulation-with-online-method",
+        )
+    if (group := method.group_size) > 1:
+        mixing.check_group_size(config.train.batch_unlabeled, devices, group_size=group)
 
 
 def stage_name(kind: str, round_: int) -> str:

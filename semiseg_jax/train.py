@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax import train_state, train_step
+from semiseg_jax import train_step
 from semiseg_jax.checkpoints import Checkpoints
 from semiseg_jax.compiled_model import StageProgram
 from semiseg_jax.data import input_pipeline
+from semiseg_jax.methods import label_health
 from semiseg_jax.runtime import metric_writer, multihost, preemption
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.fileio import write_bytes
@@ -38,12 +39,12 @@ def run(
     program: StageProgram,
     init_variables: Callable[[], Variables],
     batches: Batches,
-    evaluate: Callable[[int, Variables], None],
+    evaluate: Callable[[int, TrainState], None],
     train_config: Any,
     eval_every: int,
     mesh: Mesh,
     on_step: Callable[[int], None] = lambda step: None,
-) -> Variables:
+) -> TrainState:
     """Trains a stage, from its newest checkpoint if it has one.
 
     Do not change the order of operations in a step. (1) The batch is sent to the devices and the
@@ -57,7 +58,7 @@ def run(
         program: its step.
         init_variables: makes the variables of step 0; not called if there is a checkpoint.
         batches: this process's batches for a range of steps.
-        evaluate: evaluates variables at a step inside the stage and writes the row; does nothing if
+        evaluate: evaluates the state at a step inside the stage and writes the row; does nothing if
             the row exists.
         train_config: `config.train`.
         eval_every: steps between evaluations inside the stage, 0 for none.
@@ -66,7 +67,7 @@ def run(
             has ended.
 
     Returns:
-        The variables after the last step.
+        The state after the last step.
 
     Raises:
         UserError: the loss is not finite; the batch is written to a file to look at.
@@ -84,9 +85,10 @@ def run(
             logger.info(f"going on at step {first}")
         else:
             first = 0
-            state = train_state.create_train_state(init_variables(), program.tx, mesh)
+            seed = int(stage.seed[1]) & 0xFFFFFFFF
+            state = program.create_state(init_variables(), mesh, seed)
         if evaluation_is_due(first):
-            evaluate(first, state.variables)
+            evaluate(first, state)
         writer = metric_writer.MetricWriter(stage.folder, resume_step=first)
 
         def save(step: int, state: TrainState) -> None:
@@ -112,7 +114,7 @@ def run(
                 if evaluation_is_due(step):
                     log.drain()
                     try:
-                        evaluate(step, state.variables)
+                        evaluate(step, state)
                     except preemption.Preempted:
                         # A restart evaluates the step that is saved here.
                         if checkpoints.latest() != step:
@@ -120,26 +122,26 @@ def run(
                         raise
         log.drain()
         writer.close()
-    return state.variables
+    return state
 
 
-def restore(stage: Stage, program: StageProgram, mesh: Mesh) -> Variables | None:
-    """The variables of a finished stage; None if its last checkpoint is missing or damaged.
+def restore(stage: Stage, program: StageProgram, mesh: Mesh) -> TrainState | None:
+    """The state of a finished stage; None if its last checkpoint is missing or damaged.
 
     Args:
         stage: with its folder.
         program: for the shapes of its state.
-        mesh: to put the variables on.
+        mesh: to put the state on.
     """
     with Checkpoints(stage.folder / "checkpoints", stage.seed) as checkpoints:
         newest = checkpoints.restore_newest(state_shapes(program, mesh))
-    return newest[1].variables if newest and newest[0] == stage.steps else None
+    return newest[1] if newest and newest[0] == stage.steps else None
 
 
 def state_shapes(program: StageProgram, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state of a stage."""
     sharding = mesh_lib.replicated(mesh)
-    create = functools.partial(train_state.create_train_state, tx=program.tx, mesh=mesh)
+    create = functools.partial(program.create_state, mesh=mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(create, program.shapes),
@@ -154,12 +156,10 @@ def trace_step(program: StageProgram, crop: tuple[int, int], mesh: Mesh) -> jax.
         crop: (height, width) of its images, in pixels.
         mesh: to compile for.
     """
-    images = program.spec.size("weak") + program.spec.size("strong")
     sharding = mesh_lib.batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((images, *crop, 3), np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((images, *crop), np.uint8, sharding=sharding),
-        "is_pseudo": jax.ShapeDtypeStruct((images,), np.bool_, sharding=sharding),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in program.spec.arrays(crop).items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     step: Any = program.step
@@ -199,8 +199,18 @@ def _prefetch_to_device(
         log.add_input_wait(time.perf_counter() - began)
         if batch is None:
             return
-        arrays = {"image": batch.image, "label": batch.label, "is_pseudo": batch.is_pseudo}
-        yield mesh_lib.shard_batch(arrays, mesh), batch
+        yield mesh_lib.shard_batch(batch.arrays(), mesh), batch
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of a step by name, those of classes as NAME/0, NAME/1, …"""
+    scalars: dict[str, float] = {}
+    for name, value in metrics.items():
+        if np.ndim(value):
+            scalars |= {f"{name}/{i}": float(v) for i, v in enumerate(value)}
+        else:
+            scalars[name] = float(value)
+    return scalars
 
 
 class _StepLogger:
@@ -226,10 +236,16 @@ class _StepLogger:
         now = time.perf_counter()
         self._window_start = now - window.seconds
         self._run_start = (first, now)
-        self._images_per_step = program.spec.size("weak") + program.spec.size("strong")
+        self._images_per_step = program.spec.num_images
         self._progress = periodic_actions.ReportProgress(
             num_train_steps=stage.steps, writer=writer.tensorboard, every_secs=60.0
         )
+        # Lines of metrics so far, and the warnings of labels that they led to.
+        self._lines: list[dict[str, Any]] = []
+        self._warnings: set[str] = set()
+        if program.method:
+            before = metric_writer.read_metrics(stage.folder)
+            self._lines = [line for line in before if line["step"] <= first]
         self._profile = None
         # Only if the stage lasts long enough for the profile to end in it.
         fits = 0 < train_config.profile_at <= stage.steps - PROFILED_STEPS
@@ -270,10 +286,11 @@ class _StepLogger:
 
     def _read(self) -> None:
         step, metrics, batch = self._pending.popleft()
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = _scalars(jax.device_get(metrics))
         if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
             rates = "teacher" if self._stage.kind == "teacher" else "student"
-            ids = itertools.chain(*multihost.all_gather("images of the batch", batch.ids))
+            own_ids = (*batch.ids, *batch.unlabeled_ids)
+            ids = itertools.chain(*multihost.all_gather("images of the batch", own_ids))
             raise UserError(
                 f"The loss of {self._stage.name} is not finite at step {step} (images "
                 f"{', '.join(ids)}): look at this batch in {self._dump_batch(step, batch)}, or "
@@ -295,7 +312,8 @@ class _StepLogger:
         shard = f"_part_{multihost.process_index()}" if several else ""
         path = self._stage.folder / f"not_finite_step_{step}{shard}.npz"
         content = io.BytesIO()
-        np.savez_compressed(content, **dataclasses.asdict(batch))
+        arrays = {k: v for k, v in dataclasses.asdict(batch).items() if v is not None}
+        np.savez_compressed(content, **arrays)
         write_bytes(path, content.getvalue())
         return path
 
@@ -303,6 +321,8 @@ class _StepLogger:
         now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
         means = {k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]}
+        if self._program.method:
+            means = label_health.by_class(means, self._program.classes)
         steps_per_second = len(self._window) / seconds
         scalars = means | {
             "learning_rate": float(self._program.schedule(step - 1)),
@@ -311,6 +331,7 @@ class _StepLogger:
         }
         self._writer.write_scalars(step, scalars | {"seconds": seconds})
         self._writer.flush()
+        self._warn_of_labels({"step": step, **means})
         first, began = self._run_start
         seconds_left = (now - began) / (step - first) * (self._stage.steps - step)
         logger.info(
@@ -319,3 +340,16 @@ class _StepLogger:
             f"{100 * scalars['input_wait']:.0f}%  {seconds_left / 60:.1f} min left"
         )
         self._window, self._input_wait, self._window_start = [], 0.0, now
+
+    def _warn_of_labels(self, line: dict[str, Any]) -> None:
+        """Logs, once each, in what way the labels of the method have trained nothing so far."""
+        if self._program.method is None:
+            return
+        self._lines.append(line)
+        health = label_health.summarize(
+            self._lines, self._stage.steps, self._program.classes, self._program.method
+        )
+        for warning in health.warnings if health else ():
+            if warning not in self._warnings:
+                logger.info(f"Warning: {warning}")
+                self._warnings.add(warning)

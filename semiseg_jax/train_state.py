@@ -4,6 +4,7 @@ Domain-specific batch normalisation (section 2.2) has a weak and a strong norm; 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,12 +33,15 @@ class TrainState:
         params: parameters of the network.
         norms: the collections of norm statistics by name, such as "batch_stats_weak".
         opt_state: state of the optimiser.
+        method: state of the method beside the network's, such as an averaged teacher; a tree of
+            arrays, {} without any.
     """
 
     step: Any
     params: Any
     norms: dict[str, Any]
     opt_state: optax.OptState
+    method: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> Variables:
@@ -71,17 +75,27 @@ def _init(model: nn.Module, key: Array) -> Variables:
 
 
 def create_train_state(
-    variables: Variables, tx: optax.GradientTransformation, mesh: Mesh
+    variables: Variables,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    init_method: Callable[[Variables], Any] = lambda variables: {},
 ) -> TrainState:
     """Returns the state at step 0, replicated over the mesh.
 
     Copies the variables: a training step donates its state, and they stay usable.
+
+    Args:
+        variables: of the network.
+        tx: the optimiser.
+        mesh: to put the state on.
+        init_method: makes the state of the method from the variables.
     """
 
     def init_state(variables: Variables) -> TrainState:
         params = variables["params"]
         norms = {name: v for name, v in variables.items() if name != "params"}
-        return TrainState(jnp.zeros((), jnp.int32), params, norms, tx.init(params))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, norms, tx.init(params), init_method(variables))
 
     copies = jax.tree.map(jnp.copy, variables)
     return jax.jit(init_state, out_shardings=mesh_lib.replicated(mesh))(copies)

@@ -1,5 +1,6 @@
 """The pure, jitted training step: forward pass, loss, gradients, update."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +16,13 @@ from semiseg_jax import losses
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.losses import IGNORE, supervised_loss
+from semiseg_jax.methods import method as method_lib
+from semiseg_jax.methods.method import OnlineMethod
+from semiseg_jax.methods.network import Network
 from semiseg_jax.train_state import TrainState
 
-Metrics = dict[str, Float[Array, ""]]
+# Scalars, and of methods arrays [classes] too.
+Metrics = dict[str, Float[Array, "*classes"]]
 # {"image": uint8 [n, h, w, 3], "label": uint8 [n, h, w], "is_pseudo": bool [n]}
 Batch = dict[str, Array]
 # (params, norm statistics, batch, dropout key) -> (logits, new norm statistics)
@@ -66,11 +71,96 @@ def make_train_step(
             grads, sums, norms = accumulated_gradients(
                 forward, loss_config, state.params, state.norms, batch, micro_batches, key
             )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = _update(tx, grads, state.opt_state, state.params)
         state = TrainState(state.step + 1, params, norms, opt_state)
         return state, sums.metrics(loss_config) | {"gradient_norm": optax.tree.norm(grads)}
 
+    return _compile(step, mesh)
+
+
+def make_method_step(
+    method: OnlineMethod,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_config: Any,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+    """Compiles the step of a stage whose method labels images inside the step.
+
+    As `make_train_step`; the batch has the views of the unlabelled images too (see
+    `input_pipeline.TrainBatch`). The method's own state is updated after the parameters.
+
+    Args:
+        method: of the stage.
+        model, tx, loss_config, mesh: as for `make_train_step`; the optimiser also updates the
+            auxiliary networks of the method.
+    """
+
+    def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        dropout_key, method_key = jax.random.split(jax.random.fold_in(key, state.step))
+        images = method_batch(batch, method)
+        beside: method_lib.State = state.method
+
+        def loss(params: Any, auxiliary: Any) -> tuple[Float[Array, ""], tuple[Any, Any, Any]]:
+            network = Network(model, params, state.norms, dropout_key, mesh.size)
+            labeled_metrics: dict[str, Array] = {}
+
+            def labeled_loss(logits: Array, labels: Array) -> Array:
+                value, metrics = supervised_loss.mean_loss(logits, labels, loss_config)
+                # Those of the network: methods may have the loss of other logits too, after it.
+                labeled_metrics.update(metrics | labeled_metrics)
+                return value
+
+            given = dataclasses.replace(beside, auxiliary=beside.auxiliary | auxiliary)
+            outcome = method.loss(network, labeled_loss, given, images, state.step, method_key)
+            return outcome.loss, (outcome, network.norms, labeled_metrics)
+
+        trained = {k: v for k, v in beside.auxiliary.items() if k == "params"}
+        grads, (outcome, norms, labeled_metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            state.params, trained
+        )
+        params, opt_state = _update(tx, grads[0], state.opt_state, state.params)
+        auxiliary, auxiliary_opt_state = beside.auxiliary, beside.opt_state
+        if trained:
+            updated, auxiliary_opt_state = _update(
+                tx, grads[1]["params"], beside.opt_state, trained["params"]
+            )
+            auxiliary = auxiliary | outcome.statistics | {"params": updated}
+        own = method.update_state(beside.own, {"params": params, **norms}, state.step)
+        metrics = outcome.metrics() | labeled_metrics | {"gradient_norm": optax.tree.norm(grads)}
+        beside = method_lib.State(own, auxiliary, auxiliary_opt_state)
+        return TrainState(state.step + 1, params, norms, opt_state, beside), metrics
+
+    return _compile(step, mesh)
+
+
+def method_batch(batch: Batch, method: OnlineMethod) -> method_lib.Batch:
+    """Returns the batch of a step as methods take it; without a weak view that part is empty.
+
+    Args:
+        batch: as `make_method_step` takes it.
+        method: of the stage.
+    """
+    weak, views = method.views.weak, batch["views"]
+    return method_lib.Batch(
+        image=batch["image"],
+        label=batch["label"],
+        weak=views[:, 0] if weak else views[:, :0].reshape(0, *views.shape[2:]),
+        strong=views[:, weak:],
+        valid=batch["valid"],
+    )
+
+
+def _update(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The parameters and the state of the optimiser after an update."""
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _compile(step: Callable, mesh: Mesh) -> Callable:
+    """Jits a step with its state replicated, and donated, and its batch split by image."""
     replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
     return jax.jit(
         step,

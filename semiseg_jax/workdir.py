@@ -49,6 +49,7 @@ from semiseg_jax import __version__
 from semiseg_jax.data import load
 from semiseg_jax.data.data_record import RECORD_FORM, DataRecord
 from semiseg_jax.data.split_lists import split_hash
+from semiseg_jax.methods import registry
 from semiseg_jax.models.dsbn import NORM_KINDS
 from semiseg_jax.runtime import config_files, hashes, json_forms, multihost, paths, rules
 from semiseg_jax.runtime.errors import UserError, printable, read_error, write_error
@@ -64,6 +65,18 @@ ADDED_KEYS = {
     "rounds.teacher_from": "",
     "data.max_image_pixels": 2**28,
     "rounds.keep": "last",
+    "data.in_both_lists": "refuse",
+    "eval.unlabeled_masks": "",
+    "method.name": "self_training",
+    "method.views.kind": "jitter",
+    "method.views.jitter": (0.5, 0.5, 0.5, 0.25),
+    "method.views.jitter_probability": 0.8,
+    "method.views.grey_probability": 0.2,
+    "method.views.blur_probability": 0.5,
+    "method.views.blur_sigma": (0.1, 2.0),
+    "method.views.per_batch": False,
+    "method.views.partner": "other_image",
+    **registry.DEFAULTS,
     "loss.labeled": "ce",
     "loss.ohem.probability": 0.7,
     "loss.ohem.share": 1 / 6,
@@ -287,6 +300,7 @@ RESUME_SAFE_KEYS = frozenset(
         "train.profile_at",
         "pseudo.batch",
         "pseudo.keep_confidence",
+        "eval.unlabeled_masks",
         "rounds.control",
         # Read at the end of a run.
         "rounds.keep",
@@ -300,7 +314,7 @@ TEACHER_INDEPENDENT_KEYS = (
     *("data.weak_stream", "data.strong_stream", "data.unlabeled", "data.train_extra", "sda."),
     *("loss.unlabeled", "loss.scl.", "pseudo.", "eval.", "rounds."),
     *("optim.student.", "train.steps"),
-    *("train.batch_unlabeled", "model.norm"),
+    *("train.batch_unlabeled", "model.norm", "method."),
 )
 
 
@@ -321,11 +335,11 @@ def check_config(workdir: epath.PathLike, config: Any) -> None:
     eval_selects = any(flat.get("eval.select", "last") != "last" for flat in (old, new))
 
     def may_differ(key: str) -> bool:
+        if key in RESUME_SAFE_KEYS:
+            return True
         if key.startswith("eval.") and key != "eval.pad_to":
             return not eval_selects
-        if key == "rounds.count":
-            return new[key] > old.get(key, 0)
-        return key in RESUME_SAFE_KEYS
+        return key == "rounds.count" and new[key] > old.get(key, 0)
 
     differences = [d for key, d in _differences(old, new).items() if not may_differ(key)]
     if differences:

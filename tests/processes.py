@@ -5,6 +5,7 @@
                                                       the same on a store without rename, killed
                                                       where tests.killed_run would be
     python -m tests.processes step OUT DTYPE          one training step of the smallest network
+    python -m tests.processes methods OUT             steps of all methods on a toy network
 
 Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
 """
@@ -197,36 +198,80 @@ def run_on_store(pattern, phase, count, *rest):
     run_main(*rest)
 
 
-def run_step(out, dtype):
-    """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
+@contextlib.contextmanager
+def process_of_step():
+    """A process of a run that computes steps alone, on the devices that it was started with."""
     flags_of_xla = os.environ["XLA_FLAGS"]
     from tests import conftest  # noqa: F401 - it sets eight devices, which are not wanted here
 
     os.environ["XLA_FLAGS"] = flags_of_xla
-    import jax
-    import numpy as np
     from absl import flags
 
-    from semiseg_jax import mesh
-    from semiseg_jax.runtime import cli, multihost
-    from tests.test_train_step import STUDENT, make_batch, make_step
+    from semiseg_jax.runtime import cli
 
     cli.define_process_flags()
     flags.FLAGS(["step"])
     with cli.exit_on_user_error():
         cli.initialize_multihost(on_cpu=True)
+        yield
+
+
+def own_part(batch, process_index, process_count):
+    """The part of the arrays of a global batch that a process has."""
+    part = {}
+    for name, array in batch.items():
+        mine = len(array) // process_count
+        part[name] = array[process_index * mine : (process_index + 1) * mine]
+    return part
+
+
+def keep(out, tree):
+    """Writes the arrays of a tree, by their paths."""
+    import jax
+    import numpy as np
+
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    np.savez(out, **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})
+
+
+def run_step(out, dtype):
+    """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
+    with process_of_step():
+        import jax
+        import numpy as np
+
+        from semiseg_jax import mesh
+        from semiseg_jax.runtime import multihost
+        from tests.test_train_step import STUDENT, make_batch, make_step
+
         devices = len(jax.devices())
         batch = make_batch(STUDENT, devices)
         # Device 0 has no valid pixel.
         assert (batch["label"][: len(batch["label"]) // devices // 2] == 255).all()
-        mine = len(batch["label"]) // multihost.process_count()
-        part = slice(multihost.process_index() * mine, (multihost.process_index() + 1) * mine)
         step, made, places = make_step(STUDENT, devices, dtype=np.dtype(dtype))
-        arrays = mesh.shard_batch({k: v[part] for k, v in batch.items()}, places)
-        made, metrics = step(made, arrays, jax.random.key(0))
-        flat = jax.tree_util.tree_leaves_with_path((made.params, made.opt_state, metrics))
+        part = own_part(batch, multihost.process_index(), multihost.process_count())
+        made, metrics = step(made, mesh.shard_batch(part, places), jax.random.key(0))
         if multihost.is_main():
-            np.savez(out, **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})
+            keep(out, (made.params, made.opt_state, metrics))
+
+
+def run_methods(out):
+    """Steps of each method; process 0 keeps the state and the metrics."""
+    with process_of_step():
+        from semiseg_jax.runtime import multihost
+        from tests.methods import test_method_steps
+
+        outcomes = {
+            name: test_method_steps.run_steps(
+                name,
+                2,
+                dtype="float64",
+                share=(multihost.process_index(), multihost.process_count()),
+            )
+            for name in test_method_steps.ONLINE
+        }
+        if multihost.is_main():
+            keep(out, outcomes)
 
 
 def events(log, kind):
@@ -236,4 +281,6 @@ def events(log, kind):
 
 
 if __name__ == "__main__":
-    {"main": run_main, "store": run_on_store, "step": run_step}[sys.argv[1]](*sys.argv[2:])
+    {"main": run_main, "store": run_on_store, "step": run_step, "methods": run_methods}[
+        sys.argv[1]
+    ](*sys.argv[2:])

@@ -198,7 +198,10 @@ def no_unlabelled_image(root):
         (sixteen_bits, "004.png has more than 8 bits a channel (mode I;16B): convert it to 8 bits"),
         (labelled_in_evaluation, "000.png is labelled and also in the evaluation set: take it out"),
         (unlabelled_in_evaluation, "001.png is unlabelled and also in the evaluation set: take it"),
-        (labelled_and_unlabelled, "001.png is labelled and unlabelled: take it out of one list."),
+        (
+            labelled_and_unlabelled,
+            "001.png is labelled and unlabelled: take it out of one list, or",
+        ),
         (labelled_twice, "000 is labelled twice: list every image once."),
         (too_many, "data.labels=13 asks for 13 of 12 training images: give a count from 2 to 12"),
         (all_images_held_out, "data.holdout=1 holds out all 12 images with masks: lower it."),

@@ -57,12 +57,14 @@ ACTING = {
 TRAINING = (
     *("seed", "sda.", "loss.", "optim.", "train.", "pseudo."),
     *("data.train_extra", "data.voc_augmented", "data.unlabeled", "data.labeled_list"),
+    "data.in_both_lists",
     *("data.evaluation_list", "data.labels", "data.split_seed", "data.holdout", "data.streets_"),
     *("data.weak_stream", "data.strong_stream", "data.crop", "data.scale", "data.mirror"),
     *("data.prefetch", "data.threads", "eval.split", "eval.every", "eval.select"),
+    "eval.unlabeled_masks",
     *("model.pretrained", "model.norm_momentum", "model.dropout", "model.remat"),
     *("rounds.count", "rounds.student_pretrained", "rounds.student_init", "rounds.control"),
-    *("rounds.teacher_from", "rounds.keep"),
+    *("rounds.teacher_from", "rounds.keep", "method."),
 )
 # Keys that say where images and masks are and what the values of masks mean. Predictions are class
 # ids; names and colours of the classes are in model.json.

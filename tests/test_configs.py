@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from semiseg_jax import config_check
+from semiseg_jax import config_check, stages
+from semiseg_jax.methods import registry
+from semiseg_jax.methods.method import OnlineMethod
+from semiseg_jax.runtime import config_files
 from tests import mains
 from tests.conftest import tiny_config
 from tests.errors import raises_code
@@ -23,6 +26,41 @@ SHIPPED = sorted(
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_satisfy_the_constraints(name):
     config_check.check(importlib.import_module(f"configs.{name}").get_config())
+
+
+METHODS = sorted(
+    name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)
+)
+
+
+def test_each_method_has_a_config():
+    files = (ROOT / "configs" / "methods").glob("*.py")
+    assert sorted(file.stem for file in files if file.stem != "__init__") == METHODS
+
+
+def recipes():
+    """The configs of methods with each argument that their docstrings name."""
+    docs = [importlib.import_module(f"configs.methods.{name}").__doc__ for name in METHODS]
+    return re.findall(r"--config=(configs/methods/\w+\.py:\w+)", "\n".join(docs))
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipes_satisfy_the_constraints(recipe):
+    config = config_files.load(recipe)
+    config_check.check(config)
+    assert config.method.name == Path(recipe.partition(":")[0]).stem
+    stage = stages.batch_spec(config, "student")
+    assert stage.batch_unlabeled > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_has_a_recipe_for_few_labels(name):
+    assert f"configs/methods/{name}.py:camvid" in set(recipes())
+
+
+def test_a_recipe_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match=r"'kitti': make it one of pascal_voc, cityscapes"):
+        config_files.load("methods/unimatch:kitti")
 
 
 def test_defaults_follow_the_paper():

@@ -11,6 +11,7 @@ from semiseg_jax import methods, models
 MODULES = [
     "semiseg_jax.data.folder_walk",
     "semiseg_jax.data.image_header",
+    "semiseg_jax.data.views",
     "semiseg_jax.inference",
     "semiseg_jax.losses",
     "semiseg_jax.losses.supervised_loss",

@@ -32,7 +32,7 @@ def train_one_class(stage, program, init_variables, mesh, **_):
     step = jnp.full_like(state.step, stage.steps)
     with checkpoints.Checkpoints(stage.folder / "checkpoints", stage.seed) as manager:
         manager.save(stage.steps, dataclasses.replace(state, params=params, step=step))
-    return dataclasses.replace(state, params=params).variables
+    return dataclasses.replace(state, params=params)
 
 
 @pytest.fixture(scope="module", autouse=True)

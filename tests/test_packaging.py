@@ -52,11 +52,12 @@ def test_versions_of_a_requirement_agree_in_all_files():
 def test_all_packages_are_installed():
     packages = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "semiseg_jax").rglob("__init__.py")
+        for top in ("semiseg_jax", "configs")
+        for path in (ROOT / top).rglob("__init__.py")
     }
-    configs = SETUPTOOLS["package-dir"]
-    assert set(SETUPTOOLS["packages"]) == packages | set(configs)
-    assert configs == {"semiseg_jax.shipped_configs": "configs"}
+    assert SETUPTOOLS["package-dir"] == {"semiseg_jax.shipped_configs": "configs"}
+    installed_as = {re.sub(r"^configs\b", "semiseg_jax.shipped_configs", p) for p in packages}
+    assert set(SETUPTOOLS["packages"]) == installed_as
 
 
 def test_all_files_that_are_no_modules_are_installed():

@@ -24,7 +24,7 @@ from semiseg_jax.runtime import preemption
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.serving import inputs, model_bundle, prediction_writer, tiling
 from semiseg_jax.serving.trained_model import TrainedModel
-from tests import mains
+from tests import mains, workdirs
 from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.networks import Pointwise
@@ -94,7 +94,7 @@ def run(folder, sizes, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make_mesh", lambda: devices)
         # Returns the initial state instead of training.
-        patch.setattr(train, "run", lambda stage, program, init_variables, **_: init_variables())
+        patch.setattr(train, "run", workdirs.train_nothing)
         self_training.run(config, folder / "run")
     return config, folder / "run"
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests import processes
 from tests.mains import TINY
+from tests.methods import test_method_steps
 from tests.workdirs import rows, same
 
 pytestmark = pytest.mark.slow
@@ -278,3 +279,19 @@ def test_processes_wait_for_one_that_is_late_at_their_first_meeting(tmp_path, wh
     statuses, outputs = processes.finish(started, 300)
     assert statuses == [0, 0], "\n".join(outputs)
     assert all("together" in output for output in outputs)
+
+
+def test_two_processes_step_as_one_does_with_every_method(tmp_path):
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.npz"
+        command = ["-m", "tests.processes", "methods", out]
+        started = processes.start(count, 2 // count, lambda i, c=command: c, JAX_ENABLE_X64="1")
+        statuses, outputs = processes.finish(started)
+        assert statuses == [0] * count, "\n".join(outputs)
+        found.append(dict(np.load(out)))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert {key.split("'")[1] for key in one} == set(test_method_steps.ONLINE)
+    for key, value in one.items():
+        np.testing.assert_allclose(two[key], value, rtol=0, atol=1e-9, err_msg=key)

@@ -359,7 +359,7 @@ def test_a_teacher_starts_from_weights_and_the_model_says_how_it_sees(
     config.rounds.count = 0
     config.model.pretrained = str(path)
     # Ends where training would start.
-    monkeypatch.setattr(train, "run", lambda stage, program, init_variables, **_: init_variables())
+    monkeypatch.setattr(train, "run", workdirs.train_nothing)
     self_training.run(config, tmp_path / "run")
     kept = load_file(tmp_path / "run" / "model" / "weights.safetensors")
     for name, value in load_file(path).items():
@@ -614,11 +614,11 @@ def test_one_evaluation_serves_the_choice_and_the_row(
     of_reported = iter(right)
     built, seen = [], []
 
-    def train_with_a_restart_behind_step_2(stage, program, init_variables, evaluate, **_):
-        variables = init_variables()
+    def train_with_a_restart_behind_step_2(stage, program, init_variables, evaluate, mesh, **_):
+        state = program.create_state(init_variables(), mesh)
         for step in (1, 2, 2, 3):
-            evaluate(step, variables)
-        return variables
+            evaluate(step, state)
+        return state
 
     class Counting(evaluate.Evaluator):
         def __init__(self, model, dataset, *args):

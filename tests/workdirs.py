@@ -1,4 +1,4 @@
-"""What a run leaves in its workdir, for tests that compare two of them."""
+"""What a run leaves in its workdir, for tests that compare two; a run that trains nothing."""
 
 import json
 
@@ -38,3 +38,8 @@ def same(workdir, other):
     one, two = contents(workdir), contents(other)
     assert one.keys() == two.keys()
     assert [k for k in one if one[k] != two[k]] == [], other
+
+
+def train_nothing(stage, program, init_variables, mesh, **_):
+    """In place of `train.run`: the state before the first step."""
+    return program.create_state(init_variables(), mesh)

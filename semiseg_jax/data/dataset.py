@@ -200,7 +200,7 @@ def pairs(
     has_masks = mask_folder is not None and mask_folder.is_dir()
     files_beside_masks = files_below(mask_folder, skip_folder) if has_masks else []
     mask_files = [f for f in files_beside_masks if is_image(f.name, mask_suffix)]
-    masks = _MaskFinder(mask_folder, mask_files, mask_suffix)
+    masks = MaskFinder(mask_folder, mask_files, mask_suffix)
     if mask_folder and folder in mask_folder.parents:
         # What lies in the folder of the masks is no image, whatever its suffix.
         files = [file for file in files if mask_folder not in file.parents]
@@ -231,7 +231,7 @@ def pairs(
     return tuple(examples.values())
 
 
-class _MaskFinder:
+class MaskFinder:
     """Finds the mask of an image by the image's id."""
 
     def __init__(self, folder: epath.Path | None, masks: Sequence[epath.Path], suffix: str):
@@ -247,6 +247,7 @@ class _MaskFinder:
         self._folders = {os.path.dirname(id_) for id_ in self._by_id}
 
     def __call__(self, id_: str) -> str | None:
+        """Returns the path of the mask of an image; None if it has none."""
         mask = self._by_id.get(id_) or self._by_normal_id.get(normal_name(id_))
         if mask is None and self._folder and os.path.dirname(id_) not in self._folders:
             # Two folders of images may share the masks of one: the walk visits a link to it once.

@@ -1,4 +1,4 @@
-"""Input pipelines: training batches of both streams, and batches of whole images.
+"""Input pipelines: training batches of both streams and of views, and batches of whole images.
 
 Every random choice is a pure function of (seed, stage, stream, step, position in the stream's
 global batch). The pipeline has no state between steps. Hence a run resumes at any step at no
@@ -8,6 +8,7 @@ cost, and no pixel depends on the number of processes, devices or threads.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
@@ -17,8 +18,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
-from semiseg_jax.data import image_io, label_maps, sda, weak_augment
-from semiseg_jax.data.batch_layout import BatchLayout, BatchSpec, lay_out_batch
+from semiseg_jax.data import image_io, label_maps, sda, view_augment, weak_augment
+from semiseg_jax.data.batch_layout import BatchLayout, BatchSpec, lay_out_batch, lay_out_unlabeled
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.data.sources.downscale import shrink_image
 from semiseg_jax.runtime import multihost
@@ -37,6 +38,11 @@ class TrainBatch:
         is_pseudo: whether the image is pseudo-labelled, in either stream.
         seed: random seed of each view; `sample_view` returns the values drawn from it.
         ids: ids of the images, for error reports.
+        views: the views of the unlabelled images by `BatchSpec.views`, the weak one first; None for
+            a stage without views.
+        valid: which pixels of each unlabelled image are not padding, in all its views; None without
+            views.
+        unlabeled_ids: ids of the unlabelled images.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
@@ -44,6 +50,16 @@ class TrainBatch:
     is_pseudo: Bool[np.ndarray, " n"]
     seed: Int64[np.ndarray, "n 2"]
     ids: tuple[str, ...]
+    views: UInt8[np.ndarray, "m v h w 3"] | None = None
+    valid: Bool[np.ndarray, "m h w"] | None = None
+    unlabeled_ids: tuple[str, ...] = ()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays that a step takes, by name."""
+        arrays = {"image": self.image, "label": self.label, "is_pseudo": self.is_pseudo}
+        if self.views is not None and self.valid is not None:
+            arrays |= {"views": self.views, "valid": self.valid}
+        return arrays
 
 
 def pseudo_examples(dataset: Dataset, folder: os.PathLike) -> tuple[Example, ...]:
@@ -71,8 +87,9 @@ def train_batches(
     """Yields this process's shard of the batch of each step.
 
     Args:
-        config: the whole config; `data` and `sda` are read.
-        dataset: its labelled examples, classes and id table are read.
+        config: the whole config; `data` and `sda` are read, with views also `method.views`.
+        dataset: its labelled examples, classes and id table are read, with views also its
+            unlabelled examples.
         pseudo: pseudo-labelled examples; may be empty if no stream holds any.
         spec: composition of each batch.
         seed: seed of the stage, from `stages.stage_seed`.
@@ -85,14 +102,18 @@ def train_batches(
         UserError: an image or mask is missing or damaged, or their sizes differ.
     """
     layout = lay_out_batch(spec, groups, process_index, process_count)
-    examples = {"labeled": list(dataset.labeled), "pseudo": list(pseudo)}
-    for kind in {*spec.weak, *spec.strong}:
+    examples = {
+        "labeled": list(dataset.labeled),
+        "pseudo": list(pseudo),
+        "unlabeled": list(dataset.unlabeled) if spec.views else [],
+    }
+    for kind in {*spec.weak, *spec.strong, *(("unlabeled",) if spec.views else ())}:
         if not examples[kind]:
             raise UserError(
                 f"There is no {kind} image to train on: check the split.",
                 code="train-images-missing",
             )
-    reader = _Reader(examples["labeled"] + examples["pseudo"], dataset)
+    reader = _Reader(list(itertools.chain(*examples.values())), dataset)
     counts = {kind: len(examples[kind]) for kind in examples}
     shard_size = len(layout.strong)
 
@@ -113,12 +134,64 @@ def train_batches(
             "index": index,
         }
 
-    numbers = reader.index_range(steps.start * shard_size, steps.stop * shard_size)
-    views = numbers.map(load_view, config.data.threads or tf.data.AUTOTUNE, deterministic=True)
-    batches = views.batch(shard_size, drop_remainder=True).prefetch(config.data.prefetch)
+    def in_batches(load: Callable[[tf.Tensor], dict[str, tf.Tensor]], size: int) -> tf.data.Dataset:
+        numbers = reader.index_range(steps.start * size, steps.stop * size)
+        loaded = numbers.map(load, config.data.threads or tf.data.AUTOTUNE, deterministic=True)
+        return loaded.batch(size, drop_remainder=True)
+
+    batches = in_batches(load_view, shard_size)
+    if spec.views:
+        positions = lay_out_unlabeled(spec, groups, process_index, process_count)
+        first = counts["labeled"] + counts["pseudo"]
+        load_views = _view_loader(
+            reader, positions, spec, seed, config, pad_value, range(first, len(reader.examples))
+        )
+        both = tf.data.Dataset.zip(batches, in_batches(load_views, len(positions)))
+        batches = both.map(tf.autograph.experimental.do_not_convert(lambda a, b: a | b))
+    batches = batches.prefetch(config.data.prefetch)
     for batch in reader.iterate(batches.with_options(_options(config.data.threads))):
-        ids = tuple(reader.examples[i].id for i in batch.pop("index"))
-        yield TrainBatch(**batch, ids=ids)
+        ids, unlabeled_ids = (
+            tuple(reader.examples[i].id for i in batch.pop(key, ()))
+            for key in ("index", "unlabeled_index")
+        )
+        yield TrainBatch(**batch, ids=ids, unlabeled_ids=unlabeled_ids)
+
+
+def _view_loader(
+    reader: "_Reader",
+    positions: Int[np.ndarray, " m"],
+    spec: BatchSpec,
+    seed: Int[np.ndarray, "2"],
+    config: Any,
+    pad_value: UInt8[np.ndarray, "3"],
+    indices: range,
+) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns the function that loads the views of an unlabelled image, from its number.
+
+    Args:
+        reader: reads the images.
+        positions: of the images of the shard in the global batch.
+        spec, seed, config, pad_value: as in `train_batches`.
+        indices: the unlabelled examples of the reader.
+    """
+    assert spec.views is not None
+    views, num_positions = spec.views, len(positions)
+
+    @tf.autograph.experimental.do_not_convert
+    def load_views(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        step, position = number // num_positions, tf.gather(positions, number % num_positions)
+        index = indices.start + _unlabeled_index(step, position, spec, seed, len(indices))
+        image, _ = reader(index)
+        image_seed = _fold_in(seed, 1, 2, step, position)
+        color_seed = _fold_in(image_seed, 1)
+        if config.method.views.per_batch:
+            color_seed = _fold_in(seed, 2, step)
+        stack, valid = view_augment.augment_views(
+            image, views, _fold_in(image_seed, 0), color_seed, config, pad_value
+        )
+        return {"views": stack, "valid": valid, "unlabeled_index": index}
+
+    return load_views
 
 
 def augment(
@@ -191,6 +264,41 @@ def _example_index(
     # With an int64 size, index_shuffle requires an int64 seed.
     shuffled = tf.random.experimental.index_shuffle(number % size, epoch_seed, size - 1)
     return shuffled + tf.where(pseudo, tf.constant(counts["labeled"], tf.int64), 0)
+
+
+def _unlabeled_index(
+    step: tf.Tensor,
+    position: tf.Tensor,
+    spec: BatchSpec,
+    seed: Int[np.ndarray, "2"],
+    size: int,
+) -> tf.Tensor:
+    """Returns the index of the unlabelled example at a position of the global batch, int64 [].
+
+    The examples are in another order in every epoch. Neighbours in the sequence of all epochs
+    differ if there are at least two examples, so that the partner of an image is another image.
+    With partners from the same image, the sequence has one entry for each pair.
+    """
+    assert spec.views is not None
+    per_step = spec.batch_unlabeled
+    if spec.views.partner == "same_image":
+        per_step, position = per_step // 2, position // 2
+    number = step * per_step + position
+    if size <= 2:
+        return number % size  # Two examples take turns: there is no other order.
+
+    def shuffled(place: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        return tf.random.experimental.index_shuffle(
+            tf.cast(place, tf.int64), _fold_in(seed, 0, 4, epoch), tf.constant(size - 1, tf.int64)
+        )
+
+    place, epoch = number % size, number // size
+    # The last example of an epoch may come first in the next one, which then exchanges its first
+    # two. Its last is another, so that the exchange affects no further epoch.
+    repeats = shuffled(tf.zeros_like(place), epoch) == shuffled(
+        tf.fill(tf.shape(place), tf.constant(size - 1, tf.int64)), epoch - 1
+    )
+    return shuffled(tf.where(repeats & (place < 2), 1 - place, place), epoch)
 
 
 def _fold_in(seed: tf.Tensor | np.ndarray, *data: tf.Tensor | int) -> tf.Tensor:

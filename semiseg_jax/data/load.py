@@ -93,7 +93,7 @@ def load_dataset(config: Any, recorded: DataRecord | None = None) -> Dataset:
             "returns, or give a factor from 1 on.",
             code="downscale-not-chosen",
         )
-    layout = _layout(config)
+    layout = read_layout(config)
     if recorded is not None and _is_file_lost(recorded, layout.root):
         dataset = _recorded_split(config, layout, recorded)
     else:
@@ -114,13 +114,18 @@ def plan_dataset(config: Any) -> tuple[Dataset, epath.Path]:
         UserError: a folder or list is missing, the config asks for more images than exist, or no
             files can be named after an image.
     """
-    layout = _layout(config)
+    layout = read_layout(config)
     dataset = _split(config, layout)
     _check_names(dataset)
     return dataset, layout.root
 
 
-def _layout(config: Any) -> Layout:
+def read_layout(config: Any) -> Layout:
+    """Returns the files of the data set of a config, before any split.
+
+    Raises:
+        UserError: a folder is missing.
+    """
     # Before any image is opened: sources that store no files decode images here.
     image_header.set_max_pixels(config.data.max_image_pixels)
     name = config.data.name
@@ -227,6 +232,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
         )
     used_paths = {_real_path(e) for e in (*labeled, *held_out)} | evaluation_paths
     unlabeled = _unlabeled(data, layout, used_paths)
+    unlabeled = _resolve_both_lists(data.in_both_lists, unlabeled, labeled, held_out)
     if data.unlabeled_ratio:
         unlabeled = _subsample_unlabeled(unlabeled, data, len(labeled))
     return Dataset(
@@ -314,6 +320,40 @@ def _unlabeled(data: Any, layout: Layout, used_paths: set[str]) -> tuple[Example
     return unlabeled
 
 
+def _resolve_both_lists(
+    choice: str,
+    unlabeled: tuple[Example, ...],
+    labeled: Sequence[Example],
+    held_out: Sequence[Example],
+) -> tuple[Example, ...]:
+    """Returns the unlabelled images without those that are labelled too, unless these are kept.
+
+    Args:
+        choice: `data.in_both_lists`.
+        unlabeled: the unlabelled images.
+        labeled: the labelled images.
+        held_out: images with masks that are never trained on, hence never kept.
+
+    Raises:
+        UserError: there are such images, and `choice` refuses them.
+    """
+    labeled_paths, held_out_paths = ({_real_path(e) for e in s} for s in (labeled, held_out))
+    paths = {_real_path(e) for e in unlabeled}
+    shared = paths & (labeled_paths | held_out_paths)
+    if choice == "refuse" and shared:
+        raise UserError(
+            f"{min(shared)} is labelled and unlabelled: take it out of one list, or say with "
+            "data.in_both_lists=labeled or both what it is.",
+            code="image-labeled-and-unlabeled",
+        )
+    removed = shared if choice == "labeled" else shared & held_out_paths
+    if kept := shared - removed:
+        logger.info(f"{len(kept)} images are labelled and unlabelled (data.in_both_lists).")
+    if removed:
+        logger.info(f"{len(removed)} images of data.unlabeled_list are labelled: left out of it.")
+    return tuple(e for e in unlabeled if _real_path(e) not in removed)
+
+
 def _subsample_unlabeled(
     unlabeled: Sequence[Example], data: Any, num_labeled: int
 ) -> tuple[Example, ...]:
@@ -386,7 +426,7 @@ def _hold_out(
 
 
 @dataclasses.dataclass(frozen=True)
-class _PairContent:
+class PairContent:
     """The content of an image and of its mask; `mask` is None for an unlabelled image."""
 
     image: FileContent
@@ -415,8 +455,8 @@ def check(
     """
     _check_disjoint_sets(dataset)
     try:
-        contents: dict[str, list[_PairContent]] = {
-            name: _read_pairs(name, getattr(dataset, name), dataset.table, cache)
+        contents: dict[str, list[PairContent]] = {
+            name: read_pairs(name, getattr(dataset, name), dataset.table, cache)
             for name in ("labeled", "evaluation", "selection")
         }
         left_out_codes = {"image-undecodable"} if is_first_start else _LEFT_OUT_CODES
@@ -426,7 +466,7 @@ def check(
     readable = [
         (e, c) for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if not isinstance(c, str)
     ]
-    contents["unlabeled"] = [_PairContent(c, None) for _, c in readable]
+    contents["unlabeled"] = [PairContent(c, None) for _, c in readable]
     left_out = {
         e.id: c for e, c in zip(dataset.unlabeled, unlabeled, strict=True) if isinstance(c, str)
     }
@@ -445,13 +485,13 @@ def check(
         checked,
         pixels=int(counts.sum()) + sum(map(math.prod, sizes)),
         labeled_pixels=tuple(counts[: len(dataset.classes)].tolist()),
-        record=_record(dataset, checked, contents),
+        record=record_contents(dataset, checked, contents),
     )
 
 
-def _read_pairs(
+def read_pairs(
     name: str, examples: Sequence[Example], table: Int16[np.ndarray, "256"], cache: FileCache
-) -> list[_PairContent]:
+) -> list[PairContent]:
     """Reads images and masks, and checks each pair."""
     with futures.ThreadPoolExecutor() as pool:
         read = functools.partial(content_check.check_pair, table=table, cache=cache)
@@ -460,7 +500,7 @@ def _read_pairs(
             for pair in pool.map(read, multihost.local_shard(examples))
         ]
     return [
-        _PairContent(FileContent.from_json(image), FileContent.from_json(mask))
+        PairContent(FileContent.from_json(image), FileContent.from_json(mask))
         for image, mask in multihost.all_gather_shards(f"{name} images read", local)
     ]
 
@@ -511,7 +551,7 @@ def _header_size(path: str) -> tuple[int, int]:
 
 
 def _check_contents(
-    dataset: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+    dataset: Dataset, contents: Mapping[str, Sequence[PairContent]]
 ) -> Int[np.ndarray, "256"]:
     """Checks the contents of all files together, and logs warnings.
 
@@ -576,8 +616,8 @@ def _class_counts(
     return counts
 
 
-def _record(
-    planned: Dataset, checked: Dataset, contents: Mapping[str, Sequence[_PairContent]]
+def record_contents(
+    planned: Dataset, checked: Dataset, contents: Mapping[str, Sequence[PairContent]]
 ) -> DataRecord:
     """Returns the record of a data set.
 
@@ -719,12 +759,6 @@ def _check_disjoint_sets(dataset: Dataset) -> None:
                     code="training-image-listed-twice",
                 )
             ids.add(example.id)
-    shared = {_real_path(e) for e in labeled} & {_real_path(e) for e in dataset.unlabeled}
-    if shared:
-        raise UserError(
-            f"{min(shared)} is labelled and unlabelled: take it out of one list.",
-            code="image-labeled-and-unlabeled",
-        )
     if not dataset.evaluation:
         raise UserError(
             "There is no evaluation image: give data.evaluation_list, a folder of the name in "

@@ -509,7 +509,7 @@ def _training_cost(trial: Trial, stage: Stage, num_unlabeled: int) -> tuple[int,
     """Returns the images to train on in a stage, and the views to label before it."""
     config = trial.config
     spec = stages_lib.batch_spec(config, stage.kind)
-    images = stage.steps * (spec.size("weak") + spec.size("strong"))
+    images = stage.steps * spec.num_images
     if not stage.needs_pseudo_labels:
         return images, 0
     views = sum(scale**2 for scale in config.pseudo.scales) * (2 if config.pseudo.flip else 1)

@@ -55,6 +55,7 @@ def measure(config: Any) -> Measurement:
     mesh = mesh_lib.make_mesh()
     mesh_lib.check_batches(config, mesh.size)
     stages.check_norm_values(config)
+    stages.check_method(config, mesh.size)
     self_training.find_initial_weights(config)
     with capture_lines():  # The run prints these lines.
         dataset = load.load_dataset(config)
@@ -97,7 +98,7 @@ def _measure_step(
     if mesh_lib.platform(mesh) != "cpu":
         train.check_fits_memory(kind, train.trace_step(program, tuple(config.data.crop), mesh))
     variables = train_state.init_variables(model.model, 0, mesh)
-    state = train_state.create_train_state(variables, program.tx, mesh)
+    state = program.create_state(variables, mesh)
     batches = input_pipeline.train_batches(
         config,
         dataset,
@@ -113,8 +114,8 @@ def _measure_step(
     key = jax.random.key(0)
     with contextlib.closing(batches):
         for step, batch in enumerate(batches, start=1):
-            arrays = {"image": batch.image, "label": batch.label, "is_pseudo": batch.is_pseudo}
-            state, metrics = program.step(state, mesh_lib.shard_batch(arrays, mesh), key)
+            arrays = mesh_lib.shard_batch(batch.arrays(), mesh)
+            state, metrics = program.step(state, arrays, key)
             jax.block_until_ready(metrics)
             preemption.raise_if_stopping()
             # All processes end at the same step.

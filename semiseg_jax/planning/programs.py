@@ -15,14 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semiseg_jax import (
-    compiled_model,
-    optim,
-    stages,
-    train,
-    train_state,
-    train_step,
-)
+from semiseg_jax import compiled_model, stages, train, train_state
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.inference import Predictor
 from semiseg_jax.losses import supervised_loss
@@ -152,7 +145,7 @@ def step_program(
         level: see `program_cost`.
     """
     batch_spec = stages.batch_spec(config, kind)
-    num_images = batch_spec.size("weak") + batch_spec.size("strong")
+    num_images = batch_spec.num_images
     trace = functools.partial(_trace_step, _picklable(config), kind, num_classes)
     cost = program_cost(trace, topology, level)
     backbone, size = stages.stage_backbone(config, kind), tuple(config.data.crop)
@@ -172,11 +165,8 @@ def _trace_step(config: Any, kind: str, num_classes: int, topology: Topology) ->
     model = deeplab.build(
         deeplab.config_for(config, stages.stage_backbone(config, kind)), num_classes
     )
-    tx, schedule = optim.make_optimizer(config.optim, kind, config.train.steps)
-    spec = stages.batch_spec(config, kind)
-    step: Any = train_step.make_train_step(model, tx, config.loss, spec, mesh)
     shapes = train_state.variable_shapes(model)
-    program = compiled_model.StageProgram(step, tx, schedule, spec, shapes)
+    program = compiled_model.make_program(config, kind, config.train.steps, model, shapes, mesh)
     return train.trace_step(program, tuple(config.data.crop), mesh)
 
 

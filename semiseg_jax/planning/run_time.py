@@ -203,7 +203,7 @@ def _shape(
     """Returns the images of a call, their size, and the scale of each pass of the network."""
     if program.is_step:
         spec = stages.batch_spec(config, program.kind.removesuffix(" step"))
-        return spec.size("weak") + spec.size("strong"), tuple(config.data.crop), (1.0,)
+        return spec.num_images, tuple(config.data.crop), (1.0,)
     settings = config.pseudo if program.kind == "labelling" else config.eval
     sizes = programs.inference_sizes(load, program.kind)
     images = mesh_lib.round_up_batch(settings.batch, len(topology.devices))

@@ -99,6 +99,8 @@ def _results_table(run: Run, rows: Sequence[ResultRow]) -> dict[str, Any]:
                 "name": row.stage_name,
                 "steps": row.step,
                 "miou": f"{row.miou_percent:.2f}",
+                "student": _format_miou(row.student_miou),
+                "unlabeled": _format_miou(row.unlabeled_miou),
                 "over_teacher": _format_gain(row, teacher) if row is not teacher else "",
                 "over_control": _format_gain(row, control),
                 "pixel_accuracy": f"{100 * row.pixel_accuracy:.2f}",
@@ -107,11 +109,33 @@ def _results_table(run: Run, rows: Sequence[ResultRow]) -> dict[str, Any]:
             }
         )
     return {
+        "has_averages": any(row.student_miou is not None for row in rows),
+        "has_unlabeled": any(row.unlabeled_miou is not None for row in rows),
+        "labels": [
+            (row.stage_name, _describe_labels(run, row.labels), row.labels["warnings"])
+            for row in rows
+            if row.labels is not None
+        ],
         "protocol": _format_protocol(rows[0].protocol),
         "lines": lines,
         "classes": _iou_by_class(run, rows, teacher, last_student),
         "last": last_student and last_student.stage_name,
     }
+
+
+def _format_miou(miou: float | None) -> str:
+    return "" if miou is None else f"{100 * miou:.2f}"
+
+
+def _describe_labels(run: Run, labels: Mapping[str, Any]) -> str:
+    """Returns the shares of unlabelled pixels that had a loss, in all and by class."""
+    shares = labels["kept_by_class"]
+    by_class = ", ".join(
+        f"{name} {percent(share)} %"
+        for (name, _), share in zip(run.classes(len(shares)), shares, strict=True)
+        if share is not None
+    )
+    return f"{percent(labels['kept'])} % of the unlabelled pixels had a loss; by label {by_class}"
 
 
 def _format_gain(row: ResultRow, baseline: ResultRow | None) -> str:

@@ -43,9 +43,10 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> tuple[str, ...]:
-    """Returns the names of the shipped configs, such as "streets" for configs/streets.py."""
-    files = shipped_folder().glob("*.py")
-    return tuple(sorted(file.stem for file in files if not file.stem.startswith("_")))
+    """Returns the names of the shipped configs, such as "streets", or "methods/NAME"."""
+    folder = shipped_folder()
+    files = (file for file in folder.rglob("*.py") if not file.stem.startswith("_"))
+    return tuple(sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files))
 
 
 def find(path: str) -> str:

@@ -14,6 +14,7 @@ PATH_KEYS = (
     *("data.root", "data.cache_dir", "data.image_dir", "data.mask_dir", "data.unlabeled_dir"),
     *("data.labeled_list", "data.unlabeled_list", "data.evaluation_list"),
     *("model.pretrained", "rounds.student_pretrained", "rounds.teacher_from"),
+    "eval.unlabeled_masks",
 )
 
 

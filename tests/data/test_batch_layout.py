@@ -5,6 +5,7 @@ import pytest
 
 from semiseg_jax import stages
 from semiseg_jax.data import batch_layout
+from semiseg_jax.data.views import Views
 from tests.errors import raises_code
 
 PAPER_STREAMS = batch_layout.BatchSpec(("labeled",), ("pseudo",), 4, 8)
@@ -68,6 +69,59 @@ def test_indivisible_batch_raises():
     four_micro_batches = batch_layout.BatchSpec(("labeled",), ("pseudo",), 4, 8, accum_steps=4)
     with raises_code("stream-batch-not-divisible", "2 devices, 4 times", "multiples of 8"):
         batch_layout.lay_out_batch(four_micro_batches, groups=2)
+
+
+def with_views(batch_unlabeled, partner="other_image", accum_steps=1):
+    return batch_layout.BatchSpec(
+        ("labeled",), (), 8, 8, accum_steps, Views(1, 2, partner), batch_unlabeled
+    )
+
+
+def test_unlabelled_images_are_in_consecutive_blocks():
+    assert batch_layout.lay_out_unlabeled(with_views(6), 1).tolist() == list(range(6))
+    shards = [batch_layout.lay_out_unlabeled(with_views(8), 4, i, 2) for i in range(2)]
+    assert [shard.tolist() for shard in shards] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_micro_batches_of_unlabelled_images_do_not_depend_on_number_of_devices():
+    """The 8 images in two micro-batches are 0…3 and 4…7 on any number of devices."""
+    spec = with_views(8, accum_steps=2)
+    for groups in (1, 2, 4):
+        positions = batch_layout.lay_out_unlabeled(spec, groups).reshape(groups, 2, -1)
+        for i in range(2):
+            assert sorted(positions[:, i].ravel()) == list(range(4 * i, 4 * i + 4))
+    shards = [batch_layout.lay_out_unlabeled(spec, 2, i, 2).tolist() for i in range(2)]
+    assert shards == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_indivisible_unlabelled_batch_raises():
+    with raises_code("unlabeled-batch-not-divisible", "6 unlabelled images", "4 devices"):
+        batch_layout.lay_out_unlabeled(with_views(6), 4)
+    with raises_code("unlabeled-batch-not-divisible", "2 devices, 2 times", "multiple of 4"):
+        batch_layout.lay_out_unlabeled(with_views(6, accum_steps=2), 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "accum_steps", "nearest"),
+    [(8, 8, 1, 16), (1, 1, 1, 2), (3, 1, 1, 4), (20, 8, 1, 16), (12, 2, 2, 16), (4, 2, 2, 8)],
+)
+def test_pairs_that_devices_would_part_are_refused(images, groups, accum_steps, nearest):
+    spec = with_views(images, accum_steps=accum_steps)
+    with raises_code("unlabeled-batch-not-in-pairs", "train.batch_unlabeled", f"as {nearest}."):
+        batch_layout.check_pairs(spec, groups)
+    batch_layout.check_pairs(with_views(nearest, accum_steps=accum_steps), groups)
+    if not images % (groups * accum_steps):
+        # Only pairs of one image must stay together; not every method mixes.
+        batch_layout.lay_out_unlabeled(spec, groups)
+        with raises_code("unlabeled-batch-not-in-pairs"):
+            of_one_image = with_views(images, "same_image", accum_steps)
+            batch_layout.lay_out_unlabeled(of_one_image, groups)
+
+
+def test_views_need_unlabelled_images():
+    for views, images in ((Views(1, 2), 0), (None, 4)):
+        with pytest.raises(ValueError):
+            batch_layout.BatchSpec(("labeled",), (), 4, 4, 1, views, images)
 
 
 def test_stage_seeds_differ():

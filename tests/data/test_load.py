@@ -451,3 +451,34 @@ def test_few_masks_and_the_default_holdout(folder_config, folder_data, masks, ho
     for amount in (share, *counts):
         folder_config.data.holdout = amount
         assert load.plan_dataset(folder_config)[0].evaluation
+
+
+@pytest.mark.parametrize(("choice", "unlabeled"), [("labeled", ["002"]), ("both", ["001", "002"])])
+def test_an_image_in_both_lists_is_what_the_config_says(
+    folder_config, folder_data, choice, unlabeled
+):
+    """PseudoSeg's published lists have such images."""
+    names = {"l.txt": ("000", "001"), "u.txt": ("001", "002")}
+    for file, ids in names.items():
+        (folder_data / file).write_text("".join(f"images/train/{i}.png\n" for i in ids))
+    folder_config.data.labeled_list, folder_config.data.unlabeled_list = names
+    folder_config.data.in_both_lists = choice
+    with capture_lines() as lines:
+        dataset = load.load_dataset(folder_config)
+    assert [e.id for e in dataset.labeled] == ["000", "001"]
+    assert [(e.id, e.mask) for e in dataset.unlabeled] == [(i, None) for i in unlabeled]
+    said = {"labeled": "are labelled: left out of it", "both": "are labelled and unlabelled"}
+    assert sum(said[choice] in line for line in lines) == 1
+
+
+def test_a_held_out_image_is_never_unlabelled(folder_config, folder_data):
+    (folder_data / "l.txt").write_text("".join(f"images/train/{i:03d}.png\n" for i in range(4)))
+    (folder_data / "u.txt").write_text("".join(f"images/train/{i:03d}.png\n" for i in range(6)))
+    folder_config.data.labeled_list, folder_config.data.unlabeled_list = "l.txt", "u.txt"
+    folder_config.data.in_both_lists = "both"
+    folder_config.eval.select, folder_config.eval.every = "holdout", 2
+    folder_config.data.holdout = 2.0
+    dataset = load.load_dataset(folder_config)
+    held_out = {e.id for e in dataset.selection}
+    assert len(held_out) == 2
+    assert {e.id for e in dataset.unlabeled} == {f"{i:03d}" for i in range(6)} - held_out

@@ -1,5 +1,7 @@
 """The building blocks of CCT, beside results of the authors' functions (fixtures/cct.json)."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from semiseg_jax.methods import (
     auxiliary_decoder,
+    cct,
     consistency,
     masks,
     perturbations,
@@ -198,3 +201,22 @@ def test_consistency_reaches_the_auxiliary_decoders_alone_and_no_padding():
         np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(valid)], 0)
     value, (to_auxiliary, _) = gradient(auxiliary, main, jnp.zeros_like(valid))
     assert value == 0 and not np.any(to_auxiliary)
+
+
+@pytest.mark.parametrize(
+    ("size", "features", "upscale"),
+    [
+        (65, 5, 16),
+        (128, 8, 16),
+        (129, 9, 16),
+        (321, 41, 8),
+        (320, 40, 8),
+        (16, 4, 4),
+        (33, 3, 16),
+        (65, 16, 4),
+    ],
+)
+def test_decoders_are_the_same_for_crops_of_any_size(size, features, upscale):
+    high = np.zeros((1, features, features, 3), np.float32)
+    made = cct._decoder(types.SimpleNamespace(size=(size, size), high=high), 4)
+    assert made.upscale == upscale

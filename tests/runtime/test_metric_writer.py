@@ -156,7 +156,8 @@ def test_a_file_with_the_name_of_the_folder_raises_a_user_error(tmp_path):
 def write_lines(folder, log_every, checkpoint_every, steps, kills, seen):
     """Logs the steps of a stage as training does, from the newest checkpoint after each kill."""
     program = mock.Mock(spec=compiled_model.StageProgram)
-    program.spec = types.SimpleNamespace(size=lambda domain: 2)
+    program.spec = types.SimpleNamespace(num_images=4)
+    program.method = None
     program.schedule = lambda step: 0.1 * step
     config = types.SimpleNamespace(log_every=log_every, profile_at=0)
     stage = stages.schedule(tiny_config(rounds__count=0), folder)[0]

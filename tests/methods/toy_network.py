@@ -1,0 +1,40 @@
+"""A network with the interface of `deeplab.DeepLab` that compiles in a second."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from semiseg_jax.models import dsbn, layers
+from semiseg_jax.models.deeplab import Features, normalize
+
+
+class ToyNetwork(nn.Module):
+    """Stride 4, one convolution and norm for each level, one convolution as the decoder."""
+
+    num_classes: int
+    kind: Any = "dsbn"
+    mean: tuple = (127.0,) * 3
+    momentum: float = 0.9
+
+    def setup(self):
+        self.stem = nn.Conv(4, (4, 4), (4, 4), padding="VALID", dtype=None)
+        self.deep = nn.Dense(6)
+        self.classifier = nn.Dense(self.num_classes)
+        self.norm = dsbn.DomainNorm(self.kind, self.momentum, 1e-3)
+        self.head_norm = dsbn.DomainNorm(self.kind, self.momentum, 1e-3)
+
+    def __call__(self, images, domain="weak", groups=1, train=False, num_weak=None):
+        features = self.encode(images, domain, groups, train, num_weak)
+        return self.decode(features, domain, groups, train, num_weak)
+
+    def encode(self, images, domain="weak", groups=1, train=False, num_weak=None):
+        layout = dsbn.DomainLayout(domain, train, groups, num_weak)
+        low = nn.relu(self.norm(self.stem(normalize(images, self.mean, (50.0,) * 3)), layout))
+        return Features(low, nn.relu(self.deep(low)), images.shape[1:3])
+
+    def decode(self, features, domain="weak", groups=1, train=False, num_weak=None):
+        layout = dsbn.DomainLayout(domain, train, groups, num_weak)
+        joined = jnp.concatenate([features.low, features.high], axis=-1)
+        logits = self.classifier(self.head_norm(joined, layout))
+        return layers.resize(logits, features.size)
