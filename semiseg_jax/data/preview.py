@@ -1,7 +1,8 @@
 """Draws training views: python -m semiseg_jax.data.preview --config=… --output=F.png
 
 F.png is a contact sheet of the views of both streams in the first steps of a student, with their
-labels, geometry and operations. F_operations.png shows each operation of strong augmentation at
+labels, geometry and operations; for methods that label inside the step also the views of unlabelled
+images. F_operations.png shows each operation of strong augmentation at
 the low end, the middle and the high end of its range, on one of these images.
 """
 
@@ -76,6 +77,21 @@ class View:
     operations: Operations
 
 
+@dataclasses.dataclass(frozen=True)
+class UnlabeledViews:
+    """The views of an unlabelled image, as a method gets them that labels inside the step.
+
+    Attributes:
+        id: of the image.
+        images: its views; [crop].
+        names: what each of them is.
+    """
+
+    id: str
+    images: Sequence[Picture]
+    names: Sequence[str]
+
+
 # --- Views ---------------------------------------------------------------------------------------
 
 
@@ -136,6 +152,34 @@ def first_views(
     return views
 
 
+def first_unlabeled_views(
+    config: Any,
+    dataset: load.Dataset,
+    spec: batch_layout.BatchSpec,
+    seed: Int64[np.ndarray, "2"],
+    pad_value: UInt8[np.ndarray, "3"],
+    count: int,
+) -> list[UnlabeledViews]:
+    """Returns the views of the first unlabelled images of a stage, from step 0 on.
+
+    Args:
+        config, dataset, spec, seed, pad_value: arguments of `input_pipeline.train_batches`.
+        count: number of images.
+    """
+    assert spec.views is not None
+    names = ["weak view"] * spec.views.weak
+    names += [f"strong view {i + 1}" for i in range(spec.views.strong)]
+    found: list[UnlabeledViews] = []
+    steps = range(-(-count // spec.batch_unlabeled))
+    for batch in input_pipeline.train_batches(config, dataset, (), spec, seed, steps, pad_value):
+        assert batch.views is not None
+        found += [
+            UnlabeledViews(name, list(images), names)
+            for name, images in zip(batch.unlabeled_ids, batch.views, strict=True)
+        ]
+    return found[:count]
+
+
 def describe_geometry(view: View) -> str:
     """Returns a caption with the scale, mirroring and padding of a view."""
     geometry = view.geometry
@@ -187,14 +231,19 @@ def draw_crop_frame(view: View) -> Picture:
 
 
 def contact_sheet(
-    sections: Sequence[tuple[str, str, Sequence[View]]], dataset: load.Dataset, title: str
+    sections: Sequence[tuple[str, str, Sequence[View | UnlabeledViews]]],
+    dataset: load.Dataset,
+    title: str,
 ) -> Image.Image:
     """Draws sections of views (heading, explanation, views) below the legend of the classes."""
     classes = zip(dataset.classes, dataset.palette, strict=True)
     blocks = [words(title, _TITLE), legend(classes, _LEGEND_WIDTH)]
     for heading, explanation, views in sections:
         blocks += [words(heading, _HEADING), words(explanation, TEXT, SECONDARY_COLOUR)]
-        cards = [_view_card(view, dataset.palette) for view in views]
+        cards = [
+            _view_card(view, dataset.palette) if isinstance(view, View) else _views_card(view)
+            for view in views
+        ]
         blocks.append(_grid(cards, 2))
     return _stack(blocks)
 
@@ -234,6 +283,12 @@ def _view_card(view: View, palette: Sequence[Sequence[int]]) -> Image.Image:
         label_picture = overlay(view.image, view.label, palette)
         pictures.append(_resize_to_width(label_picture, _CELL_WIDTH))
     return _card(pictures, [view.example.id], captions)
+
+
+def _views_card(views: UnlabeledViews) -> Image.Image:
+    """Draws the views of an unlabelled image side by side."""
+    pictures = [_resize_to_width(image, _CELL_WIDTH) for image in views.images]
+    return _card(pictures, [views.id], [[name] for name in views.names])
 
 
 def _resize_to_width(image: Picture, width: int) -> Image.Image:
@@ -340,8 +395,12 @@ def make_sheets(
     pad_value = _pad_value(config, stage)
     views = first_views(config, dataset, pseudo, stage_streams, seed, pad_value, count)
     name = stages.stage_name(stage, 1)
-    sections = list(_sections(views, name))
-    if not any(view.example.mask for view in views["strong"]):
+    sections: list[tuple[str, str, Sequence[View | UnlabeledViews]]] = list(_sections(views, name))
+    if stage_streams.views:
+        unlabeled = first_unlabeled_views(config, dataset, stage_streams, seed, pad_value, count)
+        heading = f"The unlabelled images of {name}, labelled inside the step"
+        sections.append((heading, _EXPLANATIONS["unlabeled"], unlabeled))
+    elif not any(view.example.mask for view in views["strong"]):
         # Labelled images in the strong stream show that SDA does not move the labels.
         labeled_strong = dataclasses.replace(stage_streams, weak=(), strong=("labeled",))
         strong = first_views(config, dataset, (), labeled_strong, seed, pad_value, count)["strong"]
@@ -370,6 +429,8 @@ def _pseudo_examples(dataset: load.Dataset, folder: str) -> tuple[load.Example, 
 
 _EXPLANATIONS = {
     "weak": "The image and its crop, the view, and its labels.",
+    "unlabeled": "The views of an image: one crop, and other colours in each strong view. Methods "
+    "that mix images do so after this.",
     "strong": "The image and its crop, the view before the operations, after them, and its labels.",
 }
 

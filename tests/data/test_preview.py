@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semiseg_jax import stages
 from semiseg_jax.data import batch_layout, image_io, input_pipeline, load, preview, sda, visualize
 from tests.conftest import tiny_config
 from tests.errors import raises_code
@@ -189,3 +190,18 @@ def test_command_without_output_exits_with_error():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "Say where the sheet goes, such as --output=preview.png." in done.stderr
+
+
+def test_views_of_unlabelled_images_are_those_of_the_batches(config, data):
+    config = config.copy_and_resolve_references()
+    config.method.name = "unimatch_v2"
+    config.train.batch_labeled, config.train.batch_unlabeled = 2, 4
+    spec = stages.batch_spec(config, "student")
+    shown = preview.first_unlabeled_views(config, data, spec, SEED, PAD_VALUE, 3)
+    (batch,) = input_pipeline.train_batches(config, data, (), spec, SEED, range(1), PAD_VALUE)
+    assert [views.id for views in shown] == list(batch.unlabeled_ids[:3])
+    for views, images in zip(shown, batch.views, strict=False):
+        assert views.names == ["weak view", "strong view 1", "strong view 2"]
+        np.testing.assert_array_equal(views.images, images)
+    sheet, _ = preview.make_sheets(config, "a title", 2)
+    assert sheet.width > 3 * 40
