@@ -104,9 +104,11 @@ def test_an_evaluation_in_the_middle_changes_no_bit(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
-@pytest.mark.parametrize("name", ["cutmix", "unimatch_v2", "cct"])
-def test_steps_of_a_method_are_measured_for_the_forecast(name, folder):
+@pytest.mark.parametrize("name", ONLINE)
+def test_steps_in_bfloat16_with_remat_are_measured_for_the_forecast(name, folder):
     config = config_of(name, folder)
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = True
     speed = measurement.measure(config).speed
     (step,) = (program for program in speed.costs if program.kind == "student step")
     assert speed.costs[step].images == 2 + 4 * registry.build(config).views.count
