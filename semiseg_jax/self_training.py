@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -490,7 +491,10 @@ class SelfTraining:
             variables = train_state.init_variables(model.model, seed, self._mesh)
             if path := published_weights.path(model.model_config):
                 variables, report = pretrained.load(path, variables)
-                logger.info(f"{path}: {report}")
+                # Where published weights lie says nothing to their user.
+                is_named = model.model_config.pretrained == published_weights.IMAGENET
+                source = f"{published_weights.IMAGENET} ({Path(path).name})" if is_named else path
+                logger.info(f"{source}: {report}")
                 for sentence in model.pretrained_mismatches:
                     logger.info(sentence)
             return variables

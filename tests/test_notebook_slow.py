@@ -20,7 +20,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)
     # Every call of the notebook, with less work in it.
     fewer = {
-        "= 300, 150": "= 8, 4",
+        "= 100, 50": "= 8, 4",
         "keep_confidence = True": "update({'keep_confidence': True, 'scales': (1.0,)})",
     }
     cells = notebook.execute(tmp_path / "docs", fewer).cells
