@@ -294,20 +294,27 @@ def averaged_teacher(decay: float, warmup: bool) -> ConfigDict:
 def model() -> ConfigDict:
     """Network architecture and initial weights."""
     model = ConfigDict()
-    # xception65; resnet18, resnet50, resnet101; with a deep stem of 32-32-64 channels resnet50c,
-    # resnet101c, of 64-64-128 channels resnet50s, resnet101s; efficientnet_lite0,
-    # efficientnet_lite1, efficientnet_lite2; resnet10_slim; tiny.
+    # Convolutional: xception65; resnet18, resnet50, resnet101; with a deep stem of 32-32-64
+    # channels resnet50c, resnet101c, of 64-64-128 channels resnet50s, resnet101s;
+    # efficientnet_lite0, efficientnet_lite1, efficientnet_lite2; resnet10_slim; tiny.
+    # Vision transformers: dinov2_vits14, dinov2_vitb14, dinov2_vitl14; dinov3_vits16,
+    # dinov3_vitb16, dinov3_vitl16; tiny_dinov2, tiny_dinov3. They have no output stride and no
+    # batch norm: the keys of both have no effect.
     model.backbone = "resnet18"
-    # v3plus (DeepLabV3+); v3plus_smp (DeepLabV3+ as in segmentation_models_pytorch: no norm inside
-    # separable convolutions, one of which precedes the join of decoder and low-level branch); v2
-    # (DeepLabV2, the sum of dilated classifiers).
+    # On convolutional backbones: v3plus (DeepLabV3+); v3plus_smp (DeepLabV3+ as in
+    # segmentation_models_pytorch: no norm inside separable convolutions, one of which precedes the
+    # join of decoder and low-level branch); v2 (DeepLabV2, the sum of dilated classifiers). On
+    # vision transformers: dpt (four levels merged from coarse to fine, as in UniMatch V2); linear
+    # (a classifier of the last features).
     model.head = "v3plus"
     # Initial weights; "" for none. "imagenet" for the published ImageNet weights of the backbone,
     # from an installed package or downloaded (docs/networks.md). Otherwise a .npz, .safetensors,
     # .pth or .pt file, or the prefix of a TensorFlow checkpoint. Supported layouts: the ResNets of
     # torchvision and timm; Xception-65 of timm and, with its head, of TensorFlow's DeepLab; the
     # DeepLabV3+ on ResNet of segmentation_models_pytorch; EfficientNet-Lite with its original
-    # names; a run's model/weights.safetensors. All tensors of the file are loaded except a
+    # names; DINOv2 and DINOv3 in their own layout, timm's and that of transformers; checkpoints of
+    # UniMatch V2; a run's model/weights.safetensors. Of several state dicts in a .pth file one is
+    # chosen by its key, as in best.pth/model_ema. All tensors of the file are loaded except a
     # classifier for another number of classes. New networks of this backbone start from them: the
     # teacher, and students with rounds.student_init = "scratch".
     model.pretrained = ""
@@ -325,7 +332,8 @@ def model() -> ConfigDict:
     model.norm = "dsbn"
     # Weight of the old running moment in each update, [0, 1).
     model.norm_momentum = 0.9
-    # Added to the variance, > 0; unset: that of the weights, else 1e-3 (backbone), 1e-5 (head).
+    # Added to the variance, > 0; unset: that of the weights, else 1e-3 (backbone; vision
+    # transformers as published), 1e-5 (head).
     model.norm_epsilon = ConfigDict()
     model.norm_epsilon.backbone = config_dict.placeholder(float)
     model.norm_epsilon.head = config_dict.placeholder(float)
@@ -341,10 +349,14 @@ def model() -> ConfigDict:
     # Dropout rate after the ASPP in training, [0, 1); v2 has no dropout.
     model.dropout = 0.1
     # Whether resizing aligns the corner pixels of both grids; unset: as the weights require, else
-    # False.
+    # True for dpt and False for other heads.
     model.align_corners = config_dict.placeholder(bool)
-    # Input mean and standard deviation: imagenet, half (maps to -1..1), lite ((x - 127) / 128), or
-    # auto (that of the weights in `pretrained`, else the usual one of the backbone).
+    # How the learned positions of a vision transformer are interpolated to grids of other sizes:
+    # original (as in DINOv2's code and UniMatch V2) or timm (with antialiasing).
+    model.position_rule = "original"
+    # Input mean and standard deviation: imagenet, half (maps to -1..1), lite ((x - 127) / 128),
+    # dinov3_satellite (of DINOv3's weights for satellite images), or auto (that of the weights in
+    # `pretrained`, else the usual one of the backbone).
     model.input_normalization = "auto"
     # Dtype of the computation, float32 or bfloat16; parameters, statistics, softmax and losses stay
     # float32.

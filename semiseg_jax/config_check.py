@@ -274,6 +274,8 @@ def check(config: Any) -> None:
         )
     if not stages.has_teacher(config):
         _check_starts_without_teacher(config)
+    for backbone in {config.model.backbone, config.rounds.student_model or config.model.backbone}:
+        deeplab.check_head(deeplab.config_for(config, backbone))
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
     supervised_loss.check(config)

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt8
 
 from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.models.deeplab import normalize
 from semiseg_jax.models.layers import resize
+from semiseg_jax.models.segmenter import normalize
 from semiseg_jax.runtime import preemption, rules
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.train_state import Variables

@@ -21,6 +21,7 @@ from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.views import Views
 from semiseg_jax.methods import mixing, registry
 from semiseg_jax.methods.method import OnlineMethod
+from semiseg_jax.models import deeplab
 from semiseg_jax.runtime import fileio, hashes, json_forms
 from semiseg_jax.runtime.errors import UserError
 
@@ -249,10 +250,10 @@ def norm_values(config: Any, kind: str) -> dict[str, int]:
 
     Returns:
         The number of values by stream, "weak", "strong", or "weak and strong" if both share a norm;
-        empty if the norms are frozen.
+        empty if the norms are frozen or there are none.
     """
     spec, model = batch_spec(config, kind), config.model
-    if model.norm == "frozen":
+    if model.norm == "frozen" or not deeplab.has_batch_norm(model):
         return {}
     values_per_image = 1
     if model.head == "v2":

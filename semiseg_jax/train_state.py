@@ -133,11 +133,15 @@ def match_norm_kind(variables: Variables, shapes: Variables) -> Variables:
 
 
 def inference_variables(variables: Variables) -> Variables:
-    """Returns the variables without the strong norm: all that domain="weak" reads."""
+    """Returns the variables without the strong norm: all that domain="weak" reads.
+
+    A network without batch norms has parameters alone.
+    """
     params = traverse_util.flatten_dict(variables["params"])
     weak_params = {path: leaf for path, leaf in params.items() if "strong" not in path}
     weak_stats = stats_collection("weak")
-    return {"params": traverse_util.unflatten_dict(weak_params), weak_stats: variables[weak_stats]}
+    stats = {weak_stats: variables[weak_stats]} if weak_stats in variables else {}
+    return {"params": traverse_util.unflatten_dict(weak_params), **stats}
 
 
 def variables_hash(variables: Variables) -> str:

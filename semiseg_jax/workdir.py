@@ -87,6 +87,7 @@ ADDED_KEYS = {
     "optim.betas": (0.9, 0.999),
     "optim.epsilon": 1e-8,
     "optim.decay_all": False,
+    "model.position_rule": "original",
 }
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.

@@ -48,6 +48,7 @@ ACTING = {
     "model.low_level_features": 8,
     "model.aspp_rates": (2,),
     "model.align_corners": True,
+    "model.position_rule": "timm",
     "model.input_normalization": "half",
     "model.compute_dtype": "bfloat16",
     "rounds.student_model": "resnet10_slim",

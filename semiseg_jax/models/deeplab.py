@@ -1,4 +1,4 @@
-"""DeepLab, built from the config: a backbone, a head, and logits at the size of the input.
+"""Networks, built from the config: DeepLab, and the choice between it and `vit_segmenter`.
 
 Sources: DeepLabV3+ (Chen et al., ECCV 2018), DeepLabV2 (Chen et al., 2017).
 """
@@ -8,23 +8,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Num
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from semiseg_jax.models import (
-    convolutions,
+    dpt,
     dsbn,
     efficientnet_lite,
     layers,
+    positions,
     pretrained,
     published_weights,
     resnet,
+    vit,
+    vit_segmenter,
     xception,
 )
+from semiseg_jax.models.segmenter import Features, Segmenter
 from semiseg_jax.runtime import rules
 from semiseg_jax.runtime.errors import UserError
 
@@ -33,9 +36,11 @@ INPUT_NORMALIZATIONS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
     "lite": ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
+    "dinov3_satellite": ((109.65, 104.805, 75.48), (54.315, 39.78, 36.465)),
 }
 
-BACKBONES = {**resnet.BACKBONES, **xception.BACKBONES, **efficientnet_lite.BACKBONES}
+_CONVOLUTIONAL = {**resnet.BACKBONES, **xception.BACKBONES, **efficientnet_lite.BACKBONES}
+BACKBONES = {**_CONVOLUTIONAL, **vit.BACKBONES}
 GRID_SIZES = {**resnet.GRID_SIZES, **xception.GRID_SIZES}
 
 # By backbone: the input normalisation of its published weights.
@@ -43,15 +48,17 @@ USUAL_NORMALIZATIONS = (
     dict.fromkeys(resnet.BACKBONES, "imagenet")
     | dict.fromkeys(xception.BACKBONES, "half")
     | dict.fromkeys(efficientnet_lite.BACKBONES, "lite")
+    | dict.fromkeys(vit.BACKBONES, "imagenet")
 )
 
-HEADS = ("v3plus", "v3plus_smp", "v2")
+_CONVOLUTIONAL_HEADS = ("v3plus", "v3plus_smp", "v2")
+HEADS = (*_CONVOLUTIONAL_HEADS, *vit_segmenter.HEADS)
 
 _CHANNELS = rules.integer(1, 4096)
 # float32 has no smaller numbers.
 _EPSILON: rules.Rule = (lambda v: rules.is_number(v, 1e-30, 1000), "at most 1000 and above 0")
 # By key of `config.model`: the values it accepts; `check_multi_grid` has the constraint between
-# keys. `resolve` gives the keys a value that may be open, None or "auto".
+# keys, and `check_head`. `resolve` gives the keys a value that may be open, None or "auto".
 RULES: dict[str, rules.Rule] = {
     "backbone": rules.key_of(BACKBONES),
     "head": rules.one_of(*HEADS),
@@ -74,6 +81,7 @@ RULES: dict[str, rules.Rule] = {
     ),
     "dropout": rules.below(0, 1),
     "align_corners": rules.or_none(rules.BOOL),
+    "position_rule": rules.one_of(*positions.POSITION_RULES),
     "input_normalization": rules.one_of("auto", *INPUT_NORMALIZATIONS),
     "compute_dtype": rules.one_of("float32", "bfloat16"),
     "remat": rules.BOOL,
@@ -86,21 +94,6 @@ RESOLVED_RULES = RULES | {
     "align_corners": rules.BOOL,
     "input_normalization": rules.one_of(*INPUT_NORMALIZATIONS),
 }
-
-
-@flax.struct.dataclass
-class Features:
-    """The result of `DeepLab.encode`: a pytree of feature maps, and the size of the input.
-
-    Attributes:
-        low: features at stride 4, [b, h, w, c].
-        high: the last features, at the output stride, [b, h, w, c].
-        size: (height, width) of the images, in pixels; static.
-    """
-
-    low: Any
-    high: Any
-    size: tuple[convolutions.Dim, convolutions.Dim] = flax.struct.field(pytree_node=False)
 
 
 class ASPP(nn.Module):
@@ -151,105 +144,14 @@ class ASPP(nn.Module):
         return layers.Dropout(self.dropout)(y, layout)
 
 
-class DeepLab(nn.Module):
-    """A backbone and a head; subclasses define the head in `_head`.
-
-    `encode` computes the backbone's features and `decode` the logits from them, so that a caller
-    can change the features in between or decode them by another head:
-
-        features = model.apply(variables, images, domain="strong", method="encode")
-        logits = model.apply(variables, features, domain="strong", method="decode")
+class DeepLab(Segmenter):
+    """A convolutional backbone and a head with dilated convolutions.
 
     Attributes:
-        backbone: returns {"low": features at stride 4, "high": at the output stride}.
-        num_classes: C.
         rates: dilations of the head, in pixels of the features.
-        mean, std: input normalisation, for RGB values 0..255.
-        align_corners: see `layers.interpolation_matrix`; for every resize in the network.
-        remat: recompute the activations inside the head's separable convolutions in the backward
-            pass too.
-        dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
-    backbone: nn.Module
-    num_classes: int
     rates: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    align_corners: bool
-    remat: bool
-    dtype: DTypeLike | None
-
-    def __call__(
-        self,
-        images: Num[ArrayLike, "b h w 3"],
-        domain: dsbn.Domain = "weak",
-        groups: int = 1,
-        train: bool = False,
-        num_weak: int | None = None,
-    ) -> Float[Array, "b h w classes"]:
-        """Computes logits at the size of the images, in the compute dtype.
-
-        Args:
-            images: RGB; uint8 images are normalised here, float images must be normalised already.
-            domain: the norm of the images; "both" for blocks of weak and strong images.
-            groups: with "both", the number of equal blocks (see `dsbn.DomainLayout`).
-            train: use batch statistics and dropout; the statistics collections must be mutable,
-                and a dropout rate other than 0 needs a `dropout` key.
-            num_weak: with "both", the number of weak images in each block; None for half of it.
-        """
-        features = self.encode(images, domain, groups, train, num_weak)
-        return self.decode(features, domain, groups, train, num_weak)
-
-    def encode(
-        self,
-        images: Num[ArrayLike, "b h w 3"],
-        domain: dsbn.Domain = "weak",
-        groups: int = 1,
-        train: bool = False,
-        num_weak: int | None = None,
-    ) -> Features:
-        """Computes the backbone's features; arguments as for `__call__`."""
-        layout = dsbn.DomainLayout(domain, train, groups, num_weak)
-        images = jnp.asarray(images)
-        x = normalize(images, self.mean, self.std)
-        x = x if self.dtype is None else x.astype(self.dtype)
-        features = self.backbone(x, layout)
-        return Features(features["low"], features["high"], images.shape[1:3])
-
-    @nn.compact
-    def decode(
-        self,
-        features: Features,
-        domain: dsbn.Domain = "weak",
-        groups: int = 1,
-        train: bool = False,
-        num_weak: int | None = None,
-    ) -> Float[Array, "b h w classes"]:
-        """Computes logits at the size of the images from features, in the compute dtype.
-
-        Args:
-            features: from `encode`, changed or not. Their batch need not be that of the images: the
-                other arguments describe the batch of the features.
-            domain, groups, train, num_weak: as for `__call__`.
-        """
-        logits = self._head(features, dsbn.DomainLayout(domain, train, groups, num_weak))
-        return layers.resize(logits, features.size, self.align_corners)
-
-    def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
-        """Computes logits at any resolution; its submodules belong to the scope of `decode`."""
-        raise NotImplementedError
-
-    def _classifier(self, kernel_size: int, dilation: int, name: str) -> layers.Conv:
-        return layers.Conv(
-            self.num_classes,
-            kernel_size,
-            dilation=dilation,
-            use_bias=True,
-            kernel_init=nn.initializers.normal(0.01),
-            dtype=self.dtype,
-            name=name,
-        )
 
 
 class DeepLabV3Plus(DeepLab):
@@ -318,36 +220,25 @@ class DeepLabV2(DeepLab):
         return functools.reduce(jnp.add, branches)
 
 
-def normalize(
-    images: Num[ArrayLike, "b h w 3"],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Float[Array, "b h w 3"]:
-    """Returns (image - mean) / std for uint8 images, and float images unchanged."""
-    images = jnp.asarray(images)
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return images
-    scale = 1.0 / np.asarray(std, np.float32)
-    return (images.astype(jnp.float32) - np.asarray(mean, np.float32)) * scale
-
-
 def default_rates(head: str, output_stride: int) -> tuple[int, ...]:
-    """Returns the published dilation rates of a head, in pixels of the features.
+    """Returns the published dilation rates of a head, in pixels of the features; () without any.
 
     DeepLabV3+ and V2 publish them for strides 16 and 8; at other strides the rates span the same
     distance in the image. segmentation_models_pytorch has the same rates at every stride.
     """
+    if head in vit_segmenter.HEADS:
+        return ()
     if head == "v3plus_smp":
         return (12, 24, 36)
     published_stride, rates = {"v3plus": (16, (6, 12, 18)), "v2": (8, (6, 12, 18, 24))}[head]
     return tuple(max(round(rate * published_stride / output_stride), 1) for rate in rates)
 
 
-def build(model_config: Any, num_classes: int) -> DeepLab:
+def build(model_config: Any, num_classes: int) -> Segmenter:
     """Builds the network of `config.model`, without variables.
 
-    `model.init(…, domain="both")` creates the variables of both domains: `params`,
-    `batch_stats_weak`, `batch_stats_strong`.
+    `model.init(…, domain="both")` creates the variables of both domains: `params`, and, if the
+    network has batch norms, `batch_stats_weak` and `batch_stats_strong`.
 
     Args:
         model_config: `config.model` of configs/default.py; `resolve` fills in its open values.
@@ -355,46 +246,92 @@ def build(model_config: Any, num_classes: int) -> DeepLab:
 
     Raises:
         UserError: the weights that determine open values cannot be read, or the backbone does not
-            support the multi-grid.
+            support the multi-grid or the head.
     """
     config = resolve(model_config)
+    check_head(config)
+    check_multi_grid(config)
     # float32 is None, which promotes dtypes, so that float64 parameters compute in float64.
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
-    norm = functools.partial(
-        dsbn.DomainNorm, kind=config.norm, momentum=config.norm_momentum, dtype=dtype
-    )
-    check_multi_grid(config)
-    grid = {"multi_grid": tuple(config.multi_grid)} if config.multi_grid else {}
     mean, std = INPUT_NORMALIZATIONS[config.input_normalization]
     common = {
-        # Flax names a submodule after its attribute; optim.RULES match the name "backbone".
-        "backbone": BACKBONES[config.backbone](
-            norm=functools.partial(norm, epsilon=config.norm_epsilon.backbone),
-            output_stride=config.output_stride,
-            first_dilation=config.first_dilation,
-            remat=config.remat,
-            dtype=dtype,
-            **grid,
-        ),
         "num_classes": num_classes,
-        "rates": tuple(config.aspp_rates),
         "mean": mean,
         "std": std,
         "align_corners": config.align_corners,
         "remat": config.remat,
         "dtype": dtype,
     }
+    build_network = _build_vit if config.backbone in vit.BACKBONES else _build_deeplab
+    return build_network(config, common)
+
+
+def _build_vit(config: Any, common: Mapping[str, Any]) -> Segmenter:
+    """Builds a network on a vision transformer; `common` are attributes of every Segmenter."""
+    spec = vit.SPECS[config.backbone]
+    backbone = BACKBONES[config.backbone](
+        epsilon=config.norm_epsilon.backbone,
+        position_rule=config.position_rule,
+        remat=config.remat,
+        dtype=common["dtype"],
+    )
+    if config.head == "linear":
+        return vit_segmenter.LinearSegmenter(**common, backbone=backbone, patch=spec.patch)
+    return vit_segmenter.DPTSegmenter(
+        **common, backbone=backbone, patch=spec.patch, head=dpt.SPECS[spec.width]
+    )
+
+
+def _build_deeplab(config: Any, common: Mapping[str, Any]) -> Segmenter:
+    """Builds a DeepLab; `common` are attributes of every Segmenter."""
+    norm = functools.partial(
+        dsbn.DomainNorm,
+        kind=config.norm,
+        momentum=config.norm_momentum,
+        dtype=common["dtype"],
+    )
+    grid = {"multi_grid": tuple(config.multi_grid)} if config.multi_grid else {}
+    attributes = {
+        **common,
+        # Flax names a submodule after its attribute; optim.RULES match the name "backbone".
+        "backbone": BACKBONES[config.backbone](
+            norm=functools.partial(norm, epsilon=config.norm_epsilon.backbone),
+            output_stride=config.output_stride,
+            first_dilation=config.first_dilation,
+            remat=config.remat,
+            dtype=common["dtype"],
+            **grid,
+        ),
+        "rates": tuple(config.aspp_rates),
+    }
     if config.head == "v2":
-        return DeepLabV2(**common)
+        return DeepLabV2(**attributes)
     smp_head = {"decoder": (1, 1), "norm_between": False}
     return DeepLabV3Plus(
-        **common,
+        **attributes,
         norm=functools.partial(norm, epsilon=config.norm_epsilon.head),
         features=config.head_features,
         low_features=config.low_level_features,
         dropout=config.dropout,
         **(smp_head if config.head == "v3plus_smp" else {}),
     )
+
+
+def check_head(model_config: Any) -> None:
+    """Raises a UserError if the head does not fit the kind of backbone."""
+    head, backbone = model_config.head, model_config.backbone
+    heads = vit_segmenter.HEADS if backbone in vit.BACKBONES else _CONVOLUTIONAL_HEADS
+    if head not in heads:
+        raise UserError(
+            f"model.head is {head}, which does not fit the backbone {backbone}: make it one of "
+            f"{', '.join(heads)}.",
+            code="head-of-another-backbone",
+        )
+
+
+def has_batch_norm(model_config: Any) -> bool:
+    """Whether the network has batch norms, on which `model.norm` acts."""
+    return model_config.backbone not in vit.BACKBONES
 
 
 def check_multi_grid(model_config: Any) -> None:
@@ -415,13 +352,17 @@ def check_multi_grid(model_config: Any) -> None:
         )
 
 
-# Values of open keys where the weights do not determine them.
-_DEFAULTS: dict[str, Any] = {
-    "first_dilation": "previous",
-    "align_corners": False,
-    "norm_epsilon.backbone": 1e-3,
-    "norm_epsilon.head": 1e-5,
-}
+def _defaults(model_config: Any) -> dict[str, Any]:
+    """Returns values of the open keys, for where the weights do not determine them."""
+    spec = vit.SPECS.get(model_config.backbone)
+    return {
+        "first_dilation": "previous",
+        # UniMatch V2's code aligns corners everywhere.
+        "align_corners": model_config.head == "dpt",
+        "norm_epsilon.backbone": spec.epsilon if spec else 1e-3,
+        "norm_epsilon.head": 1e-5,
+        "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone],
+    }
 
 
 def _value(model_config: Any, key: str) -> Any:
@@ -439,7 +380,7 @@ def resolve(model_config: Any) -> Any:
         UserError: the weights cannot be read.
     """
     resolved = model_config.copy_and_resolve_references()
-    defaults = {**_DEFAULTS, "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone]}
+    defaults = _defaults(model_config)
     open_keys = [key for key in defaults if _value(model_config, key) in (None, "auto")]
     trained_with: Mapping[str, Any] = {}
     if open_keys and (path := published_weights.path(model_config)):
@@ -538,8 +479,12 @@ def parameter_table(model_config: Any, variables: Mapping[str, Any]) -> list[tup
             counts[path[0]] = counts.get(path[0], 0) + leaf.size
     rates = f"rates {', '.join(map(str, config.aspp_rates))}"
     grid = f", multi-grid {', '.join(map(str, config.multi_grid))}" if config.multi_grid else ""
+    if spec := vit.SPECS.get(config.backbone):
+        stride = f"patches of {spec.patch} pixels, no batch norm for model.norm to act on"
+    else:
+        stride = f"output stride {config.output_stride}{grid}"
     notes = {
-        "backbone": f"{config.backbone}, output stride {config.output_stride}{grid}",
+        "backbone": f"{config.backbone}, {stride}",
         "aspp": rates,
         "classifier1": rates,
     }

@@ -15,6 +15,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from semiseg_jax.models import deeplab, dsbn
+from semiseg_jax.models.segmenter import Segmenter
 
 
 class Shift(nn.Module):
@@ -30,19 +31,19 @@ class Shift(nn.Module):
         return x + bias
 
 
-def fold(
-    model: deeplab.DeepLab, variables: Mapping[str, Any]
-) -> tuple[deeplab.DeepLab, dict[str, Any]]:
+def fold(model: Segmenter, variables: Mapping[str, Any]) -> tuple[Segmenter, dict[str, Any]]:
     """Returns the network with the weak norm folded into the kernels, and its variables.
 
     It computes the same function as the model with domain="weak" and train=False, and has no
-    variables but parameters. Every norm of every network is part of a `layers.ConvNorm`, whose
-    convolution precedes it.
+    variables but parameters. Every batch norm is part of a `layers.ConvNorm`, whose convolution
+    precedes it. A network without batch norms is returned as it is.
 
     Args:
         model: from `deeplab.build`.
         variables: of the model; the strong norm is not read and may be missing.
     """
+    if dsbn.stats_collection("weak") not in variables:
+        return model, dict(variables)
     params = traverse_util.flatten_dict(variables["params"])
     statistics = traverse_util.flatten_dict(variables[dsbn.stats_collection("weak")])
     folded = {path: leaf for path, leaf in params.items() if "norm" not in path}

@@ -32,6 +32,7 @@ from semiseg_jax.data.sources import streets
 from semiseg_jax.data.sources.downscale import shrink_image
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
+from semiseg_jax.models.segmenter import Segmenter
 from semiseg_jax.runtime import fileio, interrupts
 from semiseg_jax.runtime.errors import UserError, reason
 from semiseg_jax.runtime.logger import logger
@@ -199,7 +200,7 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
 
 
 def _write(
-    model: deeplab.DeepLab, variables: Variables, format_: str, folder: Path, downscale: int
+    model: Segmenter, variables: Variables, format_: str, folder: Path, downscale: int
 ) -> None:
     """Folds the weak norm into the convolutions and writes the model in a format."""
     folded, weights = folding.fold(model, variables)

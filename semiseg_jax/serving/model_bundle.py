@@ -80,7 +80,11 @@ _SCHEMA: dict[str, Rule] = {
     "largest_pixels": rules.integer(0, 2**40),
 }
 # Fields that older code did not write, each with the value that equals its behaviour.
-_ADDED_FIELDS = {"preprocessing": {"downscale": 1}, "protocol": {"evaluation_hash": None}}
+_ADDED_FIELDS = {
+    "model": {"position_rule": "original"},
+    "preprocessing": {"downscale": 1},
+    "protocol": {"evaluation_hash": None},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A network with the interface of `deeplab.DeepLab` that compiles in a second."""
+"""A network with the interface of `segmenter.Segmenter` that compiles in a second."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from semiseg_jax.models import dsbn, layers
-from semiseg_jax.models.deeplab import Features, normalize
+from semiseg_jax.models.segmenter import Features, normalize
 
 
 class ToyNetwork(nn.Module):
