@@ -16,7 +16,13 @@ from flax import traverse_util
 
 from semiseg_jax.models import weight_files
 from semiseg_jax.models.weight_files import NO_WEIGHT, File
-from semiseg_jax.models.weight_layouts import LAYOUTS, Conventions, WeightLayout, canonical_name
+from semiseg_jax.models.weight_layout import (
+    Conventions,
+    UnsupportedNetworkError,
+    WeightLayout,
+    canonical_name,
+)
+from semiseg_jax.models.weight_layouts import LAYOUTS
 from semiseg_jax.runtime.errors import UserError
 
 # Prefix of the modules that depend on the set of classes: "classifier", "classifier1", …
@@ -54,7 +60,9 @@ class LoadReport:
             ("not used", self.unused, _shortened(self.unused)),
             ("newly initialised", self.initial, f"in {initial}"),
         ]
-        return f"weights of layout {self.conventions.layout}, input normalisation {norm}\n" + (
+        terms = f", {self.conventions.license}" if self.conventions.license else ""
+        heading = f"weights of layout {self.conventions.layout}, input normalisation {norm}{terms}"
+        return f"{heading}\n" + (
             "\n".join(
                 f"  {title:17s} {len(names):4d} tensors {note if names else ''}".rstrip()
                 for title, names, note in rows
@@ -137,8 +145,8 @@ def _translate(
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     with _layout_errors(path):
         conventions = layout.conventions(file)
-        for name, tensor in file.tensors.items():
-            if translated := layout.translate(name, tensor):
+        for name, part, tensor in layout.parts(file):
+            if translated := layout.translate(part, tensor):
                 tensors[translated[0]] = name, translated[1]
     leaves = {
         canonical_name(key): leaf for key, leaf in traverse_util.flatten_dict(variables).items()
@@ -166,6 +174,11 @@ def _layout_errors(path: epath.PathLike) -> Iterator[None]:
     """Turns the errors of a layout about tensors and descriptions of any form into a UserError."""
     try:
         yield
+    except UnsupportedNetworkError as error:
+        raise UserError(
+            f"{path} holds {error}: give weights of one of these networks.",
+            code="weights-network-unsupported",
+        ) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} has tensors or a description that do not fit the names of its tensors "

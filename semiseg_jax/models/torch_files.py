@@ -95,11 +95,12 @@ class _Tensor:
         return math.prod(self.size)
 
 
-def read(content: bytes) -> dict[str, np.ndarray]:
+def read(content: bytes, entry: str = "") -> dict[str, np.ndarray]:
     """Returns the tensors of a state dict, also of one under the key "state_dict" or "model".
 
     Args:
         content: of the file.
+        entry: key of the state dict, for files with several; "" for one of these keys.
 
     Returns:
         The tensors by name: views of `content`, read-only; bfloat16 becomes float32.
@@ -110,8 +111,8 @@ def read(content: bytes) -> dict[str, np.ndarray]:
     """
     try:
         if content[:4] == b"PK\x03\x04":
-            return _read_zip(content)
-        return _read_stream(content)
+            return _read_zip(content, entry)
+        return _read_stream(content, entry)
     except (
         # What the standard library raises for damaged archives and pickles. The reader's own code
         # raises LookupError and TypeError where the pickle's stack is not as it expects.
@@ -121,7 +122,7 @@ def read(content: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"it is no state dict that torch.save wrote: {error!r}") from error
 
 
-def _read_zip(content: bytes) -> dict[str, np.ndarray]:
+def _read_zip(content: bytes, entry: str) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         # torch.save stores without compression: entries larger than the file are an attack.
         if sum(entry.file_size for entry in archive.infolist()) > len(content):
@@ -133,13 +134,14 @@ def _read_zip(content: bytes) -> dict[str, np.ndarray]:
             order = archive.read(f"{prefix}byteorder").decode()
         if order not in ("little", "big"):
             raise ValueError(f"its byte order is {order!r}")
-        tensors = _find_state_dict(_Machine().run(io.BytesIO(archive.read(pickle_name))))
+        value = _Machine().run(io.BytesIO(archive.read(pickle_name)))
+        tensors = _find_state_dict(value, entry)
         keys = {tensor.storage.key for tensor in tensors.values()}
         buffers = {key: archive.read(f"{prefix}data/{key}") for key in keys}
     return _build_all(tensors, buffers, order, len(content))
 
 
-def _read_stream(content: bytes) -> dict[str, np.ndarray]:
+def _read_stream(content: bytes, entry: str) -> dict[str, np.ndarray]:
     file = io.BytesIO(content)
     if not content.startswith(b"\x80") or _Machine().run(file) != _MAGIC:
         raise ValueError("it has neither of the formats of torch.save")
@@ -147,7 +149,7 @@ def _read_stream(content: bytes) -> dict[str, np.ndarray]:
         raise ValueError("it has another version of the format")
     _Machine().run(file)  # Sizes of types on the machine that wrote it; the format fixes them.
     machine = _Machine()
-    tensors = _find_state_dict(machine.run(file))
+    tensors = _find_state_dict(machine.run(file), entry)
     keys = _Machine().run(file)
     position = file.tell()
     buffers = {}
@@ -163,9 +165,15 @@ def _read_stream(content: bytes) -> dict[str, np.ndarray]:
     return _build_all(tensors, buffers, "little", len(content))
 
 
-def _find_state_dict(value: Any) -> Mapping[str, _Tensor]:
-    for wrapper in _WRAPPERS:
-        value = value.get(wrapper, value) if isinstance(value, dict) else value
+def _find_state_dict(value: Any, entry: str) -> Mapping[str, _Tensor]:
+    if entry:
+        if not isinstance(value, dict) or not isinstance(value.get(entry), dict):
+            names = [k for k, v in value.items() if isinstance(v, dict)] if value else []
+            raise ValueError(f"it holds no state dict {entry}, but {names or 'no other either'}")
+        value = value[entry]
+    else:
+        for wrapper in _WRAPPERS:
+            value = value.get(wrapper, value) if isinstance(value, dict) else value
     if not isinstance(value, dict) or not all(
         isinstance(key, str) and isinstance(tensor, _Tensor) for key, tensor in value.items()
     ):
@@ -252,12 +260,25 @@ def _set_item(items: Any, key: Any, value: Any) -> None:
     items[key] = value
 
 
+class _NumPyValue:
+    """Stands for a scalar of NumPy, such as the best score in a checkpoint; it has no content."""
+
+
+def _numpy_value(*_: Any) -> _NumPyValue:
+    return _NumPyValue()
+
+
 # The names that a state dict may refer to, and what stands for the function of that name.
 _GLOBALS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    # A scalar is a call with its dtype and its bytes, which in turn are a call with text.
+    "numpy.core.multiarray.scalar": _numpy_value,
+    "numpy._core.multiarray.scalar": _numpy_value,
+    "numpy.dtype": _numpy_value,
+    "_codecs.encode": _numpy_value,
 }
 _STORAGES = {f"{module}.{name}": name for module in ("torch", "torch.cuda") for name in _DTYPES}
 
@@ -376,9 +397,10 @@ class _Machine:
         self._stack.append(_GLOBALS[function.name](*arguments))
 
     def _build(self, _: Any) -> None:
-        # PyTorch sets an attribute of the state dict, the versions of its modules.
+        # PyTorch sets an attribute of the state dict, the versions of its modules; NumPy the byte
+        # order of a dtype.
         self._stack.pop()
-        if not isinstance(self._stack[-1], dict):
+        if not isinstance(self._stack[-1], dict | _NumPyValue):
             raise UnsafeFileError("an object with attributes")
 
     def _persistent(self, _: Any) -> None:

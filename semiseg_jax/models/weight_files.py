@@ -55,11 +55,16 @@ class File:
 _MAX_COMPRESSION, _FREE_BYTES = 64, 2**28
 
 
+_TORCH_SUFFIXES = (".pth", ".pt")
+
+
 def read(path: epath.PathLike) -> File:
     """Reads a file.
 
     Args:
-        path: a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint.
+        path: a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint. Of a
+            PyTorch file that holds several state dicts, one is chosen by its key, as in
+            best.pth/model_ema.
 
     Raises:
         UserError: the file is missing or damaged, has none of these formats, or holds more than
@@ -86,10 +91,18 @@ def read_header(path: epath.PathLike) -> File:
 
 def parts(path: epath.PathLike) -> list[epath.Path]:
     """Returns the files that a path stands for: itself, or those of a TensorFlow checkpoint."""
-    prefix = _checkpoint_prefix(epath.Path(path))
+    path, _ = _split_entry(epath.Path(path))
+    prefix = _checkpoint_prefix(path)
     if prefix is None:
-        return [epath.Path(path)]
+        return [path]
     return [*sorted(prefix.parent.glob(f"{prefix.name}.data-*")), epath.Path(f"{prefix}.index")]
+
+
+def _split_entry(path: epath.Path) -> tuple[epath.Path, str]:
+    """Returns the file and the key of a path such as best.pth/model_ema; "" for no key."""
+    if path.parent.suffix in _TORCH_SUFFIXES and path.parent.is_file():
+        return path.parent, path.name
+    return path, ""
 
 
 def _checkpoint_prefix(path: epath.Path) -> epath.Path | None:
@@ -101,7 +114,10 @@ def _checkpoint_prefix(path: epath.Path) -> epath.Path | None:
 def _call_reader(path: epath.PathLike, readers: Mapping[str, Callable[[epath.Path], File]]) -> File:
     """Calls the reader for the format of the path, and turns its errors into UserErrors."""
     path = epath.Path(path)
-    if prefix := _checkpoint_prefix(path):
+    file, entry = _split_entry(path)
+    if entry:
+        file_format = file.suffix
+    elif prefix := _checkpoint_prefix(path):
         path, file_format = prefix, "tensorflow"
     elif path.suffix in readers:
         file_format = path.suffix
@@ -254,8 +270,9 @@ def _safetensors_description(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_torch(path: epath.Path) -> File:
+    file, entry = _split_entry(path)
     try:
-        return File(torch_files.read(path.read_bytes()), {})
+        return File(torch_files.read(file.read_bytes(), entry), {})
     except torch_files.UnsafeFileError as error:
         raise UserError(
             f"{path} holds more than tensors ({error}), and is not read, because reading it could "
@@ -265,7 +282,7 @@ def _read_torch(path: epath.Path) -> File:
 
 
 def _read_torch_header(path: epath.Path) -> File:
-    status = path.stat()
+    status = _split_entry(path)[0].stat()
     return _cached_torch_header(path, status.length, status.mtime)
 
 

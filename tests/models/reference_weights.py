@@ -4,6 +4,7 @@
 imports only NumPy, because both run in different environments.
 """
 
+import re
 import zlib
 
 import numpy as np
@@ -20,6 +21,9 @@ def drawn(name, shape):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
+    if name.endswith("pos_embed"):
+        # As large as the embedded patches, so that wrong positions are seen.
+        return rng.standard_normal(shape, np.float32)
     if len(shape) > 1:
         fan_in = np.prod(shape[1:])
         return (rng.standard_normal(shape, np.float32) * np.sqrt(2 / fan_in)).astype(np.float32)
@@ -28,7 +32,8 @@ def drawn(name, shape):
         "running_mean": (-0.2, 0.2),
         "weight": (0.5, 1.0),
         "bias": (-0.2, 0.2),
-    }[name.rpartition(".")[2]]
+        "gamma": (0.2, 0.7),
+    }[re.sub(r"^gamma_\d$", "gamma", name.rpartition(".")[2])]
     return rng.uniform(low, high, shape).astype(np.float32)
 
 

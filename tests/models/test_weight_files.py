@@ -87,7 +87,7 @@ def test_only_loading_reads_the_content(tmp_path, monkeypatch):
 def test_a_pytorch_file_is_read_once_while_it_is_unchanged(tmp_path, monkeypatch):
     sizes = []
 
-    def read(content):
+    def read(content, entry=""):
         sizes.append(len(content))
         return {}
 
