@@ -296,7 +296,9 @@ def model() -> ConfigDict:
     model = ConfigDict()
     # Convolutional: xception65; resnet18, resnet50, resnet101; with a deep stem of 32-32-64
     # channels resnet50c, resnet101c, of 64-64-128 channels resnet50s, resnet101s;
-    # efficientnet_lite0, efficientnet_lite1, efficientnet_lite2; resnet10_slim; tiny.
+    # efficientnet_lite0, efficientnet_lite1, efficientnet_lite2; convnext_tiny, convnext_small,
+    # convnext_base (no batch norm, so that model.norm acts on the head); resnet10_slim; tiny,
+    # tiny_convnext.
     # Vision transformers: dinov2_vits14, dinov2_vitb14, dinov2_vitl14; dinov3_vits16,
     # dinov3_vitb16, dinov3_vitl16; tiny_dinov2, tiny_dinov3. They have no output stride and no
     # batch norm: the keys of both have no effect.

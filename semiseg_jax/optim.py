@@ -23,7 +23,7 @@ Rules = Sequence[tuple[str, str, bool]]
 RULES = (
     (r"^backbone/.*/kernel$", "backbone", True),
     (r"^backbone/.*/(scale|bias)$", "backbone", False),
-    # Of vision transformers: layer scale, and the tokens that are learned.
+    # Of vision transformers and ConvNeXt: layer scale, and the tokens that are learned.
     (r"^backbone/(.*/)?(gamma|cls_token|storage_tokens|pos_embed)$", "backbone", False),
     (r".*/kernel$", "head", True),
     (r".*/(scale|bias)$", "head", False),

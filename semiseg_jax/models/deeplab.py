@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from semiseg_jax.models import (
+    convnext,
     dpt,
     dsbn,
     efficientnet_lite,
@@ -39,8 +40,13 @@ INPUT_NORMALIZATIONS = {
     "dinov3_satellite": ((109.65, 104.805, 75.48), (54.315, 39.78, 36.465)),
 }
 
-_CONVOLUTIONAL = {**resnet.BACKBONES, **xception.BACKBONES, **efficientnet_lite.BACKBONES}
-BACKBONES = {**_CONVOLUTIONAL, **vit.BACKBONES}
+BACKBONES = {
+    **resnet.BACKBONES,
+    **xception.BACKBONES,
+    **efficientnet_lite.BACKBONES,
+    **convnext.BACKBONES,
+    **vit.BACKBONES,
+}
 GRID_SIZES = {**resnet.GRID_SIZES, **xception.GRID_SIZES}
 
 # By backbone: the input normalisation of its published weights.
@@ -48,6 +54,7 @@ USUAL_NORMALIZATIONS = (
     dict.fromkeys(resnet.BACKBONES, "imagenet")
     | dict.fromkeys(xception.BACKBONES, "half")
     | dict.fromkeys(efficientnet_lite.BACKBONES, "lite")
+    | dict.fromkeys(convnext.BACKBONES, "imagenet")
     | dict.fromkeys(vit.BACKBONES, "imagenet")
 )
 
@@ -290,17 +297,21 @@ def _build_deeplab(config: Any, common: Mapping[str, Any]) -> Segmenter:
         momentum=config.norm_momentum,
         dtype=common["dtype"],
     )
-    grid = {"multi_grid": tuple(config.multi_grid)} if config.multi_grid else {}
+    epsilon = config.norm_epsilon.backbone
+    of_backbone: dict[str, Any] = {"norm": functools.partial(norm, epsilon=epsilon)}
+    if config.backbone in convnext.BACKBONES:
+        of_backbone = {"epsilon": epsilon}
+    if config.multi_grid:
+        of_backbone["multi_grid"] = tuple(config.multi_grid)
     attributes = {
         **common,
         # Flax names a submodule after its attribute; optim.RULES match the name "backbone".
         "backbone": BACKBONES[config.backbone](
-            norm=functools.partial(norm, epsilon=config.norm_epsilon.backbone),
             output_stride=config.output_stride,
             first_dilation=config.first_dilation,
             remat=config.remat,
             dtype=common["dtype"],
-            **grid,
+            **of_backbone,
         ),
         "rates": tuple(config.aspp_rates),
     }
@@ -331,7 +342,10 @@ def check_head(model_config: Any) -> None:
 
 def has_batch_norm(model_config: Any) -> bool:
     """Whether the network has batch norms, on which `model.norm` acts."""
-    return model_config.backbone not in vit.BACKBONES
+    is_convnext = model_config.backbone in convnext.BACKBONES
+    return model_config.backbone not in vit.BACKBONES and not (
+        is_convnext and model_config.head == "v2"
+    )
 
 
 def check_multi_grid(model_config: Any) -> None:
@@ -354,12 +368,13 @@ def check_multi_grid(model_config: Any) -> None:
 
 def _defaults(model_config: Any) -> dict[str, Any]:
     """Returns values of the open keys, for where the weights do not determine them."""
-    spec = vit.SPECS.get(model_config.backbone)
+    epsilons = {name: spec.epsilon for name, spec in vit.SPECS.items()}
+    epsilons |= dict.fromkeys(convnext.BACKBONES, convnext.EPSILON)
     return {
         "first_dilation": "previous",
         # UniMatch V2's code aligns corners everywhere.
         "align_corners": model_config.head == "dpt",
-        "norm_epsilon.backbone": spec.epsilon if spec else 1e-3,
+        "norm_epsilon.backbone": epsilons.get(model_config.backbone, 1e-3),
         "norm_epsilon.head": 1e-5,
         "input_normalization": USUAL_NORMALIZATIONS[model_config.backbone],
     }
@@ -483,6 +498,8 @@ def parameter_table(model_config: Any, variables: Mapping[str, Any]) -> list[tup
         stride = f"patches of {spec.patch} pixels, no batch norm for model.norm to act on"
     else:
         stride = f"output stride {config.output_stride}{grid}"
+    if config.backbone in convnext.BACKBONES:
+        stride += ", batch norm in the head alone"
     notes = {
         "backbone": f"{config.backbone}, {stride}",
         "aspp": rates,

@@ -46,8 +46,10 @@ def fold(model: Segmenter, variables: Mapping[str, Any]) -> tuple[Segmenter, dic
         return model, dict(variables)
     params = traverse_util.flatten_dict(variables["params"])
     statistics = traverse_util.flatten_dict(variables[dsbn.stats_collection("weak")])
-    folded = {path: leaf for path, leaf in params.items() if "norm" not in path}
-    for norm in {path[:-1] for path in statistics}:
+    norms = {path[:-1] for path in statistics}
+    # Without the affine parameters, which lie below the norm's domain. Layer norms stay.
+    folded = {path: leaf for path, leaf in params.items() if path[:-2] not in norms}
+    for norm in norms:
         factory = model.backbone.norm if norm[0] == "backbone" else model.norm
         gamma, beta, mean, variance, kernel = (
             np.asarray(leaf, np.float64)
@@ -63,7 +65,9 @@ def fold(model: Segmenter, variables: Mapping[str, Any]) -> tuple[Segmenter, dic
         scale = gamma / np.sqrt(variance + factory().epsilon)
         folded[(*norm[:-1], "conv", "kernel")] = (kernel * scale).astype(np.float32)
         folded[(*norm, "bias")] = (beta - mean * scale).astype(np.float32)
-    replaced: dict[str, Any] = {"backbone": model.backbone.clone(norm=Shift)}
+    replaced: dict[str, Any] = {}
+    if any(norm[0] == "backbone" for norm in norms):
+        replaced["backbone"] = model.backbone.clone(norm=Shift)
     if isinstance(model, deeplab.DeepLabV3Plus):  # V2's head has no norm.
         replaced["norm"] = Shift
     return model.clone(**replaced), {"params": traverse_util.unflatten_dict(folded)}

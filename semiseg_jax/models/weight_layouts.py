@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from semiseg_jax.models import vit_layouts
+from semiseg_jax.models import convnext_layouts, vit_layouts
 from semiseg_jax.models.weight_files import File
 from semiseg_jax.models.weight_layout import (
     Conventions,
@@ -368,4 +368,5 @@ LAYOUTS: dict[str, WeightLayout] = {
     ),
     "smp": WeightLayout(_is_smp, _smp_conventions, _translate_smp),
     **vit_layouts.LAYOUTS,
+    **convnext_layouts.LAYOUTS,
 }
