@@ -97,22 +97,14 @@ class ConvNeXt(nn.Module):
     ) -> Float[Array, "b oh ow width"]:
         """Convolves patches of `stride` pixels, or 2x2 with dilation where the stride is replaced.
 
-        Sides that are no multiples are padded at the right and the bottom, where timm would cut
-        pixels off.
+        Sides that are no multiples are padded, where timm would cut pixels off.
         """
-        size = max(stride, 2)
-        if stride == 1:
-            total = dilation * (size - 1)
-            pads = ((total // 2, total - total // 2),) * 2
-        else:
-            height, width_in = x.shape[1:3]
-            pads = (0, -height % stride), (0, -width_in % stride)
         return Conv(
             width,
-            size,
+            max(stride, 2),
             stride,
             dilation if stride == 1 else 1,
-            padding=pads,
+            padding="same",
             use_bias=True,
             kernel_init=_INIT,
             dtype=self.dtype,

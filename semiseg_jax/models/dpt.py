@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from semiseg_jax.models import layers
+from semiseg_jax.models import convolutions, layers
 
 
 class DPTSpec(NamedTuple):
@@ -101,7 +101,7 @@ class Fusion(nn.Module):
         self,
         x: Float[Array, "b h w c"],
         level: Float[Array, "b h w c"] | None,
-        size: tuple[int, int],
+        size: tuple[convolutions.Dim, convolutions.Dim],
     ) -> Float[Array, "b oh ow c"]:
         """Fuses; the result has `size` (height, width).
 

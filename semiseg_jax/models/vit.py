@@ -251,7 +251,7 @@ class VisionTransformer(nn.Module):
         prefix = [cls]
         if spec.grid:
             shape = (1, 1 + spec.grid**2, spec.width)
-            embedding = self.param("pos_embed", _KERNEL_INIT, shape, jnp.float32)
+            embedding = jnp.asarray(self.param("pos_embed", _KERNEL_INIT, shape, jnp.float32))
             prefix = [cls + embedding[:, :1]]
             grid = positions.interpolate(embedding[0, 1:], (height, width), self.position_rule)
             x = x + grid.astype(x.dtype)

@@ -5,6 +5,7 @@ how values are compared.
 """
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -225,6 +226,19 @@ def test_the_last_columns_of_any_image_are_seen():
     # The features of the patch that shows the object change most.
     row, column = np.unravel_index(difference.argmax(), difference.shape)
     assert 14 <= row < 43 and column >= 56
+
+
+def test_an_export_predicts_images_of_any_size():
+    """Positions are then interpolated inside the program."""
+    model = build("tiny_dinov2", model__head="linear")
+    variables = random_variables(model, 0)
+    program = jax.jit(lambda images: model.apply(variables, images))
+    shape = jax.export.symbolic_shape("n, h, w, 3")
+    exported = jax.export.export(program)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (1, 57, 72, 3), np.uint8)
+    expected = program(images)
+    bound = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(exported.call(images), expected, atol=bound)
 
 
 def test_a_head_of_another_kind_of_backbone_is_refused():
