@@ -360,6 +360,9 @@ def model() -> ConfigDict:
     # dinov3_satellite (of DINOv3's weights for satellite images), or auto (that of the weights in
     # `pretrained`, else the usual one of the backbone).
     model.input_normalization = "auto"
+    # Train the head alone: the backbone keeps its weights and the statistics of its norms, and has
+    # neither gradients nor a state in the optimiser.
+    model.freeze_backbone = False
     # Dtype of the computation, float32 or bfloat16; parameters, statistics, softmax and losses stay
     # float32.
     model.compute_dtype = "float32"
@@ -432,6 +435,10 @@ def optim() -> ConfigDict:
     # every parameter.
     optim.weight_decay = 1e-4
     optim.decay_all = False
+    # Learning rates by layer, of vision transformers alone: each block's is this factor, above 0
+    # and at most 1, times that of the block behind it; the embeddings count as a block before the
+    # first. 1 for none.
+    optim.layer_decay = 1.0
     return optim
 
 

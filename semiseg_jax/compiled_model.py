@@ -104,7 +104,13 @@ def make_program(
         mesh: to run on.
         classes: names of the classes.
     """
-    tx, schedule = optim.make_optimizer(config.optim, kind, num_steps, optim.rate_factor(config))
+    tx, schedule = optim.make_optimizer(
+        config.optim,
+        kind,
+        num_steps,
+        optim.rate_factor(config),
+        freeze_backbone=config.model.freeze_backbone,
+    )
     spec, method = stages.batch_spec(config, kind), stages.online_method(config, kind)
     if method is None:
         step = train_step.make_train_step(model, tx, config.loss, spec, mesh)

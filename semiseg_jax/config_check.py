@@ -18,7 +18,7 @@ from semiseg_jax.data.views import Partner
 from semiseg_jax.eval_protocol import SELECTIONS
 from semiseg_jax.losses import supervised_loss
 from semiseg_jax.methods import registry
-from semiseg_jax.models import deeplab, pretrained, published_weights
+from semiseg_jax.models import deeplab, pretrained, published_weights, vit
 from semiseg_jax.models.deeplab import BACKBONES
 from semiseg_jax.runtime import config_files, rules
 from semiseg_jax.runtime.errors import UserError, printable
@@ -206,6 +206,7 @@ RULES: dict[str, Rule] = {
     "optim.poly_power": rules.number(0, 1000),
     "optim.weight_decay": rules.number(0, 1000),
     "optim.decay_all": BOOL,
+    "optim.layer_decay": rules.above(0, 1),
     "train.steps": _STEPS,
     "train.teacher_steps": rules.integer(0, _MAX_STEPS),
     "train.batch_labeled": rules.integer(1, _MAX_BATCH),
@@ -276,10 +277,25 @@ def check(config: Any) -> None:
         _check_starts_without_teacher(config)
     for backbone in {config.model.backbone, config.rounds.student_model or config.model.backbone}:
         deeplab.check_head(deeplab.config_for(config, backbone))
+        _check_layer_decay(config, backbone)
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
     supervised_loss.check(config)
     _check_weights(config)
+
+
+def _check_layer_decay(config: Any, backbone: str) -> None:
+    """Checks that a backbone has layers by which learning rates can decay.
+
+    Raises:
+        UserError: it has none.
+    """
+    if config.optim.layer_decay != 1 and backbone not in vit.BACKBONES:
+        raise UserError(
+            f"optim.layer_decay is {config.optim.layer_decay}, but {backbone} is no vision "
+            f"transformer: make it 1, or choose one of {', '.join(vit.BACKBONES)}.",
+            code="layer-decay-unsupported",
+        )
 
 
 def _check_starts_without_teacher(config: Any) -> None:

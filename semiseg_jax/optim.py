@@ -7,7 +7,7 @@ optimisers have PyTorch's order of operations.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,13 +62,20 @@ def map_groups(value: Callable[[ParameterGroup], Any], params: Any, rules: Rules
     )
 
 
-def table(params: Any, decay_all: bool = False) -> str:
+def table(params: Any, decay_all: bool = False, freeze_backbone: bool = False) -> str:
     """Returns a table for the log: the number of tensors and of parameters in each group.
 
     Args:
         params: of the network.
         decay_all: `config.optim.decay_all`.
+        freeze_backbone: `config.model.freeze_backbone`.
     """
+
+    def treatment(group: ParameterGroup) -> str:
+        if freeze_backbone and group.name == "backbone":
+            return "frozen"
+        return "decayed" if group.decayed else "not decayed"
+
     totals: dict[ParameterGroup, list[int]] = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         group = group_of(path)
@@ -76,8 +83,7 @@ def table(params: Any, decay_all: bool = False) -> str:
         total[0] += 1
         total[1] += leaf.size
     return "\n".join(
-        f"  {group.name:8s} {'decayed' if group.decayed else 'not decayed':11s} "
-        f"{tensors:4d} tensors {numbers:12,d} numbers"
+        f"  {group.name:8s} {treatment(group):11s} {tensors:4d} tensors {numbers:12,d} numbers"
         for group, (tensors, numbers) in sorted(totals.items())
     )
 
@@ -142,6 +148,69 @@ def scale_by_group(
         return jax.tree.map(jnp.multiply, updates, by_leaf)
 
     return optax.stateless(scale)
+
+
+_EMBEDDINGS = re.compile(r"^backbone/(patch_embed/|cls_token|storage_tokens|pos_embed)")
+_BLOCK = re.compile(r"^backbone/block_(\d+)/")
+
+
+def layers_behind(paths: Iterable[str]) -> dict[str, int]:
+    """Returns for each parameter of a vision transformer how many layers lie behind its own.
+
+    0 for the head and the final norm, 1 for the last block, and so on; the embeddings, class and
+    storage tokens are the first layer.
+
+    Source: `get_num_layer_for_vit` of BEiT (Bao et al., ICLR 2022).
+    """
+    blocks = {path: int(match[1]) for path in paths if (match := _BLOCK.match(path))}
+    depth = max(blocks.values(), default=-1) + 1
+    behind = {path: depth - number for path, number in blocks.items()}
+    return {path: behind.get(path, depth + 1 if _EMBEDDINGS.match(path) else 0) for path in paths}
+
+
+def scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
+    """Multiplies the updates of each parameter by layer_decay ^ `layers_behind`."""
+
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        flat = traverse_util.flatten_dict(updates, sep="/")
+        behind = layers_behind(tuple(flat))
+        scaled = {path: update * layer_decay ** behind[path] for path, update in flat.items()}
+        return traverse_util.unflatten_dict(scaled, sep="/")
+
+    return optax.stateless(scale)
+
+
+def freeze(tx: optax.GradientTransformation, name: str) -> optax.GradientTransformation:
+    """Applies an optimiser to all parameters but those of one module, which stay as they are.
+
+    It has no state for them: neither momentum nor weight decay can move them.
+
+    Args:
+        tx: the optimiser.
+        name: of the module, a key of the parameters.
+    """
+
+    def others(tree: Any) -> Any:
+        return {key: value for key, value in tree.items() if key != name}
+
+    def init(params: optax.Params) -> optax.OptState:
+        return tx.init(others(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        given = None if params is None else others(params)
+        trained, state = tx.update(others(updates), state, given)
+        # Adding -0.0 changes no bit of any number; 0.0 would make 0.0 of -0.0.
+        still = {
+            key: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), value)
+            for key, value in updates.items()
+            if key == name
+        }
+        return {**trained, **still}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def sgd(
@@ -242,7 +311,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make_optimizer(
-    optim_config: Any, kind: str, num_steps: int, factor: float = 1.0
+    optim_config: Any,
+    kind: str,
+    num_steps: int,
+    factor: float = 1.0,
+    freeze_backbone: bool = False,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Builds the optimiser of a stage, and the schedule of the backbone's learning rate.
 
@@ -251,8 +324,13 @@ def make_optimizer(
         kind: of the stage, "teacher", "student" or "control" (which has the student's rates).
         num_steps: steps of the stage.
         factor: on all learning rates, from `rate_factor`.
+        freeze_backbone: `config.model.freeze_backbone`.
     """
     rates = optim_config.teacher if kind == "teacher" else optim_config.student
     schedule = poly(factor * rates.learning_rate, num_steps, optim_config.poly_power)
     factors = {"backbone": 1.0, "head": rates.head_multiplier}
-    return OPTIMIZERS[optim_config.kind](optim_config, schedule, factors), schedule
+    tx = OPTIMIZERS[optim_config.kind](optim_config, schedule, factors)
+    if optim_config.layer_decay != 1:
+        # Behind the optimiser, so that momentum and Adam's means do not see it.
+        tx = optax.chain(tx, scale_by_layer(optim_config.layer_decay))
+    return (freeze(tx, "backbone") if freeze_backbone else tx), schedule

@@ -441,7 +441,9 @@ class SelfTraining:
         """The state after the last step of a stage."""
         config = self._config
         program = model.program(stage.kind, stage.steps)
-        groups = optim.table(program.shapes["params"], config.optim.decay_all)
+        groups = optim.table(
+            program.shapes["params"], config.optim.decay_all, config.model.freeze_backbone
+        )
         absl_logging.info("Parameters by rule:\n%s", groups)
         examples = (
             input_pipeline.pseudo_examples(self.dataset, pseudo_labels) if pseudo_labels else ()

@@ -87,7 +87,9 @@ ADDED_KEYS = {
     "optim.betas": (0.9, 0.999),
     "optim.epsilon": 1e-8,
     "optim.decay_all": False,
+    "optim.layer_decay": 1.0,
     "model.position_rule": "original",
+    "model.freeze_backbone": False,
 }
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.

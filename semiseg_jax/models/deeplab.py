@@ -90,6 +90,7 @@ RULES: dict[str, rules.Rule] = {
     "align_corners": rules.or_none(rules.BOOL),
     "position_rule": rules.one_of(*positions.POSITION_RULES),
     "input_normalization": rules.one_of("auto", *INPUT_NORMALIZATIONS),
+    "freeze_backbone": rules.BOOL,
     "compute_dtype": rules.one_of("float32", "bfloat16"),
     "remat": rules.BOOL,
 }
@@ -266,6 +267,7 @@ def build(model_config: Any, num_classes: int) -> Segmenter:
         "mean": mean,
         "std": std,
         "align_corners": config.align_corners,
+        "freeze_backbone": config.freeze_backbone,
         "remat": config.remat,
         "dtype": dtype,
     }

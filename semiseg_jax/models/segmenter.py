@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
@@ -47,6 +48,8 @@ class Segmenter(nn.Module):
         num_classes: C.
         mean, std: input normalisation, for RGB values 0..255.
         align_corners: see `layers.interpolation_matrix`; for every resize in the network.
+        freeze_backbone: no gradient reaches the backbone, and training changes neither its norm
+            statistics nor, by dropout, its features.
         remat: recompute activations inside the head in the backward pass too.
         dtype: of the computation; None to promote the dtypes of input and parameters.
     """
@@ -56,6 +59,7 @@ class Segmenter(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     align_corners: bool
+    freeze_backbone: bool
     remat: bool
     dtype: DTypeLike | None
 
@@ -89,6 +93,7 @@ class Segmenter(nn.Module):
         num_weak: int | None = None,
     ) -> Features:
         """Computes the backbone's features; arguments as for `__call__`."""
+        train = train and not self.freeze_backbone
         layout = dsbn.DomainLayout(domain, train, groups, num_weak)
         images = jnp.asarray(images)
         x = normalize(images, self.mean, self.std)
@@ -96,6 +101,9 @@ class Segmenter(nn.Module):
         size = images.shape[1:3]
         x = layers.resize(x, self._network_size(size), self.align_corners)
         features = self.backbone(x, layout)
+        if self.freeze_backbone:
+            # The backward pass ends here: no activations of the backbone are stored for it.
+            features = jax.lax.stop_gradient(features)
         return Features(size=size, **features)
 
     @nn.compact
