@@ -21,6 +21,7 @@ from semiseg_jax.data.sources import streets
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import pretrained
 from semiseg_jax.serving import model_bundle
+from tests import FAST_COMPILATION
 from tests.conftest import FEW_OPERATIONS
 from tests.test_export import make_workdir
 from tests.test_predict import compute_miou, read_maps
@@ -59,8 +60,9 @@ np.savez("outputs.npz", **outputs)
 """
 
 
-def run(command, folder):
+def run(command, folder, **variables):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+    environment |= variables
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -82,6 +84,7 @@ def quickstart(tmp_path_factory):
             f"--config.sda.ops={FEW_OPERATIONS}",
         ],
         ROOT,
+        XLA_FLAGS=FAST_COMPILATION,
     )
     return folder
 
@@ -90,7 +93,7 @@ def test_predictions_have_the_miou_of_the_quickstart(quickstart, tmp_path):
     (data,) = (quickstart / "cache").glob("streets-*")
     command = [sys.executable, "-m", "semiseg_jax.predict", f"--workdir={quickstart / 'run'}"]
     command += [f"--input={data / 'images' / 'val'}", f"--output={tmp_path}"]
-    assert "4 images predicted" in run(command, ROOT)
+    assert "4 images predicted" in run(command, ROOT, XLA_FLAGS=FAST_COMPILATION)
     row = json.loads((quickstart / "run" / "results.json").read_text())["rows"][-1]
     miou = compute_miou(read_maps(tmp_path), data / "masks" / "val", len(row["iou"]))
     assert miou == pytest.approx(row["miou"], abs=1e-6)

@@ -32,13 +32,23 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The data, and a run of the teacher that all methods start from."""
     folder = tmp_path_factory.mktemp("methods")
     conftest.write_folder_data(folder / "data")
+    config = config_of("self_training", folder)
+    config.rounds.count, config.rounds.teacher_from = 0, ""
+    self_training.run(config, folder / "teacher")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def runs_without_report(without_report):
+    """Runs draw none; a test that looks at the report draws it."""
 
 
 def config_of(name, folder):
     config = conftest.tiny_folder_config(folder / "data", folder / "cache")
+    config.rounds.teacher_from = str(folder / "teacher")
     config.train.batch_labeled, config.train.batch_unlabeled = 2, 4
     config.train.teacher_steps, config.train.steps = 2, 6
     config.train.checkpoint_every = config.train.log_every = 2
@@ -74,6 +84,7 @@ def test_a_kill_changes_no_bit_and_the_model_predicts(name, folder, tmp_path, mo
 
     lines = metric_writer.read_metrics(epath.Path(whole) / "round_1" / "student")
     assert [line["step"] for line in lines] == [2, 4, 6]
+    monkeypatch.undo()
     assert page.write(whole) is not None
     report = (whole / "report.html").read_text()
     assert "Labels made inside the steps of student 1" in report
@@ -83,7 +94,7 @@ def test_a_kill_changes_no_bit_and_the_model_predicts(name, folder, tmp_path, mo
 
 def test_a_method_without_a_teacher_starts_from_a_new_network(folder, tmp_path):
     config = config_of("unimatch_v2", folder)
-    config.train.teacher_steps = 0
+    config.train.teacher_steps, config.rounds.teacher_from = 0, ""
     config.rounds.student_init = "scratch"
     config.rounds.control = True
     self_training.run(config, tmp_path)
