@@ -154,16 +154,8 @@ class CrossConsistency(OnlineMethod):
 
 
 def _decoder(features: Any, num_classes: int) -> AuxiliaryDecoder:
-    """A decoder that enlarges by the stride of the features, the same for images of any size."""
-    sides = list(zip(features.size, features.high.shape[1:3], strict=True))
-    strides = [
-        stride
-        for stride in (1, 2, 4, 8, 16, 32, 64)
-        # Networks round sizes up or down.
-        if all(positions in (-(-side // stride), side // stride) for side, positions in sides)
-    ]
-    assert strides, f"features of {features.high.shape} for images of {features.size}"
-    return AuxiliaryDecoder(num_classes, upscale=strides[0])
+    """A decoder that enlarges by the stride of the features, to the next power of 2."""
+    return AuxiliaryDecoder(num_classes, upscale=1 << (features.stride - 1).bit_length())
 
 
 RULES: dict[str, rules.Rule] = {

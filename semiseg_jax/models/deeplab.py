@@ -161,6 +161,9 @@ class DeepLab(Segmenter):
 
     rates: tuple[int, ...]
 
+    def _stride(self) -> int:
+        return self.backbone.output_stride
+
 
 class DeepLabV3Plus(DeepLab):
     """ASPP, a decoder with a low-level branch from stride 4, and a classifier.

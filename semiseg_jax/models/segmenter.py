@@ -25,12 +25,14 @@ class Features:
             stride 4.
         high: the last features, at the output stride, [b, h, w, c].
         size: (height, width) of the images, in pixels; static.
+        stride: of "high", in pixels of the images as the network sees them; static.
         middle: features between them, () for convolutional backbones.
     """
 
     low: Any
     high: Any
     size: Size = flax.struct.field(pytree_node=False)
+    stride: int = flax.struct.field(pytree_node=False)
     middle: tuple[Any, ...] = ()
 
 
@@ -104,7 +106,7 @@ class Segmenter(nn.Module):
         if self.freeze_backbone:
             # The backward pass ends here: no activations of the backbone are stored for it.
             features = jax.lax.stop_gradient(features)
-        return Features(size=size, **features)
+        return Features(size=size, stride=self._stride(), **features)
 
     @nn.compact
     def decode(
@@ -128,6 +130,10 @@ class Segmenter(nn.Module):
 
     def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
         """Computes logits at any resolution; its submodules belong to the scope of `decode`."""
+        raise NotImplementedError
+
+    def _stride(self) -> int:
+        """Returns the stride of the last features."""
         raise NotImplementedError
 
     def _network_size(self, size: Size) -> Size:

@@ -32,6 +32,9 @@ class ViTSegmenter(Segmenter):
 
     patch: int
 
+    def _stride(self) -> int:
+        return self.patch
+
     def _network_size(self, size: Size) -> Size:
         height, width = size
         return nearest_multiple(height, self.patch), nearest_multiple(width, self.patch)

@@ -92,6 +92,25 @@ def test_a_kill_changes_no_bit_and_the_model_predicts(name, folder, tmp_path, mo
     assert np.asarray(labels[0]).shape == (20, 30)
 
 
+def test_a_kill_changes_no_bit_on_a_vision_transformer(folder, tmp_path, monkeypatch):
+    """A network without batch norm, whose backbone is frozen."""
+    config = config_of("unimatch_v2", folder)
+    config.model.backbone, config.model.head = "tiny_dinov2", "dpt"
+    config.model.freeze_backbone = True
+    config.data.crop = (28, 42)
+    config.rounds.teacher_from, config.optim.kind = "", "adamw"
+    self_training.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, "student 1", 3)
+        with pytest.raises(Killed):
+            self_training.run(config, tmp_path / "killed")
+    self_training.run(config, tmp_path / "killed")
+    workdirs.same(tmp_path / "whole", tmp_path / "killed")
+    # Sides that are no multiples of the patch.
+    (labels,) = TrainedModel.load(tmp_path / "whole").predict([np.zeros((30, 47, 3), np.uint8)])
+    assert np.asarray(labels).shape == (30, 47)
+
+
 def test_a_method_without_a_teacher_starts_from_a_new_network(folder, tmp_path):
     config = config_of("unimatch_v2", folder)
     config.train.teacher_steps, config.rounds.teacher_from = 0, ""

@@ -31,7 +31,7 @@ class ToyNetwork(nn.Module):
     def encode(self, images, domain="weak", groups=1, train=False, num_weak=None):
         layout = dsbn.DomainLayout(domain, train, groups, num_weak)
         low = nn.relu(self.norm(self.stem(normalize(images, self.mean, (50.0,) * 3)), layout))
-        return Features(low, nn.relu(self.deep(low)), images.shape[1:3])
+        return Features(low, nn.relu(self.deep(low)), images.shape[1:3], stride=4)
 
     def decode(self, features, domain="weak", groups=1, train=False, num_weak=None):
         layout = dsbn.DomainLayout(domain, train, groups, num_weak)
