@@ -136,16 +136,18 @@ def test_predictions_equal_the_evaluation_on_downscaled_images(tmp_path, monkeyp
 @pytest.mark.parametrize("key", [key for key in ACTING if key.startswith("model.")])
 def test_the_loaded_network_is_the_trained_one(key, tmp_path, monkeypatch):
     """Networks are compared by their attributes, which repr shows: equal ones compute the same."""
-    changes = {key.replace(".", "__"): ACTING[key]}
-    if key == "model.multi_grid":
-        changes["model__backbone"] = "resnet18"  # tiny takes no multi-grid.
+    base = {
+        "model.multi_grid": {"model__backbone": "resnet18"},  # tiny takes no multi-grid.
+        "model.position_rule": {"model__backbone": "tiny_dinov2", "model__head": "dpt"},
+    }.get(key, {})
+    changes = base | {key.replace(".", "__"): ACTING[key]}
     # A file without weights, so that no network is traced.
     no_variables = {"params": {}, "batch_stats_weak": {}}
     monkeypatch.setattr(model_bundle, "variable_shapes", lambda model: no_variables)
     workdir = make_workdir(tmp_path, make_weights=lambda model: no_variables, **changes)
     loaded = model_bundle.load(workdir).model
     assert repr(loaded) == repr(deeplab.build(tiny_config(**changes).model, 3))
-    assert repr(loaded) != repr(deeplab.build(tiny_config().model, 3))
+    assert repr(loaded) != repr(deeplab.build(tiny_config(**base).model, 3))
 
 
 def test_a_model_of_older_code_predicts_as_it_did_and_warns(tmp_path):
