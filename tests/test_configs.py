@@ -92,7 +92,7 @@ def test_teacher_steps_default_to_steps():
         ("data__crop", (3,), "(height, width)"),
         ("data__scale", (2.0, 0.5), "0 < low <= high"),
         ("data__weak_stream", ("labelled",), "distinct names out of labeled, pseudo"),
-        ("model__head", "v3plu", "v3plus, v3plus_smp, v2 (did you mean v3plus?)"),
+        ("model__head", "v3plu", "v3plus, v3plus_smp, v2, dpt, linear (did you mean v3plus?)"),
         ("model__output_stride", 4, "8, 16 or 32"),
         ("model__norm_epsilon__head", -1.0, "above 0, or leave it out"),
         ("model__aspp_rates", (6, 0), "integers above 0"),

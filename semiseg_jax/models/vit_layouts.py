@@ -220,13 +220,13 @@ def _unimatch_prefix(file: File) -> str:
     return "module." if all(name.startswith("module.") for name in file.tensors) else ""
 
 
-def _is_unimatch_v2(file: File) -> bool:
+def _is_dinov2_dpt(file: File) -> bool:
     prefix = _unimatch_prefix(file)
     names = ("backbone.cls_token", "head.scratch.output_conv.2.weight", "head.projects.0.weight")
     return {prefix + name for name in names} <= file.tensors.keys()
 
 
-def _unimatch_v2_parts(file: File) -> Iterable[Part]:
+def _dinov2_dpt_parts(file: File) -> Iterable[Part]:
     prefix = _unimatch_prefix(file)
     backbone = prefix + "backbone."
     inside = {
@@ -240,7 +240,7 @@ def _unimatch_v2_parts(file: File) -> Iterable[Part]:
             yield name, name.removeprefix(prefix), tensor
 
 
-def _translate_unimatch_v2(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
+def _translate_dinov2_dpt(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
     if not name.startswith("head."):
         return _translate_vit(name, tensor)
     if name.startswith(_UNUSED_UNIT):
@@ -267,10 +267,10 @@ LAYOUTS: dict[str, WeightLayout] = {
         _translate_vit,
         parts=_transformers_parts,
     ),
-    "unimatch_v2": WeightLayout(
-        _is_unimatch_v2,
-        lambda file: _vit_conventions("unimatch_v2", _unimatch_v2_parts(file), head=True),
-        _translate_unimatch_v2,
-        parts=_unimatch_v2_parts,
+    "dinov2_dpt": WeightLayout(
+        _is_dinov2_dpt,
+        lambda file: _vit_conventions("dinov2_dpt", _dinov2_dpt_parts(file), head=True),
+        _translate_dinov2_dpt,
+        parts=_dinov2_dpt_parts,
     ),
 }

@@ -204,19 +204,10 @@ def test_consistency_reaches_the_auxiliary_decoders_alone_and_no_padding():
 
 
 @pytest.mark.parametrize(
-    ("size", "features", "upscale"),
-    [
-        (65, 5, 16),
-        (128, 8, 16),
-        (129, 9, 16),
-        (321, 41, 8),
-        (320, 40, 8),
-        (16, 4, 4),
-        (33, 3, 16),
-        (65, 16, 4),
-    ],
+    # Patches of 14 pixels are enlarged beyond the size of the image.
+    ("stride", "upscale"),
+    [(1, 1), (4, 4), (8, 8), (14, 16), (16, 16), (32, 32)],
 )
-def test_decoders_are_the_same_for_crops_of_any_size(size, features, upscale):
-    high = np.zeros((1, features, features, 3), np.float32)
-    made = cct._decoder(types.SimpleNamespace(size=(size, size), high=high), 4)
-    assert made.upscale == upscale
+def test_decoders_enlarge_by_the_stride_of_the_features(stride, upscale):
+    features = types.SimpleNamespace(stride=stride)
+    assert cct._decoder(features, 4).upscale == upscale

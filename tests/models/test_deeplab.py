@@ -312,3 +312,15 @@ def test_rates_with_taps_that_a_crop_cannot_train(stride, crop, expected):
     model = default.get_config().model
     model.output_stride = stride
     assert deeplab.dead_aspp_rates(model, crop) == expected
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_features_tell_their_stride(stride):
+    changes = {"model__backbone": "resnet10_slim", "model__output_stride": stride}
+    model = deeplab.build(tiny_config(**changes).model, 3)
+    images = jnp.zeros((1, 64, 96, 3), jnp.uint8)
+    features, _ = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), images, method="encode")
+    )
+    assert features.high.shape[1:3] == (64 // stride, 96 // stride)
+    assert features.stride == stride
