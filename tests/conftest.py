@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, shape checks at run time, and the smallest data."""
+"""Eight simulated devices for every test, shape checks at each call, and the smallest data."""
 
 import errno
 import functools
@@ -17,8 +17,11 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 - the hook finds it by name
 
-# Shapes in signatures are checked at every call of the package's functions.
-install_import_hook("semiseg_jax", "tests.typecheck.check")
+# Shapes in signatures are checked at every call of the package's functions. That is a third of the
+# time of tracing a training step: `make test-slow` traces hundreds, of functions that `make test`
+# has checked, and leaves it out.
+if os.environ.get("SEMISEG_TEST_SHAPES", "1") == "1":
+    install_import_hook("semiseg_jax", "tests.typecheck.check")
 
 import jax
 import numpy as np
