@@ -1,6 +1,6 @@
 """The DPT head: features of four levels of a vision transformer, merged from coarse to fine.
 
-Sources: Ranftl et al., ICCV 2021 (Vision Transformers for Dense Prediction), section 3; sizes,
+Sources: Ranftl et al., ICCV 2021 (Vision Transformers for Dense Prediction); sizes,
 order and resizing as in UniMatch V2 (Yang et al., TPAMI 2025; `model/semseg/dpt.py`). There is no
 batch norm in it.
 """

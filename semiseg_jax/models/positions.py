@@ -1,7 +1,7 @@
 """Positions of tokens: learned embeddings at other sizes, and the angles of rotary embedding.
 
 Sources: `interpolate_pos_encoding` of facebookresearch/dinov2, `resample_abs_pos_embed` of timm,
-`RopePositionEmbedding` of facebookresearch/dinov3; RoPE: Su et al., 2021, section 3.2.
+`RopePositionEmbedding` of facebookresearch/dinov3; RoPE: Su et al., 2021.
 """
 
 from collections.abc import Sequence

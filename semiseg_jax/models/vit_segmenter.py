@@ -59,7 +59,7 @@ class DPTSegmenter(ViTSegmenter):
 class LinearSegmenter(ViTSegmenter):
     """A linear classifier of the last features; the simplest head.
 
-    Source: DINOv2 (Oquab et al., TMLR 2024), section 7.4, the linear head, without its batch norm.
+    Source: DINOv2 (Oquab et al., TMLR 2024), the linear head, without its batch norm.
     """
 
     def _head(self, features: Features, layout: dsbn.DomainLayout) -> Float[Array, "b h w classes"]:
