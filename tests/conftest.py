@@ -52,8 +52,8 @@ def compiled_programs(tmp_path_factory):
 
 
 # TensorFlow traces the graph of the input pipeline in every stage of a run, for seconds with all
-# operations; test_main_slow.py has them all. One of each kind: of all pixels alike, of each
-# pixel with a draw of its own, and of a region.
+# operations; test_sda.py and test_main_slow.py have them all. One of each kind: of all pixels
+# alike, of each pixel with a draw of its own, and of a region.
 FEW_OPERATIONS = ("multiply", "noise_gau", "coarse_dropout")
 
 
@@ -66,6 +66,7 @@ def tiny_config(**changes):
     config.model.aspp_rates = (1, 2)
     config.model.dropout = 0.0
     config.data.crop = (32, 40)
+    config.sda.ops = FEW_OPERATIONS
     config.train.steps = 4
     config.train.batch_labeled = 8
     config.train.batch_unlabeled = 8
@@ -99,8 +100,13 @@ def write_folder_data(root):
 
 
 def tiny_folder_config(root, cache_dir):
-    """A config for the data of `write_folder_data`: 4 of 12 images labelled, everything tiny."""
+    """A config for the data of `write_folder_data`: 4 of 12 images labelled, everything tiny.
+
+    Half of a run's time is that of tracing its programs, and half of the layers of `tiny_config`
+    are those of its head. Runs have the smaller head; those of test_main_slow.py have the default.
+    """
     return tiny_config(
+        model__head="v2",
         data__name="folder",
         data__root=str(root),
         data__cache_dir=str(cache_dir),

@@ -17,6 +17,7 @@ from semiseg_jax.runtime import cli, malloc, xla
 TINY = (
     "--config.model.backbone=tiny",
     "--config.model.pretrained=",
+    "--config.model.head=v2",
     "--config.model.head_features=8",
     "--config.model.low_level_features=4",
     "--config.model.aspp_rates=(1,2)",

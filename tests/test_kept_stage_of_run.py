@@ -55,6 +55,8 @@ def folder(tmp_path_factory):
 def make_config(folder, **changes):
     """Two students and a control; a third of the labelled images is the evaluation set."""
     config = conftest.in_pairs(conftest.tiny_folder_config(folder / "data", folder / "cache"))
+    # Its classifier has one bias, by which `train_one_class` chooses.
+    config.model.head = "v3plus"
     # There is no such folder.
     config.eval.split = "test"
     config.data.holdout = 4.0

@@ -16,7 +16,7 @@ from semiseg_jax.data import input_pipeline, load, preview, size_settings, split
 from semiseg_jax.experiments import sweep
 from semiseg_jax.planning import planner, workload
 from semiseg_jax.runtime.errors import UserError
-from tests.conftest import FEW_OPERATIONS, tiny_config
+from tests.conftest import tiny_config
 from tests.errors import raises_code
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +28,7 @@ RATES = (1, 1, 2)
 def config(folder_config):
     """`folder_config` with every setting open; its images are of 36x48 and 48x36 pixels."""
     folder_config.data.update({"crop": (), "scale": (), "downscale": 0})
-    folder_config.model.aspp_rates = ()
-    folder_config.sda.ops = FEW_OPERATIONS
+    folder_config.model.head, folder_config.model.aspp_rates = "v3plus", ()
     return folder_config
 
 

@@ -96,6 +96,7 @@ def run(tmp_path_factory):
     """A workdir of two rounds with a control, and its page after each stage and at the end."""
     workdir = epath.Path(tmp_path_factory.mktemp("report")) / "run"
     config = tiny_config(
+        model__head="v2",
         data__name="streets",
         data__crop=(24, 32),
         data__streets_size=(24, 40),

@@ -67,6 +67,7 @@ def write_config(tmp_path, folder_config, **changes):
         "data.cache_dir": str(tmp_path / "cache"),
         "data.crop": [32, 40],
         "model.backbone": "tiny",
+        "model.head": "v2",
         "model.head_features": 8,
         "model.low_level_features": 4,
         "model.aspp_rates": [1],
