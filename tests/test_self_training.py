@@ -61,7 +61,7 @@ def two_rounds(folder):
     config.rounds.count = 2
     config.rounds.control = True
     config.pseudo.flip = True
-    config.sda.ops = conftest.FEW_OPERATIONS
+    config.model.head = "v3plus"
     return config
 
 

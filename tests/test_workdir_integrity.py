@@ -109,7 +109,7 @@ def make_config(folder, **changes):
     """A teacher and a student, evaluated inside too, whose best weights count."""
     config = conftest.in_pairs(conftest.tiny_folder_config(folder / "data", folder / "cache"))
     config.pseudo.flip = config.pseudo.keep_confidence = True
-    config.sda.ops = conftest.FEW_OPERATIONS
+    config.model.head = "v3plus"
     config.eval.select, config.eval.every = "reported", 2
     config.rounds.control = False
     config.update_from_flattened_dict(changes)
