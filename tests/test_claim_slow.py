@@ -1,4 +1,4 @@
-"""The claim of the method on the built-in scenes: a student beats its control."""
+"""The claim of the method on the built-in scenes: students beat their controls."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,13 +47,21 @@ def miou_by_kind(workdir, *arguments):
     return {row["stage"]: 100 * row["miou"] for row in rows}
 
 
-def test_a_student_beats_its_control(tmp_path):
-    """With seed 0, one of three that were measured.
+def test_students_beat_their_controls(tmp_path):
+    """The mean gain of three seeds is positive.
 
     Measured on a 2-core CPU, mIoU in % on the 120 validation scenes for seeds 0, 1 and 2: teacher
     23.2, 24.5, 23.6; control 24.5, 25.4, 25.3; student 26.2, 27.1, 26.5. The gain of the student
     over the control is 1.7, 1.7 and 1.2, in the mean 1.5 with a standard error of 0.2. The three
     runs took 170, 111 and 113 seconds of CPU time; the first also draws the scenes and compiles.
     """
-    scores = miou_by_kind(tmp_path / "run", *SHORT, f"--config.data.cache_dir={tmp_path / 'cache'}")
-    assert scores["student"] > scores["control"], scores
+    gains = []
+    for seed in range(3):
+        scores = miou_by_kind(
+            tmp_path / f"seed{seed}",
+            *SHORT,
+            f"--config.seed={seed}",
+            f"--config.data.cache_dir={tmp_path / 'cache'}",
+        )
+        gains.append(scores["student"] - scores["control"])
+    assert np.mean(gains) > 0, gains
