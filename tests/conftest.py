@@ -103,7 +103,7 @@ def tiny_folder_config(root, cache_dir):
     """A config for the data of `write_folder_data`: 4 of 12 images labelled, everything tiny.
 
     Half of a run's time is that of tracing its programs, and half of the layers of `tiny_config`
-    are those of its head. Runs have the smaller head; those of test_main_slow.py have the default.
+    are those of its head. Runs have the smaller head, where a test does not set the default.
     """
     return tiny_config(
         model__head="v2",
