@@ -23,6 +23,14 @@ from semiseg_jax.runtime.errors import UserError, first_line, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.train_state import TrainState, Variables, variables_hash
 
+# By default orbax cuts every replicated array into one slice for each device, for hosts to share
+# the writing. A network has hundreds of small arrays: cutting one takes longer than writing it.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+    override=True,
+)
+
 
 class Checkpoints:
     """The checkpoints of one stage; written in the background, the newest two are kept.

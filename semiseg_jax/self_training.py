@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ from semiseg_jax.serving import model_bundle
 from semiseg_jax.stage_evaluator import StageEvaluator
 from semiseg_jax.stages import Stage
 from semiseg_jax.train_state import TrainState, Variables
+
+# Drawing takes seconds. The end of a run always writes a report.
+SECONDS_BETWEEN_REPORTS = 60.0
 
 
 def run(
@@ -207,6 +211,7 @@ class SelfTraining:
         self._workdir = workdir
         self._mesh = mesh_lib.make_mesh()
         self._observer = RunObserver()
+        self._report_time = time.monotonic()
         # Not functools.cache, which would keep every run of a sweep until its end.
         self._models: dict[str, CompiledModel] = {}
         self._console = RunConsole(highlight=False, soft_wrap=True, quiet=not multihost.is_main())
@@ -427,7 +432,9 @@ class SelfTraining:
         if multihost.is_main():
             # The marker is the last thing that a stage writes.
             stage.write_marker(marker)
-            page.update(self._workdir)
+            if time.monotonic() - self._report_time > SECONDS_BETWEEN_REPORTS:
+                page.update(self._workdir)
+                self._report_time = time.monotonic()
         self._observer.on_end(stage)
         return TrainedStage(stage, variables, model, marker.reported)
 

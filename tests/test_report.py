@@ -119,6 +119,7 @@ def run(tmp_path_factory):
     make, write = mesh.make_mesh, page_lib.write
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make_mesh", lambda: make(jax.devices()[:1]))
+        patch.setattr(self_training, "SECONDS_BETWEEN_REPORTS", 0.0)
         # Each call of `report.write` overwrites the page, so collect every version.
         patch.setattr(
             page_lib,

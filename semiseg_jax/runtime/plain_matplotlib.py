@@ -2,8 +2,7 @@
 
 $MPLBACKEND names a backend of the program that set it: a shell opened in Jupyter has one that is
 not installed elsewhere, and then Matplotlib cannot be imported. This package draws into files,
-for which no backend is needed. Every module takes Matplotlib's modules from here, and TensorFlow,
-which imports Matplotlib too, is imported after this module.
+for which no backend is needed. Every module takes Matplotlib's modules from here.
 """
 
 import contextlib
