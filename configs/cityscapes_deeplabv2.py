@@ -3,7 +3,7 @@
     python -m semiseg_jax.main --config=configs/cityscapes_deeplabv2.py:1_8 \
         --config.data.root=/path/to/cityscapes
 
-The argument is that of configs/cityscapes.py; only the network differs.
+The argument is a share of configs/cityscapes.py; only the network differs.
 
 Expected score and time: not measured. Lower bound of the time on a TPU v5e:4x4 in bfloat16:
 0.52 hours, as planned from the compiled programs (docs/scaling.md).

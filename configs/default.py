@@ -310,15 +310,16 @@ def model() -> ConfigDict:
     # (a classifier of the last features).
     model.head = "v3plus"
     # Initial weights; "" for none. "imagenet" for the published ImageNet weights of the backbone,
-    # from an installed package or downloaded (docs/networks.md). Otherwise a .npz, .safetensors,
-    # .pth or .pt file, or the prefix of a TensorFlow checkpoint. Supported layouts: the ResNets of
-    # torchvision and timm; Xception-65 of timm and, with its head, of TensorFlow's DeepLab; the
-    # DeepLabV3+ on ResNet of segmentation_models_pytorch; EfficientNet-Lite with its original
-    # names; DINOv2 and DINOv3 in their own layout, timm's and that of transformers; checkpoints of
-    # UniMatch V2; a run's model/weights.safetensors. Of several state dicts in a .pth file one is
-    # chosen by its key, as in best.pth/model_ema. All tensors of the file are loaded except a
-    # classifier for another number of classes. New networks of this backbone start from them: the
-    # teacher, and students with rounds.student_init = "scratch".
+    # "dinov2" for those of DINOv2, from an installed package or downloaded (docs/networks.md).
+    # Otherwise a .npz, .safetensors, .pth or .pt file, or the prefix of a TensorFlow checkpoint.
+    # Supported layouts: the ResNets of torchvision and timm; Xception-65 of timm and, with its
+    # head, of TensorFlow's DeepLab; the DeepLabV3+ on ResNet of segmentation_models_pytorch;
+    # EfficientNet-Lite with its original names; DINOv2 and DINOv3 in their own layout, timm's and
+    # that of transformers; checkpoints of UniMatch V2; a run's model/weights.safetensors. Of
+    # several state dicts in a .pth file one is chosen by its key, as in best.pth/model_ema. All
+    # tensors of the file are loaded except a classifier for another number of classes. New networks
+    # of this backbone start from them: the teacher, and students with rounds.student_init =
+    # "scratch".
     model.pretrained = ""
     # Ratio of input size to the backbone's last feature size, per side: 8, 16 or 32.
     model.output_stride = 16

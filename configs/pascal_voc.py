@@ -3,7 +3,8 @@
     python -m semiseg_jax.main --config=configs/pascal_voc.py --config.data.root=/path/to/voc
     python -m semiseg_jax.main --config=configs/pascal_voc.py:xception65,1_4 …
 
-Arguments, in any order: the backbone, resnet101 (the default) or xception65; the share of labelled
+Arguments, in any order: the backbone, resnet101 (the default), xception65, or dinov2_s or dinov2_b
+for the paper's rounds on DINOv2 with the head and optimiser of UniMatch V2; the share of labelled
 images, 1_106 (100), 1_50 (212), 1_20 (529), 1_8 (1,323, the default), 1_4 (2,646), or voc: the
 1,464 of VOC's own train list, with the images of SBD unlabelled. Except for voc, data.split_seed
 draws the labelled images; published split lists go into data.labeled_list and data.unlabeled_list.
@@ -15,9 +16,9 @@ bfloat16: 0.09 hours, as planned from the compiled programs (docs/scaling.md).
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import _dinov2, default
 
-BACKBONES = ("resnet101", "xception65")
+BACKBONES = ("resnet101", "xception65", "dinov2_s", "dinov2_b")
 LABELS = {"1_106": 100.0, "1_50": 212.0, "1_20": 529.0, "1_8": 1323.0, "1_4": 2646.0, "voc": 0.0}
 
 
@@ -39,6 +40,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.data.labels = LABELS[share]
     if share == "voc":
         config.data.labeled_list = "ImageSets/Segmentation/train.txt"
+    if backbone.startswith("dinov2"):
+        config.data.crop = (518, 518)
+        return _dinov2.use(config, backbone[-1])
     config.data.crop = (513, 513)
     config.model.backbone = backbone
     return config

@@ -36,7 +36,7 @@ _SEED_BITS = 63
 
 _WEIGHTS: Rule = (
     rules.is_text,
-    f"{published_weights.IMAGENET}, the path of a file, or empty",
+    f"{', '.join(published_weights.NAMES)}, the path of a file, or empty",
 )
 _STEPS = rules.integer(1, _MAX_STEPS)
 _INTERVAL = rules.integer(1, 10**9)
@@ -379,9 +379,9 @@ def _check_weights(config: Any) -> None:
     ):
         if not path:
             continue
-        if path == published_weights.IMAGENET:
+        if path in published_weights.NAMES:
             # They fit, and may have to be downloaded, which this check is too early for.
-            published_weights.check_available(weights_key, backbone[1])
+            published_weights.check_available(weights_key, path, backbone[1])
             continue
         conventions = pretrained.inspect(path)
         head = ("model.head", config.model.head)

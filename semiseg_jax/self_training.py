@@ -501,8 +501,9 @@ class SelfTraining:
             if path := published_weights.path(model.model_config):
                 variables, report = pretrained.load(path, variables)
                 # Where published weights lie says nothing to their user.
-                is_named = model.model_config.pretrained == published_weights.IMAGENET
-                source = f"{published_weights.IMAGENET} ({Path(path).name})" if is_named else path
+                name = model.model_config.pretrained
+                is_named = name in published_weights.NAMES
+                source = f"{name} ({Path(path).name})" if is_named else path
                 logger.info(f"{source}: {report}")
                 for sentence in model.pretrained_mismatches:
                     logger.info(sentence)

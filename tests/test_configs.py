@@ -12,6 +12,7 @@ from configs import default
 from semiseg_jax import config_check, stages
 from semiseg_jax.methods import registry
 from semiseg_jax.methods.method import OnlineMethod
+from semiseg_jax.models import vit
 from semiseg_jax.runtime import config_files
 from tests import mains
 from tests.conftest import tiny_config
@@ -19,13 +20,42 @@ from tests.errors import raises_code
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "default")
+    p.stem
+    for p in (ROOT / "configs").glob("*.py")
+    if p.stem != "default" and not p.stem.startswith("_")
 )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_satisfy_the_constraints(name):
     config_check.check(importlib.import_module(f"configs.{name}").get_config())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("folder:dinov2_s", "folder:dinov2_s_frozen", "pascal_voc:dinov2_b,voc"),
+        *("pascal_voc:xception65,1_4", "cityscapes:dinov2_s,1_30", "cityscapes:1_2,dinov2_b"),
+    ],
+)
+def test_arguments_of_shipped_configs_satisfy_the_constraints(name):
+    config = config_files.load(name)
+    config_check.check(config)
+    words = name.partition(":")[2].split(",")
+    sizes = {word.removesuffix("_frozen")[-1] for word in words if word.startswith("dinov2")}
+    if sizes:
+        patch = vit.SPECS[config.model.backbone].patch
+        assert config.model.backbone == f"dinov2_vit{sizes.pop()}14"
+        assert all(side % patch == 0 for side in (*config.data.crop, *config.eval.window))
+    assert config.model.freeze_backbone == name.endswith("_frozen")
+
+
+@pytest.mark.parametrize("file", ["folder", "pascal_voc", "cityscapes"])
+def test_an_argument_that_there_is_not_is_named(file):
+    with pytest.raises(
+        ValueError, match=rf"configs/{file}\.py is 'vgg': make it one of .*dinov2_s"
+    ):
+        config_files.load(f"{file}:vgg")
 
 
 METHODS = sorted(

