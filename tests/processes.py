@@ -176,9 +176,11 @@ def run_main(log, *arguments):
         sys.addaudithook(note)
         from absl import app
 
-        from semiseg_jax import checkpoints, main
+        from semiseg_jax import checkpoints, main, self_training
         from semiseg_jax.runtime import cli
 
+        # A slow machine would draw the report, which opens pictures, more often than a fast one.
+        self_training.SECONDS_BETWEEN_REPORTS = float("inf")
         save = checkpoints.Checkpoints.save
 
         def noted(self, step, state):
