@@ -227,16 +227,22 @@ def _read_rows(
             code="results-damaged",
         ) from error
 
-    def checked(row: ResultRow) -> ResultRow | None:
+    def checked(row: ResultRow, name: str) -> ResultRow | None:
         if hashes_of_rows is None or _row_hash(row) in hashes_of_rows:
             return row
+        # The weights inside a stage that has ended may be gone.
+        then = (
+            "the run's own command evaluates again."
+            if name == "rows"
+            else "a curve of a stage that has ended goes on without this point."
+        )
         logger.info(
             f"Warning: {path}: the row of {row.stage_name}, step {row.step}, was changed after it "
-            "was written: it is not used; the run's own command evaluates again."
+            f"was written: it is not used; {then}"
         )
         return None
 
-    return {name: [checked(row) for row in rows] for name, rows in rows_by_name.items()}
+    return {name: [checked(row, name) for row in rows] for name, rows in rows_by_name.items()}
 
 
 def _row_hash(row: ResultRow) -> str:
@@ -271,7 +277,8 @@ class Results:
 
     The file is {"rows": [...], "curve": [...]}: `rows` has the end of each stage, `curve` the
     evaluations inside stages, rows of the same form. ROW_HASHES beside it ties each row to its
-    weights. A row that was changed in the file is dropped; its stage is evaluated again.
+    weights. A row that was changed in the file is dropped. The end of its stage is evaluated again;
+    a curve goes on without it.
 
     Raises:
         UserError: the file is damaged.

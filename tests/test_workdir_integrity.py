@@ -26,6 +26,7 @@ from semiseg_jax import (
 from semiseg_jax.reporting import page
 from semiseg_jax.runtime import metric_writer
 from semiseg_jax.runtime.errors import UserError
+from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.serving import model_bundle
 from tests import conftest, workdirs
 from tests.errors import raises_code
@@ -335,3 +336,16 @@ def test_without_the_manifest_changed_label_maps_are_made_again(
     for path in (run / LABELS).rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (whole / path.relative_to(run)).read_bytes(), path
+
+
+def test_a_changed_row_of_a_curve_is_left_out(config, whole, run, no_work):
+    """Its stage has ended: what is reported follows from other rows."""
+    before = json.loads((whole / "results.json").read_text())
+    content = json.loads((run / "results.json").read_text())
+    content["curve"][0]["miou"] += 0.25
+    (run / "results.json").write_text(json.dumps(content))
+    with capture_lines() as lines:
+        results = self_training.run(config, run)
+    assert any("step 2, was changed" in ln and "without this point" in ln for ln in lines)
+    assert [row.to_json() for row in results.rows] == before["rows"]
+    assert [row.to_json() for row in results.curve] == before["curve"][1:]
