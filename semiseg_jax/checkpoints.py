@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
+from absl import logging as absl_logging
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -23,13 +24,23 @@ from semiseg_jax.runtime.errors import UserError, first_line, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.train_state import TrainState, Variables, variables_hash
 
-# By default orbax cuts every replicated array into one slice for each device, for hosts to share
-# the writing. A network has hundreds of small arrays: cutting one takes longer than writing it.
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
-    override=True,
-)
+
+def _store_small_arrays_whole() -> None:
+    """Has orbax cut only arrays of megabytes into slices, one for each device that holds a copy.
+
+    By default it cuts every array, for hosts to share the writing. A network has hundreds of small
+    arrays: cutting one takes longer than writing it.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)  # It warns of every handler that is replaced.
+    try:
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
+_store_small_arrays_whole()
 
 
 class Checkpoints:

@@ -550,8 +550,8 @@ class SelfTraining:
         The result is the same as if this run had trained the teacher: the two configs may differ
         only in keys that no teacher depends on, or in the kind of norm, of which a teacher uses the
         weak one. Programs of another kind of norm may add in another order, so that the last bits
-        differ there. Label maps are imported too; those that the settings of this run would not give
-        are made again when they are needed.
+        differ there. Label maps are imported too; those that the settings of this run would not
+        give are made again when they are needed.
 
         Args:
             stage: the teacher of this run.

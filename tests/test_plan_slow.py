@@ -43,6 +43,22 @@ def test_student_step_for_v5e_within_its_bounds():
     assert cost.flops < cost.compiler_flops < 1.4 * cost.flops
 
 
+@needs_libtpu
+def test_a_vision_transformer_for_v5e_reduces_gradients_alone_and_multiplies_in_bfloat16():
+    """Compiles the smallest one with a DPT head, 8 + 8 images on four chips, without the chips."""
+    config = small_config()
+    config.model.backbone, config.model.head = "tiny_dinov2", "dpt"
+    config.data.crop = (56, 84)
+    config.optim.kind = "adamw"
+    cost = programs.step_program(config, "student", 19, chips.topology("v5e:2x2")).cost
+    assert isinstance(cost, programs.Cost)
+    assert set(cost.collectives) == {"all-reduce"}
+    # Positions are interpolated in float32; the softmax of the attention has float32 gradients.
+    wide = sum(count for types, count in cost.convolved.items() if "f32" in types)
+    assert wide <= 12 < 200 <= cost.convolved["bf16 × bf16"]
+    assert cost.convolved["f32 × f32"] <= 3
+
+
 MEASURE = """
 import re, sys
 import jax, numpy as np
