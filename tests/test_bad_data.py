@@ -275,8 +275,14 @@ def test_pascal_voc(tmp_path, monkeypatch, remove, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["cityscapes.py:1_3"], "is '1_3': make it one of 1_30, 1_8, 1_4, 1_2, full"),
-        (["pascal_voc.py:vgg,1_8"], "is 'vgg': make it one of resnet101, xception65, 1_1"),
+        (
+            ["cityscapes.py:1_3"],
+            "is '1_3': make it one of xception65, dinov2_s, dinov2_b, 1_30, 1_8, 1_4, 1_2, full",
+        ),
+        (
+            ["pascal_voc.py:vgg,1_8"],
+            "is 'vgg': make it one of resnet101, xception65, dinov2_s, dinov2_b, 1_1",
+        ),
         (
             ["folder.py", "--config.data.name=cityscape"],
             "data.name is 'cityscape': make it one of streets, camvid, cityscapes, pascal_voc, "
