@@ -18,7 +18,7 @@ Expected score and time: not measured. Lower bound of the time on a TPU v5e:4x4 
 
 from ml_collections import ConfigDict
 
-from configs import _dinov2, default
+from configs import _arguments, _dinov2, default
 
 LABELS = {"1_30": 100.0, "1_8": 372.0, "1_4": 744.0, "1_2": 1488.0, "full": 0.0}
 BACKBONES = ("xception65", "dinov2_s", "dinov2_b")
@@ -26,17 +26,8 @@ BACKBONES = ("xception65", "dinov2_s", "dinov2_b")
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Returns the paper's recipe with the backbone and share of labelled images in `arguments`."""
-    backbone, share = "xception65", "1_8"
-    for argument in filter(None, arguments.split(",")):
-        if argument in BACKBONES:
-            backbone = argument
-        elif argument in LABELS:
-            share = argument
-        else:
-            raise ValueError(
-                f"an argument of configs/cityscapes.py is {argument!r}: make it one of "
-                f"{', '.join((*BACKBONES, *LABELS))}"
-            )
+    kinds = ("xception65", BACKBONES), ("1_8", LABELS)
+    backbone, share = _arguments.choose(arguments, "configs/cityscapes.py", *kinds)
     config = default.get_config()
     config.data.name = "cityscapes"
     config.data.labels = LABELS[share]

@@ -16,7 +16,7 @@ bfloat16: 0.09 hours, as planned from the compiled programs (docs/scaling.md).
 
 from ml_collections import ConfigDict
 
-from configs import _dinov2, default
+from configs import _arguments, _dinov2, default
 
 BACKBONES = ("resnet101", "xception65", "dinov2_s", "dinov2_b")
 LABELS = {"1_106": 100.0, "1_50": 212.0, "1_20": 529.0, "1_8": 1323.0, "1_4": 2646.0, "voc": 0.0}
@@ -24,17 +24,8 @@ LABELS = {"1_106": 100.0, "1_50": 212.0, "1_20": 529.0, "1_8": 1323.0, "1_4": 26
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Returns the paper's recipe with the backbone and share of labelled images in `arguments`."""
-    backbone, share = "resnet101", "1_8"
-    for argument in filter(None, arguments.split(",")):
-        if argument in BACKBONES:
-            backbone = argument
-        elif argument in LABELS:
-            share = argument
-        else:
-            raise ValueError(
-                f"an argument of configs/pascal_voc.py is {argument!r}: make it one of "
-                f"{', '.join((*BACKBONES, *LABELS))}"
-            )
+    kinds = ("resnet101", BACKBONES), ("1_8", LABELS)
+    backbone, share = _arguments.choose(arguments, "configs/pascal_voc.py", *kinds)
     config = default.get_config()
     config.data.name = "pascal_voc"
     config.data.labels = LABELS[share]
