@@ -11,11 +11,14 @@ Expected score and time: not measured. Lower bound of the time on a TPU v5e:4x4 
 
 from ml_collections import ConfigDict
 
-from configs import cityscapes
+from configs import _arguments, cityscapes
 
 
 def get_config(share: str = "1_8") -> ConfigDict:
     """Returns the config of configs/cityscapes.py with DeepLabV2 on ResNet-101."""
+    (share,) = _arguments.choose(
+        share, "configs/cityscapes_deeplabv2.py", ("1_8", cityscapes.LABELS)
+    )
     config = cityscapes.get_config(share)
     config.model.backbone = "resnet101"
     config.model.head = "v2"

@@ -58,6 +58,11 @@ def test_an_argument_that_there_is_not_is_named(file):
         config_files.load(f"{file}:vgg")
 
 
+def test_the_other_network_on_cityscapes_takes_a_share_alone():
+    with pytest.raises(ValueError, match=r"'dinov2_s': make it one of 1_30, 1_8, 1_4, 1_2, full"):
+        config_files.load("cityscapes_deeplabv2:dinov2_s")
+
+
 METHODS = sorted(
     name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)
 )
