@@ -26,7 +26,7 @@ IMAGENET, DINOV2 = "imagenet", "dinov2"
 NAMES = (IMAGENET, DINOV2)
 
 # In the form that SPDX has for licences that it does not list.
-DINOV3_LICENSE = "LicenseRef-DINOv3-License"
+DINOV3_LICENSE_ID = "LicenseRef-DINOv3-License"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def describe(model_config: Any) -> dict[str, Any] | None:
     if isinstance(earlier, Mapping):
         return description | {"license": earlier.get("license"), "started_from": earlier}
     if is_of_dinov3(model_config.backbone):
-        return description | {"license": DINOV3_LICENSE}
+        return description | {"license": DINOV3_LICENSE_ID}
     return description
 
 
