@@ -12,8 +12,8 @@ lists go into data.labeled_list and data.unlabeled_list. The data folder holds t
 archives (docs/data.md); to read the archives in TFDS's folder instead, set
 --config.data.name=tfds:cityscapes/semantic_segmentation.
 
-Expected score and time: not measured. Lower bound of the time on a TPU v5e:4x4 in bfloat16:
-0.28 hours, as planned from the compiled programs (docs/scaling.md).
+Expected score and time: not measured. Lower bound of the time of the default on a TPU v5e:4x4 in
+bfloat16: 0.28 hours, as planned from the compiled programs (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

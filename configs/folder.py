@@ -21,10 +21,10 @@ at the first start; with dinov2_s_frozen its head alone is trained. UniMatch V2'
 for a frozen DINOv2-S, with 92 labels of Pascal VOC, 82.0 % mIoU, for the tuned one 79.1; of our
 rounds on DINOv2 neither score nor time was measured.
 
-Expected score and time: they depend on the data. Learning rates, steps, operations and the scales
-of labelling are those of configs/camvid.py, which were chosen on 12 labelled street scenes
-(docs/results.md). With a crop of 257x257, the largest that is chosen, two cores take about 3 s for
-a step of the teacher and 8 s for a step of a student.
+Expected score and time of the default network: they depend on the data. Learning rates, steps,
+operations and the scales of labelling are those of configs/camvid.py, which were chosen on 12
+labelled street scenes (docs/results.md). With a crop of 257x257, the largest that is chosen, two
+cores take about 3 s for a step of the teacher and 8 s for a step of a student.
 """
 
 from ml_collections import ConfigDict
