@@ -46,9 +46,14 @@ def compiled_programs(tmp_path_factory):
         # Each worker has its own folder inside the folder of the whole test run.
         own = tmp_path_factory.getbasetemp()
         folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
     # A run compiles about a hundred small programs besides the few large ones.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+    ):
+        jax.config.update(name, value)
+        # For the processes that tests start.
+        os.environ[name.upper()] = str(value)
 
 
 # TensorFlow traces the graph of the input pipeline in every stage of a run, for seconds with all

@@ -9,7 +9,6 @@ Not a test by itself; see test_survival_slow.py.
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from etils import epath
 from semiseg_jax.reporting import page
 from semiseg_jax.runtime import fileio, xla
 from tests import FAST_COMPILATION
+from tests.prepared_process import server
 
 
 def die_at(pattern, phase, count):
@@ -87,11 +87,8 @@ def run(config_path, workdir, pattern=None, phase="", count=1, store=False):
         count: of the match, from 1.
         store: the workdir is on a store without rename.
     """
-    # Importing JAX and TensorFlow takes 5 s of CPU time. The server imports them once, and forks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed_run"])
     with tempfile.NamedTemporaryFile(mode="r") as output:
-        process = context.Process(
+        process = server().Process(
             target=_run,
             args=(output.name, str(config_path), str(workdir), pattern, phase, count, store),
         )

@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 
 from tests import FAST_COMPILATION
-
-ROOT = Path(__file__).parents[1]
+from tests.prepared_process import ROOT, PreparedProcess
 
 
 def free_port():
@@ -36,14 +35,21 @@ def free_port():
     raise AssertionError("no port is free")
 
 
+# Where the tests keep compiled programs, see conftest.py.
+CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+
+
 def clean_environment():
-    """This process's, without what says how runs start; programs are compiled fast."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SEMISEG_", "JAX_"))}
+    """This process's, without what says how runs start; programs are compiled fast, and once."""
+    own = ("SEMISEG_", "JAX_")
+    kept = {k: v for k, v in os.environ.items() if k in CACHE or not k.startswith(own)}
     return kept | {"XLA_FLAGS": FAST_COMPILATION}
 
 
 def start(count, devices, arguments, **environment):
     """Starts `count` processes of `devices` devices each: `arguments` are given each one's number.
+
+    They start with JAX and TensorFlow imported, unless they get another PYTHONPATH.
 
     Args:
         count: of processes; 1 for one that knows of no others.
@@ -61,10 +67,15 @@ def start(count, devices, arguments, **environment):
             "SEMISEG_NUM_PROCESSES": str(count),
             "SEMISEG_PROCESS_ID": str(i),
         }
+        variables = kept | (others if count > 1 else {})
+        command = list(map(str, arguments(i)))
+        if "PYTHONPATH" not in environment:
+            started.append(PreparedProcess(command, variables))
+            continue
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments(i))],
+            [sys.executable, *command],
             cwd=ROOT,
-            env=kept | (others if count > 1 else {}),
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

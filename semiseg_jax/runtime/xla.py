@@ -52,10 +52,15 @@ def require_platform() -> None:
 def enable_compilation_cache(folder: os.PathLike | str) -> None:
     """Stores compiled programs in a folder, so that a restart does not compile them again.
 
-    If the folder is not writable, the cache stays off: JAX would log a warning for each program.
+    A folder that the user has given JAX, in JAX_COMPILATION_CACHE_DIR, stays. If the folder is not
+    writable, the cache stays off: JAX would log a warning for each program.
     """
     import jax
 
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     try:
         os.makedirs(folder, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
@@ -65,7 +70,6 @@ def enable_compilation_cache(folder: os.PathLike | str) -> None:
         logger.info(f"{folder} cannot be written: compiled programs are not kept")
         return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def force_cpu() -> None:
