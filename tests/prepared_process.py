@@ -46,7 +46,7 @@ class PreparedProcess:
         self._process = context.Process(target=_run, args=(writer, arguments, environment))
         self._process.start()
         writer.close()
-        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
         reader.close()
         self.pid = self._process.pid
 
@@ -86,8 +86,8 @@ def _run(writer, arguments, environment):
     os.dup2(writer.fileno(), 2)
     writer.close()
     # Those of the server write to its own, of which they may know a position.
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
     os.environ.clear()
     os.environ.update(environment)
     _configure_jax()
