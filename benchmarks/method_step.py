@@ -45,8 +45,7 @@ def make_programs(crop: int, images: int) -> dict[str, Callable[[], Any]]:
     config.train.batch_labeled = config.train.batch_unlabeled = images
     model = deeplab.build(deeplab.resolve(config.model), CLASSES)
     places = mesh.make_mesh(jax.devices()[:1])
-    shapes = train_state.variable_shapes(model)
-    program = compiled_model.make_program(config, "student", 1000, model, shapes, places)
+    program = compiled_model.make_program(config, "student", 1000, model, places)
     method: Any = registry.build(config)
     variables = train_state.init_variables(model, 0, places)
     state = program.create_state(variables, places)

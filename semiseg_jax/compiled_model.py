@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -89,34 +90,67 @@ def make_program(
     kind: str,
     num_steps: int,
     model: nn.Module,
-    shapes: Variables,
     mesh: Mesh,
     classes: Sequence[str] = (),
 ) -> StageProgram:
     """Builds the step of a kind of stage; nothing is compiled before its first call.
+
+    Runs of one process whose steps are the same, such as those of a sweep with other seeds, get the
+    same object, which is traced and compiled once.
 
     Args:
         config: the whole config.
         kind: one of `stages.KINDS`.
         num_steps: steps of the stage.
         model: from `deeplab.build`.
-        shapes: of its variables.
         mesh: to run on.
         classes: names of the classes.
     """
-    tx, schedule = optim.make_optimizer(
-        config.optim,
+    return _build_program(
         kind,
         num_steps,
+        model,
+        mesh,
+        tuple(classes),
+        _freeze(config.optim),
         optim.rate_factor(config),
-        freeze_backbone=config.model.freeze_backbone,
+        config.model.freeze_backbone,
+        _freeze(config.loss),
+        stages.batch_spec(config, kind),
+        stages.online_method(config, kind),
     )
-    spec, method = stages.batch_spec(config, kind), stages.online_method(config, kind)
+
+
+def _freeze(section: Any) -> ml_collections.FrozenConfigDict:
+    """A section of the config that can be hashed."""
+    return ml_collections.FrozenConfigDict(section.copy_and_resolve_references())
+
+
+# It sees nothing of a run but its arguments. Not all are kept, which a long sweep over networks
+# would not have the memory for.
+@functools.lru_cache(maxsize=16)
+def _build_program(
+    kind: str,
+    num_steps: int,
+    model: nn.Module,
+    mesh: Mesh,
+    classes: tuple[str, ...],
+    optim_config: Any,
+    rate_factor: float,
+    freeze_backbone: bool,
+    loss_config: Any,
+    spec: BatchSpec,
+    method: OnlineMethod | None,
+) -> StageProgram:
+    tx, schedule = optim.make_optimizer(
+        optim_config, kind, num_steps, rate_factor, freeze_backbone=freeze_backbone
+    )
     if method is None:
-        step = train_step.make_train_step(model, tx, config.loss, spec, mesh)
+        step = train_step.make_train_step(model, tx, loss_config, spec, mesh)
     else:
-        step = train_step.make_method_step(method, model, tx, config.loss, mesh)
-    return StageProgram(step, tx, schedule, spec, shapes, model, method, tuple(classes))
+        step = train_step.make_method_step(method, model, tx, loss_config, mesh)
+    shapes = train_state.variable_shapes(model)
+    return StageProgram(step, tx, schedule, spec, shapes, model, method, classes)
 
 
 class CompiledModel:
@@ -157,20 +191,7 @@ class CompiledModel:
         pixels = np.array(dataset.labeled_pixels, np.int64)
         self._config = supervised_loss.resolve(config, pixels, dataset.classes)
         self._mesh = mesh
-        # Not functools.cache, which would keep every network of a sweep until its end.
-        self._programs: dict[tuple[str, int], StageProgram] = {}
 
     def program(self, kind: str, num_steps: int) -> StageProgram:
         """The compiled step of a kind of stage; the same object at every call."""
-        key = kind, num_steps
-        if key not in self._programs:
-            self._programs[key] = make_program(
-                self._config,
-                kind,
-                num_steps,
-                self.model,
-                self.shapes,
-                self._mesh,
-                self._classes,
-            )
-        return self._programs[key]
+        return make_program(self._config, kind, num_steps, self.model, self._mesh, self._classes)

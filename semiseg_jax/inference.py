@@ -3,6 +3,8 @@
 The network processes whole images or sliding windows.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -139,15 +141,10 @@ class Predictor:
         self.average = average
         self.window = tuple(window)
         self.window_stride = tuple(window_stride)
-        replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-        self.add_scale = jax.jit(
-            self._add_scale,
-            static_argnums=3,
-            in_shardings=(by_image, replicated, by_image),
-            out_shardings=by_image,
-            donate_argnums=0,
-            compiler_options=mesh_lib.compiler_options(mesh),
-        )
+        scores = _Scores(model, flip, average, self.window, self.window_stride)
+        options = tuple((mesh_lib.compiler_options(mesh) or {}).items())
+        self.add_scale = _jit_add_scale(scores, mesh, options)
+        by_image = mesh_lib.batch_sharding(mesh)
         self._finish = jax.jit(
             self._average, in_shardings=(by_image,), out_shardings=by_image, donate_argnums=0
         )
@@ -170,7 +167,22 @@ class Predictor:
             total = self.add_scale(total, variables, images, scale)
         return self._finish(total)
 
-    def _add_scale(
+    def _average(self, total: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
+        mean = total / (len(self.scales) * (2 if self.flip else 1))
+        return mean if self.average == "softmax" else jax.nn.softmax(mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """What the program of one scale depends on besides its arguments; see `Predictor`."""
+
+    model: Any
+    flip: bool
+    average: str
+    window: tuple[int, ...]
+    window_stride: tuple[int, ...]
+
+    def add_scale(
         self,
         total: Float[Array, "n h w classes"],
         variables: Variables,
@@ -187,14 +199,14 @@ class Predictor:
             # Each mirror image follows its original: one pass for both, and no image moves to
             # another device.
             x = jnp.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, *x.shape[1:])
-        logits = resize(self._logits(variables, x), size, align)
+        logits = resize(self.logits(variables, x), size, align)
         scores = jax.nn.softmax(logits) if self.average == "softmax" else logits
         if self.flip:
             pairs = scores.reshape(-1, 2, *scores.shape[1:])
             scores = pairs[:, 0] + pairs[:, 1, :, ::-1]
         return total + scores
 
-    def _logits(
+    def logits(
         self, variables: Variables, x: Float[Array, "n h w 3"]
     ) -> Float[Array, "n h w classes"]:
         """Returns the logits of normalised images, float32; larger ones are split into windows."""
@@ -227,9 +239,20 @@ class Predictor:
         total, _ = jax.lax.scan(add_window, zeros, jnp.asarray(corners))
         return total / total_weight
 
-    def _average(self, total: Float[Array, "n h w classes"]) -> Float[Array, "n h w classes"]:
-        mean = total / (len(self.scales) * (2 if self.flip else 1))
-        return mean if self.average == "softmax" else jax.nn.softmax(mean)
+
+# Labelling and evaluation of a run, and the runs of a sweep, share programs.
+@functools.lru_cache(maxsize=16)
+def _jit_add_scale(scores: _Scores, mesh: Mesh, options: tuple[tuple[str, bool], ...]) -> Any:
+    """The jitted `_Scores.add_scale`, with these compiler options."""
+    replicated, by_image = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    return jax.jit(
+        scores.add_scale,
+        static_argnums=3,
+        in_shardings=(by_image, replicated, by_image),
+        out_shardings=by_image,
+        donate_argnums=0,
+        compiler_options=dict(options) or None,
+    )
 
 
 Batch = TypeVar("Batch")

@@ -54,17 +54,28 @@ def init_variables(model: nn.Module, seed: int, mesh: Mesh) -> Variables:
 
     The values depend on the seed alone, not on the mesh.
     """
+    return _init_program(model, mesh)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=16)
+def _init_program(model: nn.Module, mesh: Mesh) -> Callable[[Array], Variables]:
     # The program runs once and draws each kernel separately: optimising it takes several times
     # longer than running it.
     return jax.jit(
         functools.partial(_init, model),
         out_shardings=mesh_lib.replicated(mesh),
         compiler_options={"xla_backend_optimization_level": 0},
-    )(jax.random.key(seed))
+    )
 
 
 def variable_shapes(model: nn.Module) -> Variables:
     """Returns the variables of the network as jax.ShapeDtypeStruct leaves."""
+    # A copy, which the caller may change.
+    return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _variable_shapes(model: nn.Module) -> Variables:
     return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 

@@ -1,7 +1,6 @@
 """Eight simulated devices for every test, shape checks at each call, and the smallest data."""
 
 import errno
-import functools
 import os
 import pathlib
 import subprocess
@@ -31,7 +30,6 @@ from PIL import Image
 
 from configs import default
 from semiseg_jax import mesh
-from semiseg_jax import mesh as mesh_lib
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,58 +141,6 @@ def folder_config(folder_data, tmp_path):
 def config_of_pairs(folder_config):
     """`folder_config` with two images in every batch."""
     return in_pairs(folder_config)
-
-
-@pytest.fixture(scope="module")
-def shared_programs():
-    """Runs of equal configs share their jitted functions, which hold nothing of a run.
-
-    Otherwise each run of a test traces them again and loads their programs from the cache, which
-    takes longer than the run. test_survival_slow.py starts a process for each run.
-    """
-    # Imported here, because most tests need none of it.
-    from semiseg_jax import (
-        compiled_model,
-        evaluate,
-        inference,
-        pseudo_labels,
-        self_training,
-        train_state,
-        workdir,
-    )
-    from semiseg_jax.planning import measurement
-    from semiseg_jax.serving import trained_model
-
-    programs = {}
-
-    class SharingModel(compiled_model.CompiledModel):
-        def __init__(self, config, backbone, dataset, mesh):
-            super().__init__(config, backbone, dataset, mesh)
-            # A test may replace the platform, from which the compiler options follow.
-            options = repr(mesh_lib.compiler_options(mesh))
-            self.settings = workdir.config_hash(config), backbone, mesh, options
-
-        def program(self, kind, num_steps):
-            key = self.settings, kind, num_steps
-            if key not in programs:
-                programs[key] = super().program(kind, num_steps)
-            return programs[key]
-
-    predictors = {}
-
-    def predictor(model, mesh, *args, **kwargs):
-        key = model, mesh, repr((args, kwargs))
-        if key not in predictors:
-            predictors[key] = inference.Predictor(model, mesh, *args, **kwargs)
-        return predictors[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (self_training, measurement):
-            patch.setattr(module, "CompiledModel", SharingModel)
-        patch.setattr(train_state, "variable_shapes", functools.cache(train_state.variable_shapes))
-        for module in (evaluate, pseudo_labels, trained_model):
-            patch.setattr(module, "Predictor", predictor)
-        yield
 
 
 @pytest.fixture

@@ -24,8 +24,6 @@ from tests.conftest import tiny_config
 from tests.rows import PROTOCOL
 from tests.test_export import make_workdir
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 # Keys that act on what the network sees of an image or on what it computes, each with another value
 # than that of the tests' config. `eval.window_stride` belongs to `eval.window`.
 ACTING = {

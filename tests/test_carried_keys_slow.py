@@ -13,7 +13,7 @@ from tests import test_predict
 from tests.test_carried_keys import ACTING, check_prediction_equals_evaluation
 from tests.test_export import make_workdir
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("key", [key for key in ACTING if key.startswith(("data.", "eval."))])

@@ -14,7 +14,7 @@ from tests import workdirs
 from tests.conftest import FEW_OPERATIONS, in_pairs, tiny_folder_config, write_folder_data
 from tests.errors import raises_code
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs", "one_device")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture

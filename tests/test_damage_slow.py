@@ -17,7 +17,7 @@ from tests.workdirs import same
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("one_device", "shared_programs", "without_report"),
+    pytest.mark.usefixtures("one_device", "without_report"),
 ]
 
 

@@ -16,8 +16,6 @@ from semiseg_jax.runtime.logger import capture_lines
 from semiseg_jax.serving import model_bundle
 from tests import conftest, mains, workdirs
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 # The class that each stage predicts everywhere. Most pixels are of class 1, the fewest of class 2.
 CLASS_OF = {"teacher": 0, "student 1": 2, "student 2": 2, "student 3": 2, "control 2": 1}
 
@@ -83,7 +81,7 @@ def predicted_class(run, folder, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def held_out(folder, untrained, shared_programs):
+def held_out(folder, untrained):
     """A run with a held-out evaluation set, and its lines; no test changes it."""
     with capture_lines() as lines:
         self_training.run(make_config(folder), folder / "held_out")

@@ -21,7 +21,7 @@ from tests.test_kept_stage_of_run import (  # noqa: F401 - fixtures
 
 # ruff: noqa: F811 - a parameter has the name of its fixture
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tests import mains
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("shared_programs", "without_report"),
+    pytest.mark.usefixtures("without_report"),
 ]
 
 CONFIG = (

@@ -25,7 +25,7 @@ from tests.test_predict import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("shared_programs", "one_device", "without_report", "one_small_scene"),
+    pytest.mark.usefixtures("one_device", "without_report", "one_small_scene"),
 ]
 
 

@@ -20,7 +20,7 @@ RECIPE = {
 }
 
 
-@pytest.mark.usefixtures("shared_programs", "without_report", "one_device")
+@pytest.mark.usefixtures("without_report", "one_device")
 def test_a_kill_changes_no_bit_with_adam_and_hard_pixels(config_of_pairs, tmp_path, monkeypatch):
     config = config_of_pairs
     config.update_from_flattened_dict(RECIPE)

@@ -29,8 +29,6 @@ from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.networks import Pointwise
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 CLASSES = ("ground", "thing", "corner")
 FEW = [(37, 51), (48, 36)]
 MANY = [(33 + 3 * i, 60 - 5 * i) for i in range(9)]
@@ -100,12 +98,12 @@ def run(folder, sizes, **changes):
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory, shared_programs):
+def few(tmp_path_factory):
     return run(tmp_path_factory.mktemp("few"), FEW)
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory, shared_programs):
+def many(tmp_path_factory):
     return run(tmp_path_factory.mktemp("many"), MANY)
 
 

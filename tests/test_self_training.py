@@ -35,8 +35,6 @@ from semiseg_jax.train_state import inference_variables, variable_shapes
 from tests import conftest, workdirs
 from tests.errors import raises_code
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices():
@@ -112,7 +110,7 @@ class Recorder(RunObserver):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, two_devices, shared_programs):
+def whole(folder, two_devices):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         recorder = Recorder()
         results = self_training.run(two_rounds(folder), folder / "whole", recorder)

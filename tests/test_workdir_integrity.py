@@ -31,8 +31,6 @@ from semiseg_jax.serving import model_bundle
 from tests import conftest, workdirs
 from tests.errors import raises_code
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 TEACHER, STUDENT = "round_0/teacher", "round_1/student"
 LABELS = f"{TEACHER}/pseudo_labels"
 
@@ -118,7 +116,7 @@ def make_config(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, two_devices, shared_programs):
+def whole(folder, two_devices):
     """The workdir of a finished run; no test changes it."""
     self_training.run(make_config(folder), folder / "whole")
     return folder / "whole"

@@ -297,13 +297,10 @@ def _build_vit(config: Any, common: Mapping[str, Any]) -> Segmenter:
 def _build_deeplab(config: Any, common: Mapping[str, Any]) -> Segmenter:
     """Builds a DeepLab; `common` are attributes of every Segmenter."""
     norm = functools.partial(
-        dsbn.DomainNorm,
-        kind=config.norm,
-        momentum=config.norm_momentum,
-        dtype=common["dtype"],
+        dsbn.DomainNormFactory, config.norm, config.norm_momentum, dtype=common["dtype"]
     )
     epsilon = config.norm_epsilon.backbone
-    of_backbone: dict[str, Any] = {"norm": functools.partial(norm, epsilon=epsilon)}
+    of_backbone: dict[str, Any] = {"norm": norm(epsilon)}
     if config.backbone in convnext.BACKBONES:
         of_backbone = {"epsilon": epsilon}
     if config.multi_grid:
@@ -325,7 +322,7 @@ def _build_deeplab(config: Any, common: Mapping[str, Any]) -> Segmenter:
     smp_head = {"decoder": (1, 1), "norm_between": False}
     return DeepLabV3Plus(
         **attributes,
-        norm=functools.partial(norm, epsilon=config.norm_epsilon.head),
+        norm=norm(config.norm_epsilon.head),
         features=config.head_features,
         low_features=config.low_level_features,
         dropout=config.dropout,

@@ -176,6 +176,24 @@ class DomainNorm(nn.Module):
             variable.value = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class DomainNormFactory:
+    """Makes the norms of a network, which differ in their names alone; see `DomainNorm`.
+
+    Two networks with equal factories are equal, which two partial functions are not: programs of
+    equal networks are compiled once.
+    """
+
+    kind: NormKind
+    momentum: float
+    epsilon: float
+    dtype: DTypeLike | None = None
+
+    def __call__(self, name: str | None = None) -> DomainNorm:
+        """Returns the norm with this name in its parent."""
+        return DomainNorm(self.kind, self.momentum, self.epsilon, self.dtype, name=name)
+
+
 class Affine(nn.Module):
     """The affine parameters of one domain."""
 

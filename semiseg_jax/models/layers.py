@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from semiseg_jax.models import convolutions
 from semiseg_jax.models.dsbn import MOMENTS, DomainLayout, DomainNorm
 
-# A partially applied DomainNorm: `deeplab.build` binds the kind, momentum and epsilon.
+# From a name to the norm, such as `dsbn.DomainNormFactory`; for a trained network, `folding.Shift`.
 NormFactory = Callable[..., DomainNorm]
 Activation = Callable[[jax.Array], jax.Array]
 # Dilation of the first block of a stage; see `dilated_stages`.

@@ -165,8 +165,7 @@ def _trace_step(config: Any, kind: str, num_classes: int, topology: Topology) ->
     model = deeplab.build(
         deeplab.config_for(config, stages.stage_backbone(config, kind)), num_classes
     )
-    shapes = train_state.variable_shapes(model)
-    program = compiled_model.make_program(config, kind, config.train.steps, model, shapes, mesh)
+    program = compiled_model.make_program(config, kind, config.train.steps, model, mesh)
     return train.trace_step(program, tuple(config.data.crop), mesh)
 
 

@@ -20,7 +20,7 @@ from tests.conftest import FEW_OPERATIONS
 from tests.errors import raises_code
 from tests.rows import result_json
 
-pytestmark = pytest.mark.usefixtures("one_device", "shared_programs", "without_report")
+pytestmark = pytest.mark.usefixtures("one_device", "without_report")
 
 
 @pytest.fixture

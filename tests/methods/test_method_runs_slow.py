@@ -16,7 +16,7 @@ from semiseg_jax.serving.trained_model import TrainedModel
 from tests import conftest, workdirs
 from tests.test_self_training import Killed, kill_at
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
+pytestmark = pytest.mark.slow
 
 ONLINE = [name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
 
