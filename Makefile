@@ -54,7 +54,7 @@ test: setup ## run the fast tests
 	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
-	SEMISEG_TEST_SHAPES=0 $(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=worksteal --durations=40 $(ARGS)
+	SEMISEG_TEST_SHAPES=0 $(RUN) -m pytest -m slow -n auto --maxprocesses=2 --dist=worksteal --durations=40 -rs $(ARGS)
 
 # The TPU compiler is installed in a separate folder, because JAX starts differently in an
 # environment that contains libtpu.

@@ -12,6 +12,7 @@ import pytest
 from semiseg_jax.experiments.paper_tables import TABLES
 from tests import FAST_COMPILATION, workdirs
 from tests.conftest import FEW_OPERATIONS
+from tests.prepared_process import PreparedProcess
 
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -34,11 +35,14 @@ SMALL = (
 FEW = f"--config.sda.ops={FEW_OPERATIONS}"
 
 
-def start(workdir, *arguments):
+def start(workdir, *arguments, prepared=False):
+    """Starts the command; `prepared` without the time of its imports."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "semiseg_jax.main", f"--workdir={workdir}", *arguments]
+    command = ["-m", "semiseg_jax.main", f"--workdir={workdir}", *arguments]
+    if prepared:
+        return PreparedProcess(command, environment)
     return subprocess.Popen(
-        command,
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -73,10 +77,14 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
     )
     output = finish(start(tmp_path / "whole", *arguments))
     assert "gain over the teacher" in output
+
+    def start_again(name):
+        return start(tmp_path / name, *arguments, prepared=True)
+
     # Inside the teacher, as it goes on, as its labels are being written, and inside the student.
     for line in ("teacher: step 5/8", "teacher: step 7/8", "16/44 images", "student 1: step 7/8"):
-        end_after(start(tmp_path / "killed", *arguments), line, signal.SIGKILL)
-    output = finish(start(tmp_path / "killed", *arguments))
+        end_after(start_again("killed"), line, signal.SIGKILL)
+    output = finish(start_again("killed"))
     assert "teacher: done before" in output
     # As pre-emptible machines end, and as a person does.
     for line, number in (
@@ -84,10 +92,10 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
         ("16/44 images", signal.SIGINT),
         ("student 1: step 2/8", signal.SIGTERM),
     ):
-        status, output = end_after(start(tmp_path / "stopped", *arguments), line, number)
+        status, output = end_after(start_again("stopped"), line, number)
         assert status == 75, output
         assert "Interrupted: start the same command again to go on." in output
-    assert "going on at step" in finish(start(tmp_path / "stopped", *arguments))
+    assert "going on at step" in finish(start_again("stopped"))
     for name in ("killed", "stopped"):
         workdirs.same(tmp_path / "whole", tmp_path / name)
 
