@@ -11,6 +11,7 @@ eager mode, in graphs and with any number of threads.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -110,9 +111,16 @@ class Operation:
         return self.uniform if magnitude == "uniform" else self.released
 
 
-# The function has no Python control flow on tensors. Autograph would convert it in vain, which
-# doubles the time to build the graph.
-@tf.autograph.experimental.do_not_convert
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What of the config decides the operations."""
+
+    num_ops: int
+    replace: bool
+    magnitude: str
+    ops: tuple[str, ...]
+
+
 def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tensor:
     """Applies N random operations with random magnitudes.
 
@@ -130,17 +138,41 @@ def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tenso
         uint8 [H, W, 3]; the image itself if `num_ops` is 0.
     """
     sda = getattr(config, "sda", config)
-    operations = _enabled_operations(sda)
+    _enabled_operations(sda)
     image = tf.convert_to_tensor(image)
     if sda.num_ops == 0:
         return image
-    picks, magnitude_seed = _draw_picks(operations, seed, sda)
+    settings = _Settings(sda.num_ops, sda.replace, sda.magnitude, tuple(sda.ops))
+    seed = tf.cast(seed, tf.int64)
+    if tf.executing_eagerly():
+        return _apply_operations(image, seed, settings)
+    augmented = _traced_operations(settings)(image, seed)
+    augmented.set_shape(image.shape)
+    return augmented
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_operations(settings: _Settings) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """The operations as a graph, traced once for all stages of a process."""
+    return tf.function(
+        functools.partial(_apply_operations, settings=settings),
+        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([2], tf.int64)],
+        autograph=False,
+    )
+
+
+# The function has no Python control flow on tensors. Autograph would convert it in vain, which
+# doubles the time to build the graph.
+@tf.autograph.experimental.do_not_convert
+def _apply_operations(image: tf.Tensor, seed: tf.Tensor, settings: _Settings) -> tf.Tensor:
+    operations = _enabled_operations(settings)
+    picks, magnitude_seed = _draw_picks(operations, seed, settings)
 
     def apply_next(position: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         seed = _fold_in(magnitude_seed, position)
 
         def branch(operation: Operation) -> Callable[[], tf.Tensor]:
-            return lambda: operation.apply(image, **operation.sample(seed, sda.magnitude))
+            return lambda: operation.apply(image, **operation.sample(seed, settings.magnitude))
 
         branches = [branch(operation) for operation in operations]
         return position + 1, tf.switch_case(picks[position], branches)
@@ -148,7 +180,7 @@ def strong_augment(image: TensorLike, seed: TensorLike, config: Any) -> tf.Tenso
     # The loop is in the graph, so that the operations are traced and optimised once and not once
     # per position.
     _, image = tf.while_loop(
-        lambda position, _: position < sda.num_ops,
+        lambda position, _: position < settings.num_ops,
         apply_next,
         (tf.constant(0), image),
         parallel_iterations=1,
