@@ -28,6 +28,9 @@ from semiseg_jax.runtime.errors import UserError
 # Prefix of the modules that depend on the set of classes: "classifier", "classifier1", …
 _CLASSIFIER = "classifier"
 
+# The images that DINOv3's weights were trained on, in the names of files.
+_SATELLITE, _PHOTOGRAPHS = "sat493m", "lvd1689m"
+
 # By name in a network with one norm: the name in the file, and the tensor.
 _Tensors = Mapping[str, tuple[str, np.ndarray]]
 
@@ -79,7 +82,7 @@ def inspect(path: epath.PathLike) -> Conventions:
     file = weight_files.read_header(path)
     layout = _detect_layout(path, file)
     with _layout_errors(path):
-        return layout.conventions(file)
+        return _conventions(path, layout, file)
 
 
 def load(path: epath.PathLike, variables: dict[str, Any]) -> tuple[dict[str, Any], LoadReport]:
@@ -144,7 +147,7 @@ def _translate(
     layout = _detect_layout(path, file)
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     with _layout_errors(path):
-        conventions = layout.conventions(file)
+        conventions = _conventions(path, layout, file)
         for name, part, tensor in layout.parts(file):
             if translated := layout.translate(part, tensor):
                 tensors[translated[0]] = name, translated[1]
@@ -155,6 +158,21 @@ def _translate(
         tensors = {k: v for k, v in tensors.items() if not k.startswith(_CLASSIFIER)}
     _check_fit(path, layout, conventions, tensors, leaves)
     return tensors, conventions
+
+
+def _conventions(path: epath.PathLike, layout: WeightLayout, file: File) -> Conventions:
+    """The conventions of a file, by its content, and where that does not say it by its name.
+
+    DINOv3's weights for satellite images have the tensors of those for photographs, and were
+    trained with another mean and deviation. The published files, or their folders, have the name of
+    the images: SAT-493M, or LVD-1689M for photographs.
+    """
+    conventions = layout.conventions(file)
+    *folders, name = str(path).lower().split("/")
+    named = name if _PHOTOGRAPHS in name else "/".join((*folders, name))
+    if "dinov3" in (conventions.backbone or "") and _SATELLITE in named:
+        return dataclasses.replace(conventions, input_normalization="dinov3_satellite")
+    return conventions
 
 
 def _detect_layout(path: epath.PathLike, file: File) -> WeightLayout:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from semiseg_jax import config_check
-from semiseg_jax.models import pretrained, weight_files
+from semiseg_jax.models import deeplab, pretrained, weight_files
 from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.models import reference_weights, torch_writer
@@ -125,6 +125,32 @@ def test_every_layout_of_dinov3_gives_the_same_bits(tmp_path):
             np.testing.assert_array_equal(value, loaded["dict"][key], err_msg=f"{name} {key}")
     tokens = loaded["dict"]["params/backbone/storage_tokens"]
     np.testing.assert_array_equal(tokens, state["reg_token"])
+
+
+@pytest.mark.parametrize(
+    ("name", "normalization"),
+    [
+        ("dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", "dinov3_satellite"),
+        ("models--facebook--dinov3-vitl16-pretrain-SAT493M/main/model.pth", "dinov3_satellite"),
+        ("dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", "imagenet"),
+        ("beside-sat493m/dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", "imagenet"),
+    ],
+)
+def test_mean_and_deviation_of_satellite_weights_follow_their_name(tmp_path, name, normalization):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, original_dinov3(reference_state("timm_tiny_dinov3")))
+    config = tiny_config(model__backbone="tiny_dinov3", model__head="dpt")
+    config.model.pretrained = str(path)
+    assert deeplab.resolve(config.model).input_normalization == normalization
+    assert not deeplab.pretrained_mismatches(config.model)
+    config.model.input_normalization = "half"
+    assert len(deeplab.pretrained_mismatches(config.model)) == 1
+
+
+def test_satellite_weights_of_dinov2_do_not_exist(tmp_path):
+    path = write(tmp_path / "sat493m.pth", reference_state("timm_tiny_dinov2"))
+    assert pretrained.inspect(path).input_normalization == "imagenet"
 
 
 def write(path, state):
