@@ -357,6 +357,9 @@ def model() -> ConfigDict:
     # How the learned positions of a vision transformer are interpolated to grids of other sizes:
     # original (as in DINOv2's code and UniMatch V2) or timm (with antialiasing).
     model.position_rule = "original"
+    # Vision transformers pad their tokens to a multiple of this number, and mask what they added:
+    # the results are the same. 1 for no padding.
+    model.token_multiple = 1
     # Input mean and standard deviation: imagenet, half (maps to -1..1), lite ((x - 127) / 128),
     # dinov3_satellite (of DINOv3's weights for satellite images), or auto (that of the weights in
     # `pretrained`, else the usual one of the backbone).

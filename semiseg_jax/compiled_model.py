@@ -106,7 +106,10 @@ def make_program(
         mesh: to run on.
         classes: names of the classes.
     """
-    return _build_program(
+    method = stages.online_method(config, kind)
+    # A method of the user's own need not be hashable; its programs are not shared.
+    build = _build_program if _is_hashable(method) else _build_program.__wrapped__
+    return build(
         kind,
         num_steps,
         model,
@@ -117,8 +120,16 @@ def make_program(
         config.model.freeze_backbone,
         _freeze(config.loss),
         stages.batch_spec(config, kind),
-        stages.online_method(config, kind),
+        method,
     )
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _freeze(section: Any) -> ml_collections.FrozenConfigDict:

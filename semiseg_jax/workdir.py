@@ -89,6 +89,7 @@ ADDED_KEYS = {
     "optim.decay_all": False,
     "optim.layer_decay": 1.0,
     "model.position_rule": "original",
+    "model.token_multiple": 1,
     "model.freeze_backbone": False,
 }
 

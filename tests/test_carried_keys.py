@@ -47,6 +47,7 @@ ACTING = {
     "model.aspp_rates": (2,),
     "model.align_corners": True,
     "model.position_rule": "timm",
+    "model.token_multiple": 8,
     "model.input_normalization": "half",
     "model.compute_dtype": "bfloat16",
     "rounds.student_model": "resnet10_slim",
@@ -134,9 +135,11 @@ def test_predictions_equal_the_evaluation_on_downscaled_images(tmp_path, monkeyp
 @pytest.mark.parametrize("key", [key for key in ACTING if key.startswith("model.")])
 def test_the_loaded_network_is_the_trained_one(key, tmp_path, monkeypatch):
     """Networks are compared by their attributes, which repr shows: equal ones compute the same."""
+    on_vit = {"model__backbone": "tiny_dinov2", "model__head": "dpt"}
     base = {
         "model.multi_grid": {"model__backbone": "resnet18"},  # tiny takes no multi-grid.
-        "model.position_rule": {"model__backbone": "tiny_dinov2", "model__head": "dpt"},
+        "model.position_rule": on_vit,
+        "model.token_multiple": on_vit,
     }.get(key, {})
     changes = base | {key.replace(".", "__"): ACTING[key]}
     # A file without weights, so that no network is traced.

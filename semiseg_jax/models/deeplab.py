@@ -89,6 +89,7 @@ RULES: dict[str, rules.Rule] = {
     "dropout": rules.below(0, 1),
     "align_corners": rules.or_none(rules.BOOL),
     "position_rule": rules.one_of(*positions.POSITION_RULES),
+    "token_multiple": rules.integer(1, 1024),
     "input_normalization": rules.one_of("auto", *INPUT_NORMALIZATIONS),
     "freeze_backbone": rules.BOOL,
     "compute_dtype": rules.one_of("float32", "bfloat16"),
@@ -284,6 +285,7 @@ def _build_vit(config: Any, common: Mapping[str, Any]) -> Segmenter:
     backbone = BACKBONES[config.backbone](
         epsilon=config.norm_epsilon.backbone,
         position_rule=config.position_rule,
+        token_multiple=config.token_multiple,
         remat=config.remat,
         dtype=common["dtype"],
     )

@@ -102,7 +102,9 @@ class RotaryAngles(NamedTuple):
     cos: Any
 
 
-def rotary_angles(size: Sequence[convolutions.Dim], width: int, num_prefix: int) -> RotaryAngles:
+def rotary_angles(
+    size: Sequence[convolutions.Dim], width: int, num_prefix: int, num_suffix: convolutions.Dim = 0
+) -> RotaryAngles:
     """Computes the angles of DINOv3: those of rows in the first half, of columns in the second.
 
     Coordinates are the patches' centres, mapped to -1..1 along each side; each angle occurs twice,
@@ -112,7 +114,7 @@ def rotary_angles(size: Sequence[convolutions.Dim], width: int, num_prefix: int)
     Args:
         size: (height, width) of the grid of patches.
         width: of an attention head, a multiple of 4.
-        num_prefix: tokens before the patches, which are not rotated.
+        num_prefix, num_suffix: tokens before and behind the patches, which are not rotated.
     """
     periods = _ROTARY_BASE ** (np.arange(width // 4) / (width // 4))
     height, columns = size
@@ -126,7 +128,7 @@ def rotary_angles(size: Sequence[convolutions.Dim], width: int, num_prefix: int)
     )
     angles = jnp.tile(angles.reshape(height * columns, width // 2), (1, 2)).astype(jnp.float32)
     # A rotation by 0 instead of a slice and a join of the tokens.
-    angles = jnp.pad(angles, ((num_prefix, 0), (0, 0)))[:, None]
+    angles = jnp.pad(angles, ((num_prefix, num_suffix), (0, 0)))[:, None]
     return RotaryAngles(jnp.sin(angles), jnp.cos(angles))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from semiseg_jax.models import positions
+from semiseg_jax.models import convolutions, positions
 from semiseg_jax.models.dsbn import DomainLayout
 
 _KERNEL_INIT = nn.initializers.truncated_normal(0.02)
@@ -81,11 +81,13 @@ class Attention(nn.Module):
     Attributes:
         heads: the width of the tokens is a multiple of it.
         key_bias: whether keys have a bias.
+        num_attended: the first tokens, which are attended to; None for all.
         dtype: of the computation; None to promote the dtypes of input and parameters.
     """
 
     heads: int
     key_bias: bool
+    num_attended: convolutions.Dim | None = None
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -102,7 +104,10 @@ class Attention(nn.Module):
         )
         if angles is not None:
             query, key = positions.rotate(query, angles), positions.rotate(key, angles)
-        y = jax.nn.dot_product_attention(query, key, value)
+        lengths = None
+        if self.num_attended is not None:
+            lengths = jnp.full(x.shape[0], self.num_attended, jnp.int32)
+        y = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths)
         return dense(name="proj")(y.reshape(x.shape))
 
 
@@ -110,7 +115,7 @@ class Block(nn.Module):
     """Attention and a two-layer perceptron, each behind a layer norm and scaled by channel.
 
     Attributes:
-        heads, key_bias: see `Attention`.
+        heads, key_bias, num_attended: see `Attention`.
         epsilon: of the layer norms.
         dtype: of the computation; None to promote the dtypes of input and parameters.
     """
@@ -118,6 +123,7 @@ class Block(nn.Module):
     heads: int
     key_bias: bool
     epsilon: float
+    num_attended: convolutions.Dim | None = None
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -126,7 +132,9 @@ class Block(nn.Module):
     ) -> Float[Array, "b n d"]:
         """Applies the block."""
         width = x.shape[-1]
-        attention = Attention(self.heads, self.key_bias, self.dtype, name="attention")
+        attention = Attention(
+            self.heads, self.key_bias, self.num_attended, self.dtype, name="attention"
+        )
         y = attention(layer_norm(self.epsilon, self.dtype, "norm1")(x), angles)
         x = x + LayerScale(self.dtype, name="scale1")(y)
         dense = functools.partial(nn.Dense, kernel_init=_KERNEL_INIT, dtype=self.dtype)
@@ -196,6 +204,8 @@ class VisionTransformer(nn.Module):
         spec: the architecture.
         epsilon: of the layer norms.
         position_rule: see `positions.interpolate`; without effect on rotary positions.
+        token_multiple: zeros are appended to a multiple of this many tokens; no token attends to
+            them, and they are dropped. 1 for none.
         remat: recompute the activations inside a block in the backward pass.
         dtype: of the computation; None to promote the dtypes of input and parameters.
     """
@@ -203,6 +213,7 @@ class VisionTransformer(nn.Module):
     spec: ViTSpec
     epsilon: float
     position_rule: positions.PositionRule = "original"
+    token_multiple: int = 1
     remat: bool = False
     dtype: DTypeLike | None = None
 
@@ -222,11 +233,13 @@ class VisionTransformer(nn.Module):
         x = PatchEmbedding(spec.width, spec.patch, self.dtype, name="patch_embed")(x)
         batch, height, width = x.shape[:3]
         x = self._with_prefix(x)
-        num_prefix = 1 + spec.storage
+        num_prefix, num_tokens = 1 + spec.storage, x.shape[1]
+        num_padding = -num_tokens % self.token_multiple if self.token_multiple > 1 else 0
+        x = self._pad(x, num_padding)
         angles = None
         if not spec.grid:
             head = spec.width // spec.heads
-            angles = positions.rotary_angles((height, width), head, num_prefix)
+            angles = positions.rotary_angles((height, width), head, num_prefix, num_padding)
         norm = layer_norm(self.epsilon, self.dtype, "norm")
         block = nn.remat(Block) if self.remat else Block
         taps = []
@@ -235,13 +248,18 @@ class VisionTransformer(nn.Module):
                 spec.heads,
                 key_bias=bool(spec.grid),
                 epsilon=self.epsilon,
+                num_attended=num_tokens if self.token_multiple > 1 else None,
                 dtype=self.dtype,
                 name=f"block_{i}",
             )(x, angles)
             if i in spec.taps:
-                patches = norm(x)[:, num_prefix:]
+                patches = norm(x)[:, num_prefix:num_tokens]
                 taps.append(patches.reshape(batch, height, width, spec.width))
         return {"low": taps[0], "middle": tuple(taps[1:-1]), "high": taps[-1]}
+
+    def _pad(self, x: Float[Array, "b n d"], count: convolutions.Dim) -> Float[Array, "b padded d"]:
+        """Appends tokens that are 0."""
+        return jnp.pad(x, ((0, 0), (0, count), (0, 0)))
 
     def _with_prefix(self, x: Float[Array, "b gh gw d"]) -> Float[Array, "b n d"]:
         """Adds the learned positions, and puts class and storage tokens before the patches."""

@@ -81,7 +81,7 @@ _SCHEMA: dict[str, Rule] = {
 }
 # Fields that older code did not write, each with the value that equals its behaviour.
 _ADDED_FIELDS = {
-    "model": {"position_rule": "original", "freeze_backbone": False},
+    "model": {"position_rule": "original", "token_multiple": 1, "freeze_backbone": False},
     "preprocessing": {"downscale": 1},
     "protocol": {"evaluation_hash": None},
 }

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from semiseg_jax import compiled_model, inference, mesh
+from semiseg_jax.methods import registry
 from semiseg_jax.models import deeplab, vit
 from tests.conftest import tiny_config
 
@@ -40,6 +41,19 @@ def test_a_step_is_shared_by_runs_that_differ_in_nothing_that_it_depends_on(chan
         return compiled_model.make_program(config, "student", 4, network, mesh.make_mesh())
 
     assert (program() is program(**changes)) == is_same
+
+
+def test_a_method_that_cannot_be_hashed_has_a_step_of_its_own(monkeypatch):
+    """As one that a user writes may be."""
+    module, method = registry.METHODS["fixmatch"]
+    own = type("Own", (method,), {"__hash__": None})
+    monkeypatch.setitem(registry.METHODS, "fixmatch", (module, own))
+    config = tiny_config(method__name="fixmatch")
+    programs = [
+        compiled_model.make_program(config, "student", 4, build("tiny"), mesh.make_mesh())
+        for _ in range(2)
+    ]
+    assert programs[0] is not programs[1] and isinstance(programs[0].method, own)
 
 
 def test_labelling_and_evaluation_share_the_program_of_a_scale():

@@ -228,9 +228,49 @@ def test_the_last_columns_of_any_image_are_seen():
     assert 14 <= row < 43 and column >= 56
 
 
-def test_an_export_predicts_images_of_any_size():
+@pytest.mark.parametrize("backbone", ["tiny_dinov2", "tiny_dinov3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padded_tokens_change_nothing_whatever_they_hold(backbone, dtype, monkeypatch):
+    """0, 1 and 127 of them: 21 or 25 tokens, and multiples of 1, of one more, of all and 127."""
+    changes = {"model__head": "linear", "model__compute_dtype": dtype}
+    model = build(backbone, **changes)
+    variables = random_variables(model, 0)
+    patch = vit.SPECS[backbone].patch
+    image = np.random.default_rng(0).integers(0, 256, (2, 4 * patch, 5 * patch, 3), np.uint8)
+    expected = np.asarray(model.apply(variables, image), np.float32)
+    pads = []
+
+    def pad(self, x, count):
+        pads.append(count)
+        return jnp.pad(x, ((0, 0), (0, count), (0, 0)), constant_values=1e4)
+
+    monkeypatch.setattr(vit.VisionTransformer, "_pad", pad)
+    tokens = 4 * 5 + 1 + vit.SPECS[backbone].storage
+    for multiple in (1, tokens, tokens + 1, tokens + 127):
+        padded = build(backbone, model__token_multiple=multiple, **changes)
+        found = np.asarray(padded.apply(variables, image), np.float32)
+        # Sums over more keys may be in another order; those of bfloat16 are float32.
+        bound = {"float32": 1e-5, "bfloat16": 1e-2}[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    assert pads == [0, 0, 1, 127]
+
+
+def test_no_gradient_comes_through_padded_tokens():
+    images = np.random.default_rng(0).integers(0, 256, (1, 28, 42, 3), np.uint8)
+    plain = build("tiny_dinov3", model__head="linear")
+    variables = random_variables(plain, 0)
+    one, other = (
+        jax.grad(lambda v, m=model: jnp.square(m.apply(v, images)).mean())(variables)["params"]
+        for model in (plain, build("tiny_dinov3", model__head="linear", model__token_multiple=16))
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * max(np.abs(a).max(), 1e-3))
+
+
+@pytest.mark.parametrize("token_multiple", [1, 16])
+def test_an_export_predicts_images_of_any_size(token_multiple):
     """Positions are then interpolated inside the program."""
-    model = build("tiny_dinov2", model__head="linear")
+    model = build("tiny_dinov2", model__head="linear", model__token_multiple=token_multiple)
     variables = random_variables(model, 0)
     program = jax.jit(lambda images: model.apply(variables, images))
     shape = jax.export.symbolic_shape("n, h, w, 3")
