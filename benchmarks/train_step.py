@@ -1,11 +1,13 @@
-"""A whole training step against PyTorch: DeepLabV3+ on three backbones, on the CPU.
+"""A whole training step against PyTorch, on the CPU: DeepLabV3+ on three backbones, DPT on DINOv2.
 
     python benchmarks/train_step.py [--backbones=xception65,…] [--sizes=129,257] [--batch=4]
         [--repeats=7] [--threads=N]
+    python benchmarks/train_step.py --backbones=dinov2_vits14 --sizes=224 [--frozen] [--contiguous]
 
 Forward pass, backward pass, batch norm over the batch, cross-entropy and the SGD update, float32,
-21 classes, output stride 16, without dropout. Ours is the teacher's step as `main` runs it;
-PyTorch's is the same network written in the usual way, in channels_last, not compiled. Both start
+21 classes, output stride 16, without dropout. On DINOv2 the update is AdamW's; with --frozen the
+backbone keeps its weights. Ours is the teacher's step as `main` runs it; PyTorch's is the same
+network written in the usual way, in channels_last or --contiguous, not compiled. Both start
 from the same weights and use the same uint8 batch; their first losses must agree, which shows that
 the computations are the same. PyTorch runs as a process in its own environment
 (benchmarks/peers/torchvision.txt), on the same cores and with as many threads, alternating with
@@ -31,7 +33,9 @@ BACKBONES = {
     "efficientnet_lite0": "EfficientNet-Lite0",
     "resnet50": "ResNet-50",
     "xception65": "Xception-65",
+    "dinov2_vits14": "DINOv2-S",
 }
+VISION_TRANSFORMERS = {"dinov2_vits14": 14}  # sides of their patches
 # Pause before each measurement: PyTorch's threads wait actively for a while after their work.
 REST_SECONDS = 0.3
 
@@ -48,7 +52,7 @@ def random_batch(size: int, count: int) -> dict[str, np.ndarray]:
 class Ours:
     """The teacher's step of the project, with one backbone."""
 
-    def __init__(self, backbone: str, batch: int):
+    def __init__(self, backbone: str, batch: int, is_frozen: bool = False):
         # Imported after the affinity is set, from which XLA takes its number of threads.
         sys.path.insert(0, str(ROOT))
         from semiseg_jax.runtime import malloc
@@ -66,10 +70,15 @@ class Ours:
         config = default.get_config()
         config.model.backbone = backbone
         config.model.dropout = 0.0
+        config.model.freeze_backbone = is_frozen
+        if backbone in VISION_TRANSFORMERS:
+            config.model.head, config.optim.kind = "dpt", "adamw"
         model = deeplab.build(config.model, CLASSES)
         self._jax, self._mesh_lib, self._state_lib = jax, mesh, train_state
         self._mesh = mesh.make_mesh()
-        self._tx, _ = optim.make_optimizer(config.optim, "teacher", 100_000)
+        self._tx, _ = optim.make_optimizer(
+            config.optim, "teacher", 100_000, freeze_backbone=is_frozen
+        )
         streams = BatchSpec(("labeled",), (), batch, batch)
         self._step = train_step.make_train_step(model, self._tx, config.loss, streams, self._mesh)
         self.variables = train_state.init_variables(model, 0, self._mesh)
@@ -106,8 +115,10 @@ def compare(
     ours: Ours, peer: Worker, backbone: str, name: str, batch: dict[str, np.ndarray], flags
 ) -> dict:
     """Runs the repeats of one case, alternating; returns its result row."""
-    case = f"{BACKBONES[backbone]}, {name}"
+    head = "DPT" if backbone in VISION_TRANSFORMERS else "DeepLabV3+"
+    case = f"{head} {BACKBONES[backbone]}, {name}{', frozen' if flags.frozen else ''}"
     message = {"backbone": backbone, "batch": name, "steps": flags.steps}
+    message |= {"frozen": flags.frozen, "contiguous": flags.contiguous}
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[flags.clock]
     speeds: dict[str, list[float]] = {"ours": [], "peer": []}
     for repeat in range(-1, flags.repeats):
@@ -124,15 +135,20 @@ def compare(
             continue
         for who, answer in answers.items():
             speeds[who].append(len(batch["images"]) * flags.steps / answer[clock])
-    return comparison_row(f"DeepLabV3+ {case}", speeds)
+    return comparison_row(case, speeds)
 
 
 def main() -> None:
     """Runs every backbone at every size."""
     cores = sorted(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backbones", default=",".join(BACKBONES))
-    parser.add_argument("--sizes", default="129,257", help="sides in pixels, of the form 32 n + 1")
+    networks = [name for name in BACKBONES if name not in VISION_TRANSFORMERS]
+    parser.add_argument("--backbones", default=",".join(networks))
+    parser.add_argument(
+        "--sizes", default="129,257", help="sides in pixels: 32 n + 1, on DINOv2 multiples of 14"
+    )
+    parser.add_argument("--frozen", action="store_true", help="the backbone is not trained")
+    parser.add_argument("--contiguous", action="store_true", help="PyTorch not in channels_last")
     parser.add_argument("--batch", default=4, type=int)
     parser.add_argument("--repeats", default=7, type=int)
     parser.add_argument("--steps", default=2, type=int, help="steps of a repeat")
@@ -145,8 +161,15 @@ def main() -> None:
     if not set(backbones) <= BACKBONES.keys():
         sys.exit(f"--backbones must be out of {', '.join(BACKBONES)}.")
     sizes = [int(size) for size in flags.sizes.split(",")]
-    if any(size % 32 != 1 for size in sizes):
-        sys.exit("--sizes must be of the form 32 n + 1: there both paddings are alike.")
+    if flags.frozen and not set(backbones) <= VISION_TRANSFORMERS.keys():
+        sys.exit("--frozen is for DINOv2: a frozen backbone of DeepLab would need running moments.")
+    for backbone in backbones:
+        patch = VISION_TRANSFORMERS.get(backbone)
+        if any(size % patch if patch else size % 32 != 1 for size in sizes):
+            sys.exit(
+                "--sizes must be of the form 32 n + 1, where both paddings are alike, and on "
+                "DINOv2 multiples of 14."
+            )
     os.sched_setaffinity(0, cores[: flags.threads])
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
 
@@ -159,7 +182,7 @@ def main() -> None:
         print(f"PyTorch {peer.ready['torch']}, {flags.threads} threads, {flags.clock} clock")
         print(f"{'images/s':36} {'ours':>9} {'peer':>9} {'ratio':>8}")
         for backbone in backbones:
-            ours = Ours(backbone, flags.batch)
+            ours = Ours(backbone, flags.batch, flags.frozen)
             weights = pathlib.Path(folder) / f"{backbone}.npz"
             np.savez(weights, **ours.weights())  # type: ignore[arg-type]
             rows += [compare(ours, peer, backbone, *item, flags) for item in batches.items()]

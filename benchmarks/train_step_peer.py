@@ -4,9 +4,9 @@
 
 FOLDER contains BACKBONE.npz, parameters under our names ("backbone.stem.conv.kernel"), and
 BATCH.npz with uint8 `images` [n, h, w, 3] and `labels` [n, h, w]. The worker prints one line of
-JSON with its version, then answers each line {"backbone", "batch", "steps"} with {"seconds",
-"cpu_seconds", "loss"}, where the loss is that of the first step, until its input ends. It imports
-only PyTorch, NumPy and the standard library.
+JSON with its version, then answers each line {"backbone", "batch", "steps", "frozen", "contiguous"}
+with {"seconds", "cpu_seconds", "loss"}, where the loss is that of the first step, until its input
+ends. It imports only PyTorch, NumPy, the standard library, and vit_peer.py beside it.
 """
 
 import json
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from vit_peer import DINOv2WithDPT, to_state
 
 STAGES = (  # blocks, kernel, stride, expansion, channels
     (1, 3, 1, 1, 16),
@@ -321,23 +322,38 @@ def load(model, weights):
 class Trainer:
     """Trains a network on one batch."""
 
-    def __init__(self, folder, backbone, batch):
+    def __init__(self, folder, backbone, batch, is_frozen, is_contiguous):
         weights = np.load(folder / f"{backbone}.npz")
         batch = np.load(folder / f"{batch}.npz")
-        self.model = DeepLabV3Plus(backbone, len(weights["classifier.bias"]))
-        load(self.model, weights)
-        self.model.to(memory_format=torch.channels_last).train()
+        classes = len(weights["classifier.bias"])
+        if backbone.startswith("dinov2"):
+            self.model = DINOv2WithDPT(classes, is_frozen)
+            self.model.load_state_dict(to_state(weights))
+        else:
+            self.model = DeepLabV3Plus(backbone, classes)
+            load(self.model, weights)
+        layout = torch.contiguous_format if is_contiguous else torch.channels_last
+        self.model.to(memory_format=layout).train()
+        self.optimizer = self._make_optimizer(backbone)
+        # A view in channels_last.
+        self.images = torch.from_numpy(batch["images"]).permute(0, 3, 1, 2)
+        if is_contiguous:
+            self.images = self.images.contiguous()
+        self.labels = torch.from_numpy(batch["labels"])
+
+    def _make_optimizer(self, backbone):
+        """The optimiser of our recipe: AdamW on a vision transformer, else SGD."""
+        if backbone.startswith("dinov2"):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            return torch.optim.AdamW(trained, lr=5e-6, weight_decay=0.01, fused=True)
         kernels = [p for p in self.model.parameters() if p.ndim == 4]
         others = [p for p in self.model.parameters() if p.ndim != 4]
-        self.optimizer = torch.optim.SGD(
+        return torch.optim.SGD(
             [{"params": kernels, "weight_decay": 1e-4}, {"params": others}],
             lr=0.01,
             momentum=0.9,
             fused=True,
         )
-        # A view in channels_last.
-        self.images = torch.from_numpy(batch["images"]).permute(0, 3, 1, 2)
-        self.labels = torch.from_numpy(batch["labels"])
 
     def step(self):
         """Runs one step and returns its loss."""
@@ -357,9 +373,10 @@ def main(folder, threads):
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if case != (request["backbone"], request["batch"]):
+            wanted = tuple(request[k] for k in ("backbone", "batch", "frozen", "contiguous"))
+            if case != wanted:
                 # One trainer at a time: the largest networks fill the memory of a laptop.
-                case, trainer = (request["backbone"], request["batch"]), None
+                case, trainer = wanted, None
                 trainer = Trainer(pathlib.Path(folder), *case)
             wall, cpu = time.perf_counter(), time.process_time()
             losses = [trainer.step() for _ in range(request["steps"])]
