@@ -202,7 +202,14 @@ class CompiledModel:
         pixels = np.array(dataset.labeled_pixels, np.int64)
         self._config = supervised_loss.resolve(config, pixels, dataset.classes)
         self._mesh = mesh
+        # Students of all rounds have one, also where `make_program` does not share it.
+        self._programs: dict[tuple[str, int], StageProgram] = {}
 
     def program(self, kind: str, num_steps: int) -> StageProgram:
         """The compiled step of a kind of stage; the same object at every call."""
-        return make_program(self._config, kind, num_steps, self.model, self._mesh, self._classes)
+        key = kind, num_steps
+        if key not in self._programs:
+            self._programs[key] = make_program(
+                self._config, kind, num_steps, self.model, self._mesh, self._classes
+            )
+        return self._programs[key]

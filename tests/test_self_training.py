@@ -21,9 +21,16 @@ from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file
 
-from semiseg_jax import checkpoints, config_check, evaluate, mesh, self_training, train
+from semiseg_jax import (
+    checkpoints,
+    compiled_model,
+    config_check,
+    evaluate,
+    mesh,
+    self_training,
+    train,
+)
 from semiseg_jax import workdir as workdir_lib
-from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import image_io, load
 from semiseg_jax.models import deeplab, published_weights
 from semiseg_jax.reporting import page
@@ -463,9 +470,8 @@ def test_a_teacher_of_another_config_is_not_imported(config, tmp_path):
         self_training.run(config, tmp_path / "run")
 
 
-def test_a_run_that_is_over_goes_with_its_network(config, tmp_path, monkeypatch):
+def test_a_run_that_is_over_goes_with_its_network(config, tmp_path):
     """A study has many of them in one process."""
-    monkeypatch.setattr(self_training, "CompiledModel", CompiledModel)
     job = self_training.SelfTraining(config, epath.Path(tmp_path))
     network = job._model("teacher")
     assert job._model("student") is network
@@ -474,6 +480,14 @@ def test_a_run_that_is_over_goes_with_its_network(config, tmp_path, monkeypatch)
     del job, network
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_students_of_all_rounds_share_a_step_that_runs_do_not_share(config, monkeypatch, tmp_path):
+    """As that of a user's method which cannot be hashed."""
+    monkeypatch.setattr(compiled_model, "_is_hashable", lambda method: False)
+    job = self_training.SelfTraining(config, epath.Path(tmp_path))
+    network = job._model("student")
+    assert network.program("student", 4) is network.program("student", 4)
 
 
 def test_other_training_images_are_refused(config, tmp_path):
