@@ -4,7 +4,7 @@
     python -m tests.processes store PATTERN PHASE COUNT LOG ARGUMENTS …
                                                       the same on a store without rename, killed
                                                       where tests.killed_run would be
-    python -m tests.processes step OUT DTYPE          one training step of the smallest network
+    python -m tests.processes step OUT DTYPE BACKBONE one training step of a tiny network
     python -m tests.processes methods OUT             steps of all methods on a toy network
 
 Each is a process of a run where the SEMISEG_ variables say so. Not a test by itself.
@@ -247,7 +247,7 @@ def keep(out, tree):
     np.savez(out, **{jax.tree_util.keystr(k): np.asarray(v) for k, v in flat})
 
 
-def run_step(out, dtype):
+def run_step(out, dtype, backbone):
     """One student step on a batch whose valid pixels are uneven; process 0 keeps the outcome."""
     with process_of_step():
         import jax
@@ -261,7 +261,9 @@ def run_step(out, dtype):
         batch = make_batch(STUDENT, devices)
         # Device 0 has no valid pixel.
         assert (batch["label"][: len(batch["label"]) // devices // 2] == 255).all()
-        step, made, places = make_step(STUDENT, devices, dtype=np.dtype(dtype))
+        head = {"tiny_dinov2": {"model__head": "linear"}}.get(backbone, {})
+        network = {"model__backbone": backbone} | head
+        step, made, places = make_step(STUDENT, devices, dtype=np.dtype(dtype), **network)
         part = own_part(batch, multihost.process_index(), multihost.process_count())
         made, metrics = step(made, mesh.shard_batch(part, places), jax.random.key(0))
         if multihost.is_main():

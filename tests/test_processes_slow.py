@@ -99,12 +99,15 @@ def test_one_checkpoint_gives_the_same_labels_and_miou_and_each_opens_its_share(
     assert (two / "model/weights.safetensors").exists()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-def test_a_step_of_two_processes_is_that_of_one(tmp_path, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("backbone", "dtype", "tolerance"),
+    [("tiny", "float64", 1e-9), ("tiny", "float32", 1e-4), ("tiny_dinov2", "float64", 1e-9)],
+)
+def test_a_step_of_two_processes_is_that_of_one(tmp_path, backbone, dtype, tolerance):
     made = []
     for count in (1, 2):
         out = tmp_path / f"{count}.npz"
-        command = ["-m", "tests.processes", "step", out, dtype]
+        command = ["-m", "tests.processes", "step", out, dtype, backbone]
         started = processes.start(
             count, 4 // count, lambda i, c=command: c, JAX_ENABLE_X64=str(int(dtype == "float64"))
         )

@@ -89,12 +89,10 @@ class CrossConsistency(OnlineMethod):
         key: Key[Array, ""],
     ) -> Outcome:
         """See `OnlineMethod.loss`."""
-        features = network.encode(network.join(batch.image, batch.weak), "weak")
-        logits = network.decode(features, "weak")
-        logits_labeled, logits_weak = network.split(logits, batch.image, batch.weak)
-        _, of_weak = network.split(features, batch.image, batch.weak)
-
-        num_classes, size = logits.shape[-1], logits.shape[1:3]
+        logits_labeled = network(batch.image, "weak")
+        of_weak = network.encode(batch.weak, "weak")
+        logits_weak = network.decode(of_weak, "weak")
+        num_classes, size = logits_weak.shape[-1], logits_weak.shape[1:3]
         decoder = _decoder(of_weak, num_classes)
         background: Any = self.background
         if background == MOST_FREQUENT:

@@ -96,6 +96,15 @@ class Network:
         )
         return logits
 
+    def predict_features(self, images: Integer[Array, "n h w 3"]) -> Any:
+        """Computes the backbone's features with the weak norm, as deployed, without gradient.
+
+        Args:
+            images: RGB, uint8.
+        """
+        variables = jax.lax.stop_gradient({"params": self._params, **self.norms})
+        return self._model.apply(variables, images, domain="weak", method="encode")
+
     def join(self, *batches: Any) -> Any:
         """Joins batches so that no image leaves its device: block by block, not end to end.
 

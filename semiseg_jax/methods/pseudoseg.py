@@ -36,7 +36,8 @@ class PseudoSeg(OnlineMethod):
 
     L_attention is the cross-entropy of the attention branch and L_classes the sigmoid
     cross-entropy of the image classifier, both on labelled images; L_s is the cross-entropy of the
-    strong view with the fused soft labels of the weak view, without a threshold.
+    strong view with the fused soft labels of the weak view, without a threshold. The class maps of
+    the weak view are those of the network as deployed, by its running moments.
 
     Attributes:
         weight: of the loss of strong views.
@@ -80,27 +81,30 @@ class PseudoSeg(OnlineMethod):
         key: Key[Array, ""],
     ) -> Outcome:
         """See `OnlineMethod.loss`."""
-        features = network.encode(network.join(batch.image, batch.weak), "weak")
-        logits = network.decode(features, "weak")
-        logits_labeled, logits_weak = network.split(logits, batch.image, batch.weak)
-        num_classes, size = logits.shape[-1], logits.shape[1:3]
+        # First, for the running moments from before the step.
+        features_weak = network.predict_features(batch.weak)
+        features_labeled = network.encode(batch.image, "weak")
+        logits_labeled = network.decode(features_labeled, "weak")
+        logits_weak = network(batch.weak, "weak")
+        num_classes, size = logits_weak.shape[-1], logits_weak.shape[1:3]
 
-        class_logits = self._classifier(num_classes).apply(
-            {"params": state.auxiliary["params"]["classifier"]},
-            features.high,
-            _LAYOUT,
-            rngs={"dropout": jax.random.fold_in(key, 0)},
+        classify = functools.partial(
+            self._classifier(num_classes).apply, {"params": state.auxiliary["params"]["classifier"]}
         )
+        dropout = {"dropout": jax.random.fold_in(key, 0)}
+        logits_classes = classify(features_labeled.high, _LAYOUT, rngs=dropout)
         shown = masks.classes_in_labels(batch.label, num_classes)
         present = shown[:, int(self.has_background) :]
-        class_logits_labeled, class_logits_weak = network.split(
-            class_logits, batch.image, batch.weak
+        predicted = image_classifier.predicted_classes(classify(features_weak.high, _INFERENCE))
+        everywhere = jnp.ones(batch.label.shape, bool)
+        attention_labeled, statistics = self._attend(
+            state.auxiliary, features_labeled, present, everywhere
         )
-        of_both = network.join(present, image_classifier.predicted_classes(class_logits_weak))
-        valid = network.join(jnp.ones(batch.label.shape, bool), batch.valid)
-        attended, statistics = self._attend(state.auxiliary, features, of_both, valid)
-        attention_labeled, attention_weak = network.split(
-            layers.resize(attended, size), batch.image, batch.weak
+        attention_weak, statistics = self._attend(
+            state.auxiliary | statistics, features_weak, predicted, batch.valid
+        )
+        attention_labeled, attention_weak = (
+            layers.resize(logits, size) for logits in (attention_labeled, attention_weak)
         )
 
         soft = fusion.calibrated_fusion(logits_weak, attention_weak, batch.valid, self.temperature)
@@ -115,9 +119,7 @@ class PseudoSeg(OnlineMethod):
         labeled = labeled_loss(logits_labeled, batch.label)
         of_attention = labeled_loss(attention_labeled, batch.label)
         of_classes = mean(
-            image_classifier.sigmoid_cross_entropy(
-                class_logits_labeled, present, jnp.any(shown, axis=1)
-            )
+            image_classifier.sigmoid_cross_entropy(logits_classes, present, jnp.any(shown, axis=1))
         )
         of_strong = mean(consistency.soft_cross_entropy(logits_strong, soft, seen))
         given = confidence.teacher_labels(jnp.log(soft + 1e-30), batch.valid)
@@ -153,7 +155,7 @@ class PseudoSeg(OnlineMethod):
         classifier = functools.partial(
             self._classifier(num_classes).apply,
             {"params": auxiliary["params"]["classifier"]},
-            layout=dataclasses.replace(_LAYOUT, train=False),
+            layout=_INFERENCE,
         )
         scores = grad_cam.grad_cam(classifier, features.high, present, valid)
         logits, updated = _attention(num_classes).apply(
@@ -170,8 +172,8 @@ class PseudoSeg(OnlineMethod):
         return logits, {_STATISTICS: {"attention": updated[_STATISTICS]}}
 
 
-# Labelled images and weak views together.
 _LAYOUT = dsbn.DomainLayout("weak", train=True)
+_INFERENCE = dsbn.DomainLayout("weak", train=False)
 _STATISTICS = dsbn.stats_collection("weak")
 
 

@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
             layout: of the batch, for the norm.
             valid: positions that are not padding. Nothing attends to padding, and padding has
                 score 0 and attends to all valid positions alike, so that its content reaches no
-                moment of the norm.
+                moment of the norm. (In the published code it does.)
 
         Raises:
             ValueError: the scores have neither C nor C - 1 channels.

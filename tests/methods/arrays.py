@@ -93,6 +93,10 @@ FEATURES = np.abs(_normal(1, 2, 3, 2, 3))  # [n, h, w, c]
 START = _uniform(2, 2, 3, 2, 3) - 0.5
 AUXILIARY_LOGITS = 3 * _normal(3, 2, 2, 5, 4, 3)  # of two decoders
 MAIN_LOGITS = 3 * _normal(4, 2, 5, 4, 3)
+LABELED_LOGITS = 3 * _normal(5, 2, 5, 4, 3)
+LABELS_OF_THREE = np.random.default_rng(6).choice([0, 1, 2, IGNORE], (2, 5, 4))
+# A step of the ramp of the weight, and the number of its steps.
+RAMP_STEP, RAMP_LENGTH = 3, 10
 
 # PseudoSeg: 4 classes with the background, a last layer of 5 channels and one of 3.
 LAST = _normal(30, 2, 4, 3, 5)
@@ -107,3 +111,9 @@ PADDED[0, 3] = PADDED[0, :, 2] = False
 DECODER_LOGITS = 5 * _normal(36, 2, 4, 3, 4)
 ATTENTION_LOGITS = _normal(37, 2, 4, 3, 4)
 STRONG_LOGITS = _normal(38, 2, 4, 3, 4)
+# The labelled images: last layers, logits of the decoder, labels.
+LABELED_LAST = _normal(39, 2, 4, 3, 5)
+LABELED_MIDDLE = _normal(40, 2, 7, 5, 3)
+LABELED_DECODER_LOGITS = 5 * _normal(41, 2, 4, 3, 4)
+LABELS_OF_FOUR = np.random.default_rng(42).choice([0, 1, 3, IGNORE], (2, 4, 3))
+LABELS_OF_FOUR[1][LABELS_OF_FOUR[1] == 1] = 2

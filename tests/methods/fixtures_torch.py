@@ -336,7 +336,37 @@ def cct(repository):
             shape: [getattr(ramps, f"{shape}_rampup")(step, 10) for step in arrays.RAMP_STEPS]
             for shape in ("sigmoid", "linear", "cosine", "log", "exp")
         },
+        "whole": cct_whole(repository, ramps),
     }
+
+
+def cct_whole(repository, ramps):
+    """The whole loss at a step of the ramp, of a network whose decoders return given logits."""
+    scope = {"F": torch.nn.functional, "BaseModel": torch.nn.Module, "ramps": ramps}
+    file = "utils/losses.py"
+    repository.run(file, "class consistency_weight", "return self.final_w *", scope)
+    repository.run(file, "def CE_loss", "return F.cross_entropy", scope)
+    repository.run(file, "def softmax_mse_loss", "reduction='mean')", scope)
+    published = repository.function("models/model.py", "CCT", scope)
+    network = published.__new__(published)
+    torch.nn.Module.__init__(network)
+    of_main = iter((arrays.LABELED_LOGITS, arrays.MAIN_LOGITS))
+    network.encoder = lambda x: x
+    network.main_decoder = lambda x: channels_first(next(of_main))
+    network.aux_decoders = [
+        lambda x, of_main, own=own: channels_first(own, grad=True)
+        for own in arrays.AUXILIARY_LOGITS
+    ]
+    network.mode, network.sup_type, network.sup_loss_w, network.softmax_temp = "semi", "CE", 1, 1
+    network.sup_loss, network.unsuper_loss = scope["CE_loss"], scope["softmax_mse_loss"]
+    network.unsup_loss_w = scope["consistency_weight"](30.0, arrays.RAMP_LENGTH, rampup_ends=1)
+    network.ignore_index = arrays.IGNORE
+    network.confidence_masking, network.confidence_th = False, None
+    network.use_weak_lables = network.aux_constraint = False
+    images = torch.zeros(2, 3, 5, 4)
+    labels = torch.tensor(arrays.LABELS_OF_THREE)
+    total, losses, _ = network(images, labels, images, None, arrays.RAMP_STEP, epoch=0)
+    return {"loss": total.item(), **{name: value.item() for name, value in losses.items()}}
 
 
 def cct_decoder(decoders):

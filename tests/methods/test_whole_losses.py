@@ -11,9 +11,10 @@ import pytest
 
 from configs import default
 from semiseg_jax import losses
-from semiseg_jax.methods import confidence, masks, mixing, registry
+from semiseg_jax.methods import cct, confidence, masks, mixing, registry
 from semiseg_jax.methods.method import Batch, State, mean
 from semiseg_jax.methods.network import Network
+from semiseg_jax.models.segmenter import Features
 from tests.methods import arrays
 from tests.methods.published import fixture
 
@@ -103,6 +104,13 @@ def compare(result, published, names):
     np.testing.assert_allclose(result.loss, published["loss"], rtol=1e-6)
     for ours, theirs in names.items():
         np.testing.assert_allclose(result.terms[ours], published[theirs], rtol=1e-6)
+
+
+def assert_seen(network, *expected):
+    """Which images each pass of the network met, and with which norm."""
+    for (seen, domain), (images, where) in zip(network.seen, expected, strict=True):
+        np.testing.assert_array_equal(seen, images)
+        assert domain == where
 
 
 def assert_mixed(images, batch, view, mask, partner=(1, 0, 3, 2)):
@@ -211,3 +219,124 @@ def test_classmix(monkeypatch):
     strong = np.asarray(batch.strong[:, 0])
     mixed = np.where(arrays.masks(1)[..., None], strong, strong[[1, 2, 3, 0]])
     np.testing.assert_array_equal(network.seen[1][0], mixed)
+
+
+class GivenDecoder:
+    """An auxiliary decoder whose parameters are its logits, [n, h, w, classes]."""
+
+    @staticmethod
+    def apply(variables, x):
+        return variables["params"]
+
+
+class GivenFeatures(GivenLogits):
+    """As `GivenLogits`; its features are the images."""
+
+    def encode(self, images, domain):
+        self.seen.append((images, domain))
+        height, width = images.shape[1:3]
+        return Features(low=images, high=images, size=(height, width), stride=1)
+
+
+def test_cct(monkeypatch):
+    def as_they_are(*_):
+        return [lambda keys, decode, x: x] * len(arrays.AUXILIARY_LOGITS)
+
+    monkeypatch.setattr(cct.CrossConsistency, "_perturbations", as_they_are)
+    monkeypatch.setattr(cct, "_decoder", lambda *_: GivenDecoder)
+    image = uint8(np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3)))
+    batch = Batch(
+        image=image,
+        label=uint8(arrays.LABELS_OF_THREE),
+        weak=image // 2,
+        strong=image[:, None][:, :0],
+        valid=jnp.ones(image.shape[:3], bool),
+    )
+    passes = (arrays.LABELED_LOGITS, arrays.MAIN_LOGITS)
+    network = GivenFeatures(None, *map(jnp.asarray, passes))
+    config = default.get_config()
+    config.method.name = "cct"
+    config.train.steps = 100
+    config.method.cct.ramp = arrays.RAMP_LENGTH / config.train.steps
+    auxiliary = {"params": jnp.asarray(arrays.AUXILIARY_LOGITS)}
+    result = registry.build(config).loss(
+        network,
+        labeled_loss,
+        State({}, auxiliary, {}),
+        batch,
+        jnp.asarray(arrays.RAMP_STEP),
+        jax.random.key(0),
+    )
+    published = fixture("cct")["whole"]
+    np.testing.assert_allclose(result.loss, published["loss"], rtol=1e-6)
+    np.testing.assert_allclose(result.terms["loss_labeled"], published["loss_sup"], rtol=1e-6)
+    assert not network.passes
+    assert_seen(network, (batch.image, "weak"), (batch.weak, "weak"))
+
+
+class GivenBranches(GivenLogits):
+    """As `GivenLogits`; its features are the given last layers."""
+
+    def predict_features(self, images):
+        self.seen.append((images, "deployed"))
+        return last_layers(arrays.MIDDLE, arrays.LAST)
+
+    def encode(self, images, domain):
+        self.seen.append((images, domain))
+        return last_layers(arrays.LABELED_MIDDLE, arrays.LABELED_LAST)
+
+
+def last_layers(middle, last):
+    low, high = (jnp.asarray(layer, jnp.float32) for layer in (middle, last))
+    return Features(low=low, high=high, size=last.shape[1:3], stride=1)
+
+
+def pseudoseg_variables():
+    """Those of the published arrays, whose features are in the order (last, middle)."""
+
+    def kernel(array):
+        return {"kernel": jnp.asarray(array, jnp.float32)[None, None]}
+
+    last = arrays.LAST.shape[-1]
+    query, key = (np.roll(k, -last, axis=0) for k in (arrays.QUERY_KERNEL, arrays.KEY_KERNEL))
+    norm = {"weak": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    attention = {name: kernel(k) for name, k in (("query", query), ("key", key))}
+    attention |= {"conv": kernel(arrays.CONV_KERNEL), "norm": norm}
+    classifier = {"classifier": kernel(arrays.CLASSIFIER_KERNEL) | {"bias": jnp.zeros(3)}}
+    moments = {"attention": {"norm": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}}
+    return {
+        "params": {"attention": attention, "classifier": classifier},
+        "batch_stats_weak": moments,
+    }
+
+
+def test_pseudoseg():
+    image = uint8(np.random.default_rng(0).integers(0, 256, (2, *arrays.LAST.shape[1:3], 3)))
+    batch = Batch(
+        image=image,
+        label=uint8(arrays.LABELS_OF_FOUR),
+        weak=image // 2,
+        strong=image[:, None] // 3,
+        valid=jnp.ones(image.shape[:3], bool),
+    )
+    passes = (arrays.LABELED_DECODER_LOGITS, arrays.DECODER_LOGITS, arrays.STRONG_LOGITS)
+    network = GivenBranches(None, *(jnp.asarray(logits, jnp.float32) for logits in passes))
+    config = default.get_config()
+    config.method.name = "pseudoseg"
+    config.method.pseudoseg.cutout = 0
+    state = State({}, pseudoseg_variables(), {})
+    result = registry.build(config).loss(
+        network, labeled_loss, state, batch, jnp.asarray(0), jax.random.key(0)
+    )
+    published = fixture("pseudoseg")["whole"]
+    for name, value in published.items():
+        np.testing.assert_allclose(result.terms[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(result.loss, sum(published.values()), rtol=1e-5)
+    assert not network.passes
+    assert_seen(
+        network,
+        (batch.weak, "deployed"),
+        (batch.image, "weak"),
+        (batch.weak, "weak"),
+        (batch.strong[:, 0], "strong"),
+    )
