@@ -76,6 +76,18 @@ def data() -> ConfigDict:
     data.ignore_ids = (255,)
     # ((mask value, class id), …) if the mask values are not the class ids; () for none.
     data.id_map = ()
+    # What the pixels of mask files are, if not values. Coloured masks: ((colour, class id), …) with
+    # colours (R, G, B), and 255 for no label; a colour that is not listed is an error. Of masks
+    # with a palette, the colours of the palette count.
+    data.mask_colors = ()
+    # Largest difference to a colour of `mask_colors` in each channel, 0 to 127.
+    data.mask_tolerance = 0
+    # Masks with three channels that hold values: grey (equal channels), red, green or blue; "" for
+    # none, which refuses such masks.
+    data.mask_channel = ""
+    # Masks of two classes with soft edges: grey levels from this one on, 1 to 255, are class 1,
+    # others class 0. 0 for no threshold.
+    data.mask_threshold = 0
 
     # Source `tfds:NAME`: feature names of the image, its mask and its name ("" for the TFDS example
     # id), and the split to train on. The split to evaluate on is eval.split.

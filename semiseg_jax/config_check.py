@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from semiseg_jax import inference, optim, stages
 from semiseg_jax.comparison import kept_stage
+from semiseg_jax.data import mask_format
 from semiseg_jax.data.batch_layout import KINDS
 from semiseg_jax.data.load import LAYOUTS
 from semiseg_jax.data.sda import OPS
@@ -92,6 +93,10 @@ _ID_MAP: Rule = (
     lambda v: isinstance(v, tuple) and all(_are_bytes(pair, 2) for pair in v),
     "((mask value, class id), …), integers from 0 to 255",
 )
+_COLOR_MAP: Rule = (
+    lambda v: isinstance(v, tuple) and all(_is_color_pair(pair) for pair in v),
+    "(((R, G, B), class id), …), integers from 0 to 255",
+)
 _SOURCE: Rule = (
     lambda v: v in LAYOUTS or (rules.is_text(v) and len(v) > len(PREFIX) and v.startswith(PREFIX)),
     f"one of {', '.join(LAYOUTS)}, or {PREFIX}NAME",
@@ -104,6 +109,15 @@ def _are_bytes(value: Any, length: int) -> bool:
         isinstance(value, tuple | list)
         and len(value) == length
         and all(rules.is_integer(n, 0, 255) for n in value)
+    )
+
+
+def _is_color_pair(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and _are_bytes(value[0], 3)
+        and rules.is_integer(value[1], 0, 255)
     )
 
 
@@ -136,6 +150,10 @@ RULES: dict[str, Rule] = {
     "data.palette": _COLOURS,
     "data.ignore_ids": rules.tuple_of(_BYTE, "a tuple of integers from 0 to 255"),
     "data.id_map": _ID_MAP,
+    "data.mask_colors": _COLOR_MAP,
+    "data.mask_tolerance": rules.integer(0, 127),
+    "data.mask_channel": rules.one_of(*mask_format.CHANNELS),
+    "data.mask_threshold": rules.integer(0, 255),
     "data.tfds_image": TEXT,
     "data.tfds_mask": TEXT,
     "data.tfds_id": TEXT,
@@ -249,6 +267,7 @@ def check(config: Any) -> None:
             "data.weak_stream and data.strong_stream are both empty: fill one of them.",
             code="augment-streams-empty",
         )
+    _check_mask_format(config.data)
     if config.sda.num_ops and not config.sda.ops:
         raise UserError(
             "sda.ops is empty: name operations, or set sda.num_ops to 0.",
@@ -282,6 +301,21 @@ def check(config: Any) -> None:
     stages.check_norm_values(config)
     supervised_loss.check(config)
     _check_weights(config)
+
+
+def _check_mask_format(data: Any) -> None:
+    """Checks that the data set is one whose masks the config describes.
+
+    Raises:
+        UserError: naming the key.
+    """
+    given = mask_format.keys_given(data)
+    if given and data.name != "folder" and not data.name.startswith(PREFIX):
+        raise UserError(
+            f"{given[0]} is of data.name=folder and {PREFIX}NAME: the masks of {data.name} are "
+            "read as its source has them; leave it out.",
+            code="mask-format-of-source",
+        )
 
 
 def _check_layer_decay(config: Any, backbone: str) -> None:

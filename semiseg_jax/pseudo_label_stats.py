@@ -161,7 +161,7 @@ def _labeled_counts(dataset: Dataset) -> Int[np.ndarray, " classes"]:
     num_classes = len(dataset.classes)
 
     def count(mask: str) -> np.ndarray:
-        labels = image_io.read_mask(mask, dataset.table).ravel()
+        labels = image_io.read_mask(mask, dataset.table, dataset.mask_format).ravel()
         return np.bincount(labels, minlength=256)[:num_classes]
 
     with futures.ThreadPoolExecutor() as pool:

@@ -15,10 +15,9 @@ from unittest import mock
 import numpy as np
 import pytest
 from flax import traverse_util
-from PIL import Image
 
 from configs import default
-from semiseg_jax.data import image_io, load, sda
+from semiseg_jax.data import load, sda
 from semiseg_jax.experiments import paper_tables
 from semiseg_jax.methods import registry
 from semiseg_jax.models import deeplab
@@ -155,18 +154,6 @@ def test_snippets_run(page, tmp_path, monkeypatch, one_device, without_report):
             undone.enter_context(mock.patch.dict(known))
         for block in code_blocks(page, "python"):
             exec(compile(block, str(page), "exec"), scope)
-
-
-def test_coloured_masks_are_converted(tmp_path, monkeypatch):
-    """The code that the message about a coloured mask names, on one in a subfolder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "coloured/site 1").mkdir(parents=True)
-    rgb = np.array([[[0, 0, 0], [128, 64, 128], [220, 20, 60], [1, 2, 3]]], np.uint8)
-    Image.fromarray(rgb).save("coloured/site 1/a.png")
-    (block,) = (b for b in code_blocks(ROOT / "docs/own_data.md", "python") if "coloured" in b)
-    exec(block, {})
-    mask = image_io.read_mask("masks/site 1/a.png", image_io.id_table(3))
-    assert mask.tolist() == [[0, 1, 2, 255]]
 
 
 @functools.cache

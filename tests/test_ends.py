@@ -174,7 +174,7 @@ def text_keys():
 
 # The keys whose text is no path: a new key belongs here or into paths.PATH_KEYS.
 NO_PATHS = re.compile(
-    r"data\.(name|in_both_lists|image_suffix|mask_suffix|tfds_.*)|sda\.magnitude|loss\..*|pseudo\.average"
+    r"data\.(name|in_both_lists|image_suffix|mask_suffix|mask_channel|tfds_.*)|sda\.magnitude|loss\..*|pseudo\.average"
     r"|model\.(backbone|head|norm|first_dilation|position_rule|input_normalization|.*_dtype)"
     r"|eval\.(split|select)|rounds\.(student_model|student_init|keep)|optim\..*|method\..*"
 )

@@ -12,6 +12,7 @@ from jaxtyping import Int, Int16
 from semiseg_jax.data import image_io
 from semiseg_jax.data.dataset import Example
 from semiseg_jax.data.file_content import FileCache, FileContent
+from semiseg_jax.data.mask_format import VALUES, MaskFormat
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.runtime.errors import UserError
 
@@ -125,7 +126,10 @@ def class_warnings(
 
 
 def check_pair(
-    example: Example, table: Int16[np.ndarray, "256"], cache: FileCache
+    example: Example,
+    table: Int16[np.ndarray, "256"],
+    cache: FileCache,
+    form: MaskFormat = VALUES,
 ) -> tuple[FileContent, FileContent]:
     """Checks the size and the values of a mask; returns the contents of image and mask.
 
@@ -133,6 +137,7 @@ def check_pair(
         example: a labelled or an evaluated image.
         table: int16 [256], the class id of each mask value.
         cache: of contents.
+        form: how the pixels of the mask hold its values.
 
     Raises:
         UserError: the mask is missing, of another size, or has a value that is no class; or a file
@@ -143,9 +148,9 @@ def check_pair(
             f"{example.image} has no mask: add one, or take it out of its list.",
             code="mask-missing",
         )
-    image, mask = cache.image(example.image), cache.mask(example.mask)
+    image, mask = cache.image(example.image), cache.mask(example.mask, form)
     if any(table[value] == image_io.UNKNOWN for value in mask.values):
-        image_io.count_classes(example.mask, table)  # Raises an error that names the values.
+        image_io.count_classes(example.mask, table, form)  # Raises an error that names the values.
     size, mask_size = image.size, mask.size
     if size != mask_size:
         hint = (

@@ -14,6 +14,7 @@ from jaxtyping import Int16
 from semiseg_jax.data import split_lists
 from semiseg_jax.data.data_record import DataRecord
 from semiseg_jax.data.folder_walk import walk_files
+from semiseg_jax.data.mask_format import VALUES, MaskFormat
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 
@@ -61,6 +62,7 @@ class Dataset:
         classes: class names in id order.
         palette: (R, G, B) of each class.
         table: from mask value to class id (see `image_io.id_table`).
+        mask_format: how the pixels of mask files hold these values.
         labeled, unlabeled, evaluation: the three sets of examples; unlabelled examples have no
             mask, even if the data set provides one.
         evaluated_on: name of the evaluation set, such as "val"; "holdout" if it was held out from
@@ -96,6 +98,7 @@ class Dataset:
     record: DataRecord | None = None
     root: str = ""
     evaluation_is_held_out: bool = False
+    mask_format: MaskFormat = VALUES
 
     @property
     def unlabeled_ids(self) -> list[str]:
@@ -131,7 +134,7 @@ class Layout:
     """The files of a data set before it is split.
 
     Attributes:
-        name, classes, palette, table: as in `Dataset`.
+        name, classes, palette, table, mask_format: as in `Dataset`.
         root: the folder that the paths in split lists are relative to.
         train: the images that labelled images are drawn from; the rest becomes unlabelled.
         evaluation: the images of `eval.split`.
@@ -149,6 +152,7 @@ class Layout:
     evaluation: tuple[Example, ...]
     further: tuple[Example, ...] = ()
     masks_of_lists: bool = True
+    mask_format: MaskFormat = VALUES
 
 
 def files_below(

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from semiseg_jax.data import image_header, image_io
+from semiseg_jax.data.mask_format import VALUES, MaskFormat
 from semiseg_jax.runtime import fileio, hashes, multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
@@ -33,7 +34,7 @@ _VERSION = f"1, Pillow {PIL.__version__}"
 # A file that changed less than this before it was read is not remembered: a second change within
 # the resolution of the file system's clock (10 ms or less) would leave the same times.
 _SETTLED_NS = 50_000_000
-# Masks are read as the values in the file, so that no content depends on a config.
+# Masks are read as the values in the file, so that no content depends on the classes of a config.
 _MASK_VALUES = np.arange(256, dtype=np.int16)
 
 # What tells whether a file changed: size, modification time, change time and inode; times in
@@ -114,13 +115,20 @@ class FileCache:
         """
         return self._content(path, "image", _read_image)
 
-    def mask(self, path: str) -> FileContent:
+    def mask(self, path: str, form: MaskFormat = VALUES) -> FileContent:
         """Returns the content of a mask file.
+
+        Args:
+            path: of the file.
+            form: how its pixels hold its values.
 
         Raises:
             UserError: as `image_io.read_mask`, but not for unknown values.
         """
-        return self._content(path, "mask", _read_mask)
+        # In another format the same file has other values.
+        digest = hashes.hash_bytes(repr(form).encode(), 8)
+        kind = "mask" if form == VALUES else f"mask {digest}"
+        return self._content(path, kind, functools.partial(_read_mask, form=form))
 
     def _content(self, path: str, kind: str, read: Callable[[str], FileContent]) -> FileContent:
         key = f"{kind} {path if '://' in path else os.path.abspath(path)}"
@@ -220,13 +228,13 @@ def _read_image(path: str) -> FileContent:
     return FileContent(_hash(_bytes(path)), _pixel_hash(pixels), (height, width), is_blank)
 
 
-def _read_mask(path: str) -> FileContent:
-    pixels = image_io.read_mask(path, _MASK_VALUES)
+def _read_mask(path: str, form: MaskFormat = VALUES) -> FileContent:
+    pixels = image_io.read_mask(path, _MASK_VALUES, form)
     content = _bytes(path)
     # Pillow counts bytes several times faster than NumPy.
     counts = Image.fromarray(pixels).histogram()
     values = {value: count for value, count in enumerate(counts) if count}
-    colors = _palette_colors(content, values)
+    colors = {} if form.gives_classes else _palette_colors(content, values)
     height, width = pixels.shape
     size = (height, width)
     return FileContent(_hash(content), _pixel_hash(pixels), size, False, values, colors)

@@ -201,6 +201,12 @@ class ImageFile:
         return start
 
 
+def format_of(path: epath.PathLike) -> str | None:
+    """Returns the format of an image that has been decoded before, such as "PNG"."""
+    with epath.Path(path).open("rb") as stream:
+        return Image.open(stream, formats=FORMATS).format
+
+
 def check_regular(path: epath.PathLike) -> None:
     """Raises a UserError for a pipe, socket or device, which may never end or never begin.
 

@@ -16,7 +16,9 @@ from etils import epath
 from jaxtyping import Int, Int16, UInt8
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from semiseg_jax.data.image_header import FORMATS, ImageFile, check_regular
+from semiseg_jax.data import mask_format
+from semiseg_jax.data.image_header import ImageFile, check_regular, format_of
+from semiseg_jax.data.mask_format import VALUES, MaskFormat
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.runtime.errors import UserError, first_line, read_error
 
@@ -188,14 +190,22 @@ def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _read_mask_values(
-    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+    path: epath.PathLike, table: Int16[np.ndarray, "256"], form: MaskFormat
 ) -> UInt8[np.ndarray, "h w"]:
-    """Returns the values of a mask file: palette indices or grey levels.
+    """Returns the values of a mask file: palette indices or grey levels, unless `form` says else.
 
     Grey levels of less than 8 bits are returned as they are stored or, if only that fits the table
     (see `id_table`), as they are shown.
     """
     file, image = _decode(path)
+    if form != VALUES and file.has_more_than_8_bits:
+        raise _unsupported_mode(path, file, image)
+    if form.colors:
+        return mask_format.values_of_colors(path, image, form)
+    if form.threshold:
+        return mask_format.values_of_levels(image, form)
+    if form.channel and len(image.getbands()) > 1:
+        return mask_format.values_of_channel(path, image, form)
     values = np.asarray(image.convert("L") if image.mode == "1" else image)
     if file.grey_scale is not None and image.mode in ("1", "L", "I"):
         largest, shown = file.grey_scale
@@ -206,18 +216,30 @@ def _read_mask_values(
     if image.mode.startswith("I") and 0 <= values.min(initial=0) <= values.max(initial=0) < 256:
         values = values.astype(np.uint8)
     elif image.mode not in ("1", "L", "P"):
-        code_for_it = ""
-        if image.mode in ("RGB", "RGBA"):
-            code_for_it = " (docs/own_data.md has code that converts coloured masks)"
-        raise UserError(
-            f"{path} holds colours or values outside 0 to 255 (mode {image.mode}) where class "
-            "ids are expected: save masks as palette or grey PNGs whose values are the class "
-            f"ids{code_for_it}.",
-            code="mask-mode-unsupported",
-        )
+        raise _unsupported_mode(path, file, image)
     if file.grey_scale is not None and image.mode in ("1", "L"):
         return _shown_if_table_says(values, file.grey_scale, table)
     return values
+
+
+def _unsupported_mode(path: epath.PathLike, file: ImageFile, image: Image.Image) -> UserError:
+    """Returns the error of a mask whose pixels are no values from 0 to 255."""
+    if len(image.getbands()) == 1 or file.has_more_than_8_bits:
+        return UserError(
+            f"{path} holds values outside 0 to 255 (mode {file.raw_mode}) where class ids are "
+            "expected: save masks as palette or grey PNGs whose values are the class ids.",
+            code="mask-mode-unsupported",
+        )
+    colors, is_grey = mask_format.describe_colors(image)
+    remedy = "give the class id of each in data.mask_colors, as ((colour, class id), …)"
+    if is_grey:
+        remedy = (
+            f"if these levels are class ids, add --config.data.mask_channel=grey; else {remedy}"
+        )
+    return UserError(
+        f"{path} holds {colors}, where class ids are expected: {remedy}.",
+        code="mask-mode-unsupported",
+    )
 
 
 def _shown_if_table_says(
@@ -241,25 +263,29 @@ def _shown_if_table_says(
     return spread[values]
 
 
-def read_mask(path: epath.PathLike, table: Int16[np.ndarray, "256"]) -> UInt8[np.ndarray, "h w"]:
+def read_mask(
+    path: epath.PathLike, table: Int16[np.ndarray, "256"], form: MaskFormat = VALUES
+) -> UInt8[np.ndarray, "h w"]:
     """Reads a label map: class ids and IGNORE.
 
     Args:
         path: a palette or grey image; of a palette image the indices are read, not the colours.
+            With `form` other images too.
         table: from `id_table`.
+        form: how the pixels hold the values.
 
     Raises:
-        UserError: the file is missing or damaged, or holds colours, or holds a value that is
-            neither a class nor ignored.
+        UserError: the file is missing or damaged, or holds colours that `form` does not read, or
+            holds a value that is neither a class nor ignored.
     """
-    values = _read_mask_values(path, table)
+    values = _read_mask_values(path, table, form)
     if (table == UNKNOWN).any():
         _check_values_known(path, _histogram(values), table)
     return table.astype(np.uint8)[values]
 
 
 def count_classes(
-    path: epath.PathLike, table: Int16[np.ndarray, "256"]
+    path: epath.PathLike, table: Int16[np.ndarray, "256"], form: MaskFormat = VALUES
 ) -> tuple[Int[np.ndarray, "256"], tuple[int, int]]:
     """Counts the pixels of each class id and of IGNORE in a label map.
 
@@ -269,7 +295,7 @@ def count_classes(
     Raises:
         UserError: as `read_mask`.
     """
-    values = _read_mask_values(path, table)
+    values = _read_mask_values(path, table, form)
     value_counts = _histogram(values)
     _check_values_known(path, value_counts, table)
     class_counts = np.zeros(256, np.int64)
@@ -322,13 +348,15 @@ def _remedy_for_unknown_values(
     unknown = present[table[present] == UNKNOWN]
     low, high = value_counts[:_JPEG_RANGE].sum(), value_counts[-_JPEG_RANGE:].sum()
     is_binary = high > 0 and low + high > 0.75 * value_counts.sum()
-    again = "save it again from its source, without loss and without interpolation"
-    if is_binary:
-        again = f"save it as a PNG of 0 and 255 alone, and read it with {BINARY_MASK_FLAGS}"
-    kind = Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=FORMATS).format
-    if kind in ("JPEG", "MPO"):
-        return f"it is a JPEG, whose compression changes values where classes meet; {again}"
     num_classes = len({*table.tolist()} - {UNKNOWN, IGNORE})
+    again = "save it again from its source, without loss and without interpolation"
+    if is_binary and num_classes <= 2:
+        again = (
+            "add --config.data.mask_threshold=128, which makes levels from 128 on class 1 and "
+            "others class 0"
+        )
+    if format_of(path) in ("JPEG", "MPO"):
+        return f"it is a JPEG, whose compression changes values where classes meet; {again}"
     if is_binary and len(unknown) > _FEW_VALUES[min(max(num_classes, 2), 3)]:
         return f"they look like the soft edges of a mask of 0 and 255; {again}"
     hint = ""

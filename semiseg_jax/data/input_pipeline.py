@@ -332,6 +332,7 @@ class _Reader:
         self._downscale = downscale
         # Pseudo-labels hold class ids, whatever the mask values of the data set are.
         self._tables = {"true": dataset.table, "pseudo": image_io.id_table(len(dataset.classes))}
+        self._mask_format = dataset.mask_format
         self._error: UserError | None = None
         self._stopped = tf.Variable(False, trainable=False)
 
@@ -350,7 +351,7 @@ class _Reader:
             if example.label_kind == "pseudo":
                 label = label_maps.read(example.mask, example.id, table)
             else:
-                label = image_io.read_mask(example.mask, table)
+                label = image_io.read_mask(example.mask, table, self._mask_format)
             if label.shape != image.shape[:2]:
                 raise UserError(
                     f"{example.mask} and {example.image} differ in size: they must be of one size.",

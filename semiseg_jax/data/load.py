@@ -173,6 +173,7 @@ def _recorded_split(config: Any, layout: Layout, recorded: DataRecord) -> Datase
         classes=layout.classes,
         palette=layout.palette,
         table=layout.table,
+        mask_format=layout.mask_format,
         labeled=examples("labeled"),
         unlabeled=examples("unlabeled"),
         evaluation=evaluation or examples("holdout"),
@@ -240,6 +241,7 @@ def _split(config: Any, layout: Layout) -> Dataset:
         classes=layout.classes,
         palette=layout.palette,
         table=layout.table,
+        mask_format=layout.mask_format,
         labeled=labeled,
         # Masks of unlabelled images are removed here, so that no later code can read them.
         unlabeled=tuple(dataclasses.replace(e, mask=None) for e in unlabeled),
@@ -386,7 +388,7 @@ def _classes_reader(
         mask = examples[index].mask
         if mask is None:
             return []
-        counts, _ = image_io.count_classes(mask, layout.table)
+        counts, _ = image_io.count_classes(mask, layout.table, layout.mask_format)
         return np.flatnonzero(counts[: len(layout.classes)]).tolist()
 
     def read_masks(indices: Sequence[int]) -> list[frozenset[int]]:
@@ -456,7 +458,7 @@ def check(
     _check_disjoint_sets(dataset)
     try:
         contents: dict[str, list[PairContent]] = {
-            name: read_pairs(name, getattr(dataset, name), dataset.table, cache)
+            name: read_pairs(name, getattr(dataset, name), dataset, cache)
             for name in ("labeled", "evaluation", "selection")
         }
         left_out_codes = {"image-undecodable"} if is_first_start else _LEFT_OUT_CODES
@@ -490,11 +492,23 @@ def check(
 
 
 def read_pairs(
-    name: str, examples: Sequence[Example], table: Int16[np.ndarray, "256"], cache: FileCache
+    name: str, examples: Sequence[Example], masks_as: Dataset | Layout, cache: FileCache
 ) -> list[PairContent]:
-    """Reads images and masks, and checks each pair."""
+    """Reads images and masks, and checks each pair.
+
+    Args:
+        name: of the examples, the same in every process.
+        examples: to read.
+        masks_as: has the table and the format of the masks.
+        cache: of contents.
+    """
     with futures.ThreadPoolExecutor() as pool:
-        read = functools.partial(content_check.check_pair, table=table, cache=cache)
+        read = functools.partial(
+            content_check.check_pair,
+            table=masks_as.table,
+            cache=cache,
+            form=masks_as.mask_format,
+        )
         local = [
             [content.to_json() for content in pair]
             for pair in pool.map(read, multihost.local_shard(examples))

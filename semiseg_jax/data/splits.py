@@ -40,6 +40,7 @@ from semiseg_jax.data.dataset import (
     normal_name,
 )
 from semiseg_jax.data.file_content import FileCache, FileContent
+from semiseg_jax.data.mask_format import VALUES, MaskFormat
 from semiseg_jax.data.split_lists import Entry
 from semiseg_jax.runtime import cli, config_files, hashes
 from semiseg_jax.runtime.errors import UserError
@@ -293,6 +294,7 @@ def _read_files(
     table: Int16[np.ndarray, "256"],
     cache: FileCache,
     report: SplitReport,
+    form: MaskFormat = VALUES,
 ) -> None:
     """Decodes the files of a set; adds their contents, pixel counts and errors to the report."""
 
@@ -301,7 +303,7 @@ def _read_files(
         try:
             if example.mask is None:
                 return cache.image(example.image), None
-            return content_check.check_pair(example, table, cache)
+            return content_check.check_pair(example, table, cache, form)
         except UserError as error:
             return error
 
@@ -409,7 +411,8 @@ def examine_config(config: Any) -> SplitReport:
         unmasked = [e.image for e in sets[name] if e.mask is None]
         if unmasked:
             report.errors.append(f"{_abbreviate(unmasked)} in the {name} set without a mask.")
-        _read_files(name, [e for e in sets[name] if e.mask], dataset.table, cache, report)
+        masked = [e for e in sets[name] if e.mask]
+        _read_files(name, masked, dataset.table, cache, report, dataset.mask_format)
     files = (*dataset.labeled, *dataset.evaluation, *dataset.selection, *dataset.unlabeled)
     report.warnings += file_warnings.find(files)
     missing = [e.image for e in dataset.unlabeled if not os.path.exists(e.image)]

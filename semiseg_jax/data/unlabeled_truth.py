@@ -52,6 +52,7 @@ def load_truth(config: Any, dataset: Dataset) -> Dataset | None:
         dataset,
         name=layout.name,
         table=layout.table,
+        mask_format=layout.mask_format,
         labeled=(),
         unlabeled=(),
         selection=(),
@@ -61,7 +62,7 @@ def load_truth(config: Any, dataset: Dataset) -> Dataset | None:
     )
     cache = file_content.open_cache(config.data.cache_dir, layout.root)
     try:
-        contents = load.read_pairs("unlabelled", examples, layout.table, cache)
+        contents = load.read_pairs("unlabelled", examples, layout, cache)
     finally:
         cache.save()
     by_set = {"evaluation": contents, "labeled": [], "selection": [], "unlabeled": []}

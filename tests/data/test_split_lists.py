@@ -113,7 +113,7 @@ def test_missing_files_and_mismatched_masks_are_errors(valid_lists, folder_data)
         "labeled list names images/train/000.png, missing below",
         "masks/train/001.png, missing: ",
         "masks/train/002.png is 5x5: they must be of one size",
-        "masks/val/001.png holds colours",
+        "masks/val/001.png holds the colours",
         "unlabeled list names images/train/007.png, missing below",
     ):
         assert sum(message in error for error in errors) == 1, (message, errors)

@@ -1,6 +1,7 @@
 """Downscaled copies of a data set's files, written to the cache once."""
 
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from semiseg_jax.data import image_io
 from semiseg_jax.data.data_record import relative_path
 from semiseg_jax.data.dataset import MAX_NAME_BYTES, Dataset, Example
+from semiseg_jax.data.mask_format import VALUES
 from semiseg_jax.runtime import fileio, hashes, rules
 from semiseg_jax.runtime.paths import cache_dir
 
@@ -35,11 +37,15 @@ def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> D
         data_config: `config.data`; `downscale` and `cache_dir` are read.
     """
     factor = data_config.downscale
-    # Cached masks hold class ids, so the id table that produced them is part of the folder's name.
-    cache_key = (os.path.realpath(root), dataset.table.tobytes(), dataset.palette)
+    # Cached masks hold class ids, so that what they were read by is part of the folder's name.
+    masks_as: tuple[Any, ...] = (dataset.table.tobytes(), dataset.palette)
+    if dataset.mask_format != VALUES:
+        masks_as += (dataset.mask_format,)
+    cache_key = (os.path.realpath(root), *masks_as)
     digest = hashes.hash_bytes(repr(cache_key).encode(), 12)
     folder = cache_dir(data_config) / f"{dataset.name}-{digest}-by{factor}"
 
+    read_mask = functools.partial(image_io.read_mask, table=dataset.table, form=dataset.mask_format)
     assert dataset.record is not None
     pixel_hashes = {f.path: f.pixel_hash for _, _, e in dataset.record.examples() for f in e.files}
 
@@ -61,7 +67,7 @@ def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> D
             return dataclasses.replace(example, image=os.fspath(image))
         mask = cached_file("masks", example.mask)
         if not mask.exists():
-            ids = Image.fromarray(image_io.read_mask(example.mask, dataset.table))
+            ids = Image.fromarray(read_mask(example.mask))
             small_ids = ids.resize(shrunk(ids.size, factor), Image.Resampling.NEAREST)
             png = image_io.encode_mask(np.asarray(small_ids), dataset.palette)
             fileio.write_bytes(mask, png, sync=False)
@@ -85,6 +91,7 @@ def downscale_dataset(dataset: Dataset, root: epath.Path, data_config: Any) -> D
         evaluation=evaluation,
         selection=selection,
         table=image_io.id_table(len(dataset.classes)),
+        mask_format=VALUES,
     )
 
 

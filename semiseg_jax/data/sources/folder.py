@@ -11,6 +11,7 @@ from jaxtyping import Int16
 from semiseg_jax.data import image_io, split_folders
 from semiseg_jax.data.dataset import Example, Layout, files_below, is_image, pairs
 from semiseg_jax.data.folder_walk import inside
+from semiseg_jax.data.mask_format import MaskFormat
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import data_root
@@ -24,7 +25,7 @@ def layout(config: Any) -> Layout:
             wrong.
     """
     data = config.data
-    classes, palette, table = classes_from_config(data)
+    classes, palette, table, form = classes_from_config(data)
     root = data_root(data, "make it, with the images in one folder and the masks in another")
     train, evaluation = _examples(root, data, config.eval.split)
     return Layout(
@@ -35,6 +36,7 @@ def layout(config: Any) -> Layout:
         table=table,
         train=train,
         evaluation=evaluation,
+        mask_format=form,
     )
 
 
@@ -152,11 +154,12 @@ def _evaluation_beside(root: epath.Path, image_dir: str, eval_split: str) -> lis
 
 def classes_from_config(
     data_config: Any,
-) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...], Int16[np.ndarray, "256"]]:
-    """Returns class names, palette and id table.
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...], Int16[np.ndarray, "256"], MaskFormat]:
+    """Returns class names, palette, id table and the format of the masks.
 
     Args:
-        data_config: `config.data`; `classes`, `palette`, `ignore_ids` and `id_map` are read.
+        data_config: `config.data`; `classes`, `palette`, `ignore_ids`, `id_map` and the keys of
+            `MaskFormat.from_config` are read.
 
     Raises:
         UserError: the number of names is out of range, the palette is neither empty nor complete,
@@ -176,8 +179,11 @@ def classes_from_config(
             code="palette-length-differs",
         )
     palette = _checked_palette(data.palette) or image_io.generated_palette(len(data.classes))
-    table = image_io.id_table(len(data.classes), data.ignore_ids, data.id_map)
-    return tuple(data.classes), palette, table
+    form = MaskFormat.from_config(data)
+    # With values that are class ids already, these keys have nothing to act on.
+    ids = ((image_io.IGNORE,), ()) if form.gives_classes else (data.ignore_ids, data.id_map)
+    table = image_io.id_table(len(data.classes), *ids)
+    return tuple(data.classes), palette, table, form
 
 
 def _checked_palette(palette: Sequence[Any]) -> tuple[tuple[int, int, int], ...]:

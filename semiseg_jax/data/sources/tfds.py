@@ -51,7 +51,7 @@ def layout(config: Any) -> Layout:
     builder = _builder(name, data.root)
     features = {"image": data.tfds_image, "mask": data.tfds_mask}
     export = _Export(builder, features, data.tfds_id, data)
-    classes, palette, table = classes_from_config(_with_class_names(data, builder))
+    classes, palette, table, form = classes_from_config(_with_class_names(data, builder))
     evaluation: tuple[Example, ...] = ()
     # Without the split, evaluation can still use a list or held-out images.
     if export.has_split(config.eval.split) or not (data.evaluation_list or data.holdout):
@@ -64,6 +64,7 @@ def layout(config: Any) -> Layout:
         table=table,
         train=export.examples(data.tfds_train),
         evaluation=evaluation,
+        mask_format=form,
     )
 
 
