@@ -230,12 +230,13 @@ def _unsupported_mode(path: epath.PathLike, file: ImageFile, image: Image.Image)
             "expected: save masks as palette or grey PNGs whose values are the class ids.",
             code="mask-mode-unsupported",
         )
-    colors, is_grey = mask_format.describe_colors(image)
+    colors, grey_levels = mask_format.describe_colors(image)
     remedy = "give the class id of each in data.mask_colors, as ((colour, class id), …)"
-    if is_grey:
-        remedy = (
-            f"if these levels are class ids, add --config.data.mask_channel=grey; else {remedy}"
-        )
+    if grey_levels is not None and _is_binary(_histogram(grey_levels)):
+        remedy = f"if light pixels are the object, {_THRESHOLD}; else {remedy}"
+    elif grey_levels is not None:
+        by_channel = "add --config.data.mask_channel=grey"
+        remedy = f"if these levels are class ids, {by_channel}; else {remedy}"
     return UserError(
         f"{path} holds {colors}, where class ids are expected: {remedy}.",
         code="mask-mode-unsupported",
@@ -334,6 +335,23 @@ _BINARY_ID_MAP = "'--config.data.id_map=((0,0),(255,1))'"
 BINARY_MASK_FLAGS = f"'--config.data.ignore_ids=()' {_BINARY_ID_MAP}"
 
 
+# How a mask of two classes with levels in between is read.
+_THRESHOLD = (
+    "add --config.data.mask_threshold=128, which makes levels from 128 on class 1 and others "
+    "class 0"
+)
+
+
+def _is_binary(counts: Int[np.ndarray, "256"]) -> bool:
+    """Returns whether most pixels are nearly 0 or nearly 255, and some nearly 255.
+
+    Args:
+        counts: pixels by value.
+    """
+    low, high = counts[:_JPEG_RANGE].sum(), counts[-_JPEG_RANGE:].sum()
+    return bool(high > 0 and low + high > 0.75 * counts.sum())
+
+
 def _remedy_for_unknown_values(
     path: epath.PathLike, value_counts: Int[np.ndarray, "256"], table: Int16[np.ndarray, "256"]
 ) -> str:
@@ -346,15 +364,11 @@ def _remedy_for_unknown_values(
     """
     present = np.flatnonzero(value_counts)
     unknown = present[table[present] == UNKNOWN]
-    low, high = value_counts[:_JPEG_RANGE].sum(), value_counts[-_JPEG_RANGE:].sum()
-    is_binary = high > 0 and low + high > 0.75 * value_counts.sum()
+    is_binary = _is_binary(value_counts)
     num_classes = len({*table.tolist()} - {UNKNOWN, IGNORE})
     again = "save it again from its source, without loss and without interpolation"
     if is_binary and num_classes <= 2:
-        again = (
-            "add --config.data.mask_threshold=128, which makes levels from 128 on class 1 and "
-            "others class 0"
-        )
+        again = _THRESHOLD
     if format_of(path) in ("JPEG", "MPO"):
         return f"it is a JPEG, whose compression changes values where classes meet; {again}"
     if is_binary and len(unknown) > _FEW_VALUES[min(max(num_classes, 2), 3)]:

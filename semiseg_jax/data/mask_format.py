@@ -207,15 +207,16 @@ def values_of_levels(image: Image.Image, form: MaskFormat) -> UInt8[np.ndarray, 
     return (np.asarray(image.convert("L")) >= form.threshold).astype(np.uint8)
 
 
-def describe_colors(image: Image.Image) -> tuple[str, bool]:
-    """Returns the most frequent colours in words, and whether all are grey.
+def describe_colors(image: Image.Image) -> tuple[str, UInt8[np.ndarray, "h w"] | None]:
+    """Returns the most frequent colours in words, and the grey levels if all colours are grey.
 
     Args:
         image: a decoded mask with three channels or more.
     """
     present, counts = np.unique(_codes(image), return_counts=True)
     channels = _channels(present)
-    return _listing(present, counts), bool((channels == channels[:, :1]).all())
+    is_grey = bool((channels == channels[:, :1]).all())
+    return _listing(present, counts), _rgb(image)[..., 0].copy() if is_grey else None
 
 
 def _codes(image: Image.Image) -> Int[np.ndarray, "h w"]:

@@ -340,6 +340,17 @@ def test_soft_masks_of_two_classes_point_to_the_threshold(tmp_path, suffix, qual
     assert (read == expected).mean() > 0.98 and set(np.unique(read)) == {0, 1}
 
 
+def test_a_soft_mask_in_three_channels_points_to_the_threshold(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[10:20, 10:20] = 255
+    image = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1)).convert("RGB")
+    image.save(tmp_path / "m.jpg")
+    with raises_code("mask-mode-unsupported", "--config.data.mask_threshold=128"):
+        image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(2))
+    read = image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(2), MaskFormat(threshold=128))
+    assert (read == (mask > 0)).mean() > 0.99 and set(np.unique(read)) == {0, 1}
+
+
 def test_a_jpeg_of_class_ids_points_to_its_source(tmp_path):
     mask = Image.fromarray(np.random.default_rng(0).integers(0, 5, (32, 32), np.uint8) * 9)
     mask.save(tmp_path / "m.jpg")
