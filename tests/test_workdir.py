@@ -102,7 +102,7 @@ def without(config, *keys):
 def another_value(value):
     """Returns a different value of the same type."""
     if isinstance(value, tuple):
-        return tuple(map(another_value, value))
+        return tuple(map(another_value, value)) or (1,)
     if isinstance(value, str):
         return f"{value}x"
     return not value if isinstance(value, bool) else value + 1

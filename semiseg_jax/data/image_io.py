@@ -239,7 +239,7 @@ def _unsupported_mode(path: epath.PathLike, file: ImageFile, image: Image.Image)
         remedy = f"if these levels are class ids, {by_channel}; else {remedy}"
     return UserError(
         f"{path} holds {colors}, where class ids are expected: {remedy}.",
-        code="mask-mode-unsupported",
+        code="mask-in-color",
     )
 
 

@@ -76,7 +76,7 @@ def test_0_255_mask_error_has_hint(tmp_path):
 
 def test_coloured_mask_raises(tmp_path):
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "m.png")
-    with raises_code("mask-mode-unsupported", "m.png", "(0, 0, 0) in 4 pixels", "mask_channel"):
+    with raises_code("mask-in-color", "m.png", "(0, 0, 0) in 4 pixels", "mask_channel"):
         image_io.read_mask(str(tmp_path / "m.png"), image_io.id_table(2))
 
 
@@ -345,7 +345,7 @@ def test_a_soft_mask_in_three_channels_points_to_the_threshold(tmp_path):
     mask[10:20, 10:20] = 255
     image = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1)).convert("RGB")
     image.save(tmp_path / "m.jpg")
-    with raises_code("mask-mode-unsupported", "--config.data.mask_threshold=128"):
+    with raises_code("mask-in-color", "--config.data.mask_threshold=128"):
         image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(2))
     read = image_io.read_mask(tmp_path / "m.jpg", image_io.id_table(2), MaskFormat(threshold=128))
     assert (read == (mask > 0)).mean() > 0.99 and set(np.unique(read)) == {0, 1}
