@@ -70,15 +70,16 @@ def data() -> ConfigDict:
     # Sources `folder` and `tfds:NAME`: class names in id order, distinct, at least 2. () for the
     # names that the TFDS feature declares.
     data.classes = ()
-    # (R, G, B) of each class, 0 to 255; () for a generated palette.
+    # (R, G, B) of each class, 0 to 255; () for the colours of `mask_colors`, else a generated
+    # palette.
     data.palette = ()
     # Mask values, 0 to 255, that mean "no label"; they are mapped to 255.
     data.ignore_ids = (255,)
     # ((mask value, class id), …) if the mask values are not the class ids; () for none.
     data.id_map = ()
-    # What the pixels of mask files are, if not values. Coloured masks: ((colour, class id), …) with
-    # colours (R, G, B), and 255 for no label; a colour that is not listed is an error. Of masks
-    # with a palette, the colours of the palette count.
+    # What the pixels of mask files are, if not values. Coloured masks: the colour (R, G, B) of each
+    # class, in their order; or ((colour, class id), …), with 255 for no label. A colour that is not
+    # listed is an error. Of masks with a palette, the colours of the palette count.
     data.mask_colors = ()
     # Largest difference to a colour of `mask_colors` in each channel, 0 to 127.
     data.mask_tolerance = 0
@@ -150,6 +151,10 @@ def data() -> ConfigDict:
     data.scale = (0.5, 2.0)
     # Mirror half of the images left to right.
     data.mirror = True
+    # For model.freeze_backbone. Weakly augmented images are shown whole, as large as the crop holds
+    # them, and mirrored at most, so that the backbone's features of them are computed once and
+    # then read from `cache_dir`. docs/networks.md has what that costs and saves.
+    data.cache_features = False
     # Batches to prefetch, at least 1; threads that prepare them, 0 for one per core.
     data.prefetch = 4
     data.threads = 0
@@ -403,9 +408,10 @@ def loss() -> ConfigDict:
     # for cross-entropy.
     loss.focal_gamma = 2.0
     # Weights of the classes in the loss of labelled images, whatever its kind. "" for none;
-    # balanced: sqrt(median of n / n_c), n_c the labelled pixels of the class in all labelled masks,
-    # and the loss is the weighted mean. The Dice loss of ce_dice has none.
-    loss.class_weights = ""
+    # balanced: sqrt(median of n / n_c), n_c the labelled pixels of the class in all labelled masks;
+    # or a number for each class, at least 0. The loss is the weighted mean. The Dice loss of
+    # ce_dice has none.
+    loss.class_weights = config_dict.FieldReference("", field_type=object)
     # balanced, for a class without a labelled pixel: refuse (an error) or zero (its weight).
     loss.absent_classes = "refuse"
     # Loss of pseudo-labelled images: scl, scl_official, sce or ce.

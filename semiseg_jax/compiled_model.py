@@ -48,6 +48,22 @@ class StageProgram:
     method: OnlineMethod | None = None
     classes: tuple[str, ...] = ()
 
+    def batch_shapes(self, crop: tuple[int, int]) -> dict[str, Any]:
+        """Returns the shapes and dtypes of the arrays of a batch, as `TrainBatch.arrays` has them.
+
+        Args:
+            crop: (height, width) of the images, in pixels.
+        """
+        shapes: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(shape, dtype)
+            for name, (shape, dtype) in self.spec.arrays(crop).items()
+        }
+        if self.spec.cache_features:
+            images = jax.ShapeDtypeStruct((self.spec.size("weak"), *crop, 3), jnp.uint8)
+            encode = functools.partial(self.model.apply, method="encode")
+            shapes["features"] = jax.eval_shape(encode, self.shapes, images)
+        return shapes
+
     def create_state(self, variables: Variables, mesh: Mesh, seed: int = 0) -> TrainState:
         """Returns the state of the stage at step 0, replicated over the mesh.
 

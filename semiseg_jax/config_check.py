@@ -94,8 +94,17 @@ _ID_MAP: Rule = (
     "((mask value, class id), …), integers from 0 to 255",
 )
 _COLOR_MAP: Rule = (
-    lambda v: isinstance(v, tuple) and all(_is_color_pair(pair) for pair in v),
-    "(((R, G, B), class id), …), integers from 0 to 255",
+    lambda v: (
+        isinstance(v, tuple) and (all(map(_is_color_pair, v)) or all(map(mask_format.is_color, v)))
+    ),
+    "((R, G, B), …) or (((R, G, B), class id), …), integers from 0 to 255",
+)
+_CLASS_WEIGHTS: Rule = (
+    lambda v: (
+        (isinstance(v, str) and v in ("", "balanced"))
+        or (isinstance(v, tuple) and all(map(rules.number(0, 10**6)[0], v)))
+    ),
+    'balanced, one number of at least 0 for each class, or "" for none',
 )
 _SOURCE: Rule = (
     lambda v: v in LAYOUTS or (rules.is_text(v) and len(v) > len(PREFIX) and v.startswith(PREFIX)),
@@ -116,7 +125,7 @@ def _is_color_pair(value: Any) -> bool:
     return (
         isinstance(value, tuple | list)
         and len(value) == 2
-        and _are_bytes(value[0], 3)
+        and mask_format.is_color(value[0])
         and rules.is_integer(value[1], 0, 255)
     )
 
@@ -178,6 +187,7 @@ RULES: dict[str, Rule] = {
     "data.crop": rules.or_empty(_SIZE, _CHOSEN),
     "data.scale": rules.or_empty(_RANGE, _CHOSEN),
     "data.mirror": BOOL,
+    "data.cache_features": BOOL,
     "data.prefetch": rules.integer(1, 1024),
     "data.threads": rules.integer(0, 1024),
     "sda.num_ops": rules.integer(0, 100),
@@ -201,7 +211,7 @@ RULES: dict[str, Rule] = {
     "loss.ohem.probability": rules.number(0, 1),
     "loss.ohem.share": rules.number(0, 1),
     "loss.focal_gamma": rules.number(0, 100),
-    "loss.class_weights": rules.one_of("", "balanced"),
+    "loss.class_weights": _CLASS_WEIGHTS,
     "loss.absent_classes": rules.one_of("refuse", "zero"),
     "loss.unlabeled": rules.one_of("scl", "scl_official", "sce", "ce"),
     "loss.unlabeled_weight": rules.number(0, 10**6),
@@ -297,6 +307,8 @@ def check(config: Any) -> None:
     for backbone in {config.model.backbone, config.rounds.student_model or config.model.backbone}:
         deeplab.check_head(deeplab.config_for(config, backbone))
         _check_layer_decay(config, backbone)
+    if config.data.cache_features:
+        _check_cached_features(config)
     deeplab.check_multi_grid(config.model)
     stages.check_norm_values(config)
     supervised_loss.check(config)
@@ -329,6 +341,28 @@ def _check_layer_decay(config: Any, backbone: str) -> None:
             f"optim.layer_decay is {config.optim.layer_decay}, but {backbone} is no vision "
             f"transformer: make it 1, or choose one of {', '.join(vit.BACKBONES)}.",
             code="layer-decay-unsupported",
+        )
+
+
+def _check_cached_features(config: Any) -> None:
+    """Checks that features can be kept: the backbone never changes, and no stage has views.
+
+    Raises:
+        UserError: naming the key that does not fit.
+    """
+    if not config.model.freeze_backbone:
+        raise UserError(
+            "data.cache_features is True, but the backbone is trained, so that its features "
+            "change at every step: set model.freeze_backbone to True, or data.cache_features to "
+            "False.",
+            code="cached-features-of-trained-backbone",
+        )
+    if config.method.name != "self_training":
+        raise UserError(
+            f"data.cache_features is True, but method.name is {config.method.name}, whose step "
+            "sees other random views of each image every time: set data.cache_features to False, "
+            "or method.name to self_training.",
+            code="cached-features-of-random-views",
         )
 
 

@@ -1,11 +1,14 @@
 """The device mesh: one axis, `data`; batches are split over it, everything else is replicated."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from semiseg_jax.runtime.errors import UserError
 
@@ -103,15 +106,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Assembles global arrays from the shard of each process, without waiting for the transfer.
 
     Args:
-        batch: this process's shard, leading axis the images, in the order of its devices.
+        batch: this process's shard, arrays or trees of arrays, leading axis the images, in the
+            order of its devices.
         mesh: over the devices of all processes.
     """
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(place, batch)
+
+
+def join_blocks(groups: int, *batches: Any) -> Any:
+    """Joins batches so that no image leaves its device: block by block, not end to end.
+
+    Args:
+        groups: number of devices; batches are in as many equal blocks.
+        batches: trees of arrays [n, ...] of one structure; n may differ.
+    """
+
+    def join(*leaves: Shaped[Array, "_n *rest"]) -> Shaped[Array, "_m *rest"]:
+        blocks = [leaf.reshape(groups, -1, *leaf.shape[1:]) for leaf in leaves]
+        joined = jnp.concatenate(blocks, axis=1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    return jax.tree.map(join, *batches)
 
 
 def local_data(array: jax.Array) -> np.ndarray:

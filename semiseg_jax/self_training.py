@@ -484,6 +484,7 @@ class SelfTraining:
             eval_every=config.eval.every,
             mesh=self._mesh,
             on_step=self._observer.on_step,
+            feature_folder=paths.cache_dir(config.data) / "features",
         )
 
     def _init_variables(

@@ -217,14 +217,16 @@ def batch_spec(config: Any, kind: str) -> BatchSpec:
     """
     method = online_method(config, kind)
     takes_streams = kind == "student" and method is None
+    weak = tuple(config.data.weak_stream) if takes_streams else ("labeled",)
     return BatchSpec(
-        weak=tuple(config.data.weak_stream) if takes_streams else ("labeled",),
+        weak=weak,
         strong=tuple(config.data.strong_stream) if takes_streams else (),
         batch_labeled=config.train.batch_labeled,
         batch_pseudo=config.train.batch_unlabeled,
         accum_steps=config.train.accumulate,
         views=_views(config, method) if method else None,
         batch_unlabeled=config.train.batch_unlabeled if method else 0,
+        cache_features=config.data.cache_features and bool(weak),
     )
 
 

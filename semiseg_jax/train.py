@@ -21,6 +21,7 @@ from semiseg_jax import train_step
 from semiseg_jax.checkpoints import Checkpoints
 from semiseg_jax.compiled_model import StageProgram
 from semiseg_jax.data import input_pipeline
+from semiseg_jax.feature_cache import FeatureCache
 from semiseg_jax.methods import label_health
 from semiseg_jax.runtime import metric_writer, multihost, preemption
 from semiseg_jax.runtime.errors import UserError
@@ -31,7 +32,7 @@ from semiseg_jax.train_state import TrainState, Variables
 
 PROFILED_STEPS = 5
 
-Batches = Callable[[range], Iterator[input_pipeline.TrainBatch]]
+Batches = Callable[[range], Generator[input_pipeline.TrainBatch]]
 
 
 def run(
@@ -44,6 +45,7 @@ def run(
     eval_every: int,
     mesh: Mesh,
     on_step: Callable[[int], None] = lambda step: None,
+    feature_folder: epath.Path | None = None,
 ) -> TrainState:
     """Trains a stage, from its newest checkpoint if it has one.
 
@@ -65,6 +67,8 @@ def run(
         mesh: to run on.
         on_step: called with the number of each step that was dispatched, once the step before it
             has ended.
+        feature_folder: where features are kept; read where the batches of the program hold cached
+            features.
 
     Returns:
         The state after the last step.
@@ -98,7 +102,12 @@ def run(
             checkpoints.save(step, state)
 
         log = _StepLogger(stage, program, writer, first, train_config)
-        device_batches = _prefetch_to_device(batches(range(first, stage.steps)), mesh, log)
+        host_batches = batches(range(first, stage.steps))
+        if program.spec.cache_features:
+            assert feature_folder is not None
+            cache = FeatureCache(feature_folder, program.model, state.variables)
+            host_batches = cache.with_features(host_batches, program.spec, mesh)
+        device_batches = _prefetch_to_device(host_batches, mesh, log)
         # Outside of the loop, so that leaving it by an exception closes the pipeline behind it.
         with contextlib.closing(device_batches):
             steps = range(first + 1, stage.steps + 1)
@@ -157,10 +166,10 @@ def trace_step(program: StageProgram, crop: tuple[int, int], mesh: Mesh) -> jax.
         mesh: to compile for.
     """
     sharding = mesh_lib.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in program.spec.arrays(crop).items()
-    }
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        program.batch_shapes(crop),
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     step: Any = program.step
     return step.trace(state_shapes(program, mesh), batch, key)
@@ -312,7 +321,9 @@ class _StepLogger:
         shard = f"_part_{multihost.process_index()}" if several else ""
         path = self._stage.folder / f"not_finite_step_{step}{shard}.npz"
         content = io.BytesIO()
-        arrays = {k: v for k, v in dataclasses.asdict(batch).items() if v is not None}
+        # Without features, which follow from the images.
+        without = dataclasses.replace(batch, features=None)
+        arrays = {k: v for k, v in dataclasses.asdict(without).items() if v is not None}
         np.savez_compressed(content, **arrays)
         write_bytes(path, content.getvalue())
         return path

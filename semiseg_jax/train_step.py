@@ -19,12 +19,14 @@ from semiseg_jax.losses import IGNORE, supervised_loss
 from semiseg_jax.methods import method as method_lib
 from semiseg_jax.methods.method import OnlineMethod
 from semiseg_jax.methods.network import Network
+from semiseg_jax.models.segmenter import Features
 from semiseg_jax.train_state import TrainState
 
 # Scalars, and of methods arrays [classes] too.
 Metrics = dict[str, Float[Array, "*classes"]]
-# {"image": uint8 [n, h, w, 3], "label": uint8 [n, h, w], "is_pseudo": bool [n]}
-Batch = dict[str, Array]
+# {"image": uint8 [n, h, w, 3], "label": uint8 [n, h, w], "is_pseudo": bool [n]}, and with cached
+# features {"features": segmenter.Features of the weak images}.
+Batch = dict[str, Any]
 # (params, norm statistics, batch, dropout key) -> (logits, new norm statistics)
 Forward = Callable[[Any, dict[str, Any], Batch, Array], tuple[Array, dict[str, Any]]]
 
@@ -192,18 +194,45 @@ def _forward(
         key: of dropout.
     """
     both = spec.domain == "both"
+    num_weak = spec.size("weak") // (groups * spec.accum_steps) if both else None
+    inputs = batch["image"]
+    if spec.cache_features:
+        inputs = _join_cached(model, groups, num_weak, {"params": params, **norms}, batch)
     logits, updated = model.apply(
         {"params": params, **norms},
-        batch["image"],
+        inputs,
         domain=spec.domain,
         groups=groups,
-        num_weak=spec.size("weak") // (groups * spec.accum_steps) if both else None,
+        num_weak=num_weak,
         train=True,
         mutable=list(norms),
         rngs={"dropout": key},
+        method="decode" if spec.cache_features else None,
     )
     # A domain that took no part keeps its statistics.
     return logits, {**norms, **updated}
+
+
+def _join_cached(
+    model: nn.Module, groups: int, num_weak: int | None, variables: Any, batch: Batch
+) -> Features:
+    """The frozen backbone's features of a batch: those of its weak images are in it already.
+
+    Args:
+        model: from `deeplab.build`.
+        groups: blocks of the joined batch.
+        num_weak: weak images in each block, which strong ones follow; None if all are weak.
+        variables: of the network.
+        batch: a whole batch, or a micro-batch.
+    """
+    if num_weak is None:
+        return batch["features"]
+    images = batch["image"]
+    blocks = images.reshape(groups, -1, *images.shape[1:])[:, num_weak:]
+    strong = model.apply(
+        variables, blocks.reshape(-1, *images.shape[1:]), domain="strong", method="encode"
+    )
+    return mesh_lib.join_blocks(groups, batch["features"], strong)
 
 
 class LossSums(NamedTuple):

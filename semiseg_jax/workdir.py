@@ -95,6 +95,7 @@ ADDED_KEYS = {
     "model.position_rule": "original",
     "model.token_multiple": 1,
     "model.freeze_backbone": False,
+    "data.cache_features": False,
 }
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.

@@ -49,6 +49,23 @@ def test_weights_are_balanced_by_the_pixels_of_the_labelled_set():
     np.testing.assert_allclose(weights, [np.sqrt(2.5), np.sqrt(0.625), 0])
 
 
+def test_weights_may_be_given_as_numbers():
+    given = (0.5, 2, 1.0, 0, 3.0)
+    config = tiny_config(loss__class_weights=given)
+    config_check.check(config)
+    resolved_config = supervised_loss.resolve(config, PIXELS, list("abcde"))
+    assert resolved_config.loss.class_weights == given
+    with raises_code("class-weights-count", "5 numbers for 4 classes", "a, b, c, d"):
+        supervised_loss.resolve(config, PIXELS[:4], list("abcd"))
+    config.loss.class_weights = (0.0, 1.0)
+    with raises_code("class-weights-all-zero", "0 for every class"):
+        supervised_loss.resolve(config, np.array([7, 0]), ["road", "bus"])
+    for wrong in ("median", (1, -1), ("a", "b")):
+        config.loss.class_weights = wrong
+        with raises_code("config-value-invalid", "loss.class_weights"):
+            config_check.check(config)
+
+
 def test_weights_that_were_not_counted_are_no_silent_ones():
     config = tiny_config(loss__class_weights="balanced").loss
     with pytest.raises(ValueError, match=r"supervised_loss\.resolve"):

@@ -22,6 +22,8 @@ class BatchSpec:
         accum_steps: micro-batches per step; their gradients are accumulated into one update.
         views: the views of unlabelled images, which are in no stream; None without such images.
         batch_unlabeled: number of unlabelled images with views, each with all its views.
+        cache_features: the batch holds the backbone's features of its weak images, which the step
+            takes in place of these images.
     """
 
     weak: tuple[str, ...]
@@ -31,6 +33,7 @@ class BatchSpec:
     accum_steps: int = 1
     views: Views | None = None
     batch_unlabeled: int = 0
+    cache_features: bool = False
 
     def __post_init__(self):
         if (self.views is None) != (self.batch_unlabeled == 0):

@@ -43,6 +43,8 @@ class TrainBatch:
         valid: which pixels of each unlabelled image are not padding, in all its views; None without
             views.
         unlabeled_ids: ids of the unlabelled images.
+        features: the backbone's features of the weak images of the shard, in their order, arrays
+            [k, ...] in a `segmenter.Features`; None unless they are cached.
     """
 
     image: UInt8[np.ndarray, "n h w 3"]
@@ -53,12 +55,19 @@ class TrainBatch:
     views: UInt8[np.ndarray, "m v h w 3"] | None = None
     valid: Bool[np.ndarray, "m h w"] | None = None
     unlabeled_ids: tuple[str, ...] = ()
+    features: Any = None
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays that a step takes, by name."""
-        arrays = {"image": self.image, "label": self.label, "is_pseudo": self.is_pseudo}
+    def arrays(self) -> dict[str, Any]:
+        """Returns the arrays that a step takes, by name; "features" is a tree of arrays."""
+        arrays: dict[str, Any] = {
+            "image": self.image,
+            "label": self.label,
+            "is_pseudo": self.is_pseudo,
+        }
         if self.views is not None and self.valid is not None:
             arrays |= {"views": self.views, "valid": self.valid}
+        if self.features is not None:
+            arrays["features"] = self.features
         return arrays
 
 
@@ -222,7 +231,8 @@ def augment(
 
     if config.sda.before_geometry:
         image = augment_if_strong(image)
-    image, label, offset = weak_augment.random_crop(image, label, geometry_seed, config.data)
+    geometry = weak_augment.draw_view(tf.shape(label), strong, geometry_seed, config.data)
+    image, label, offset = weak_augment.crop(image, label, geometry)
     if not config.sda.before_geometry:
         image = augment_if_strong(image)
     return weak_augment.pad(image, label, offset, tuple(config.data.crop), pad_value)
@@ -239,7 +249,7 @@ def sample_view(
         size: (height, width) of the image in pixels.
         config: the whole config; `data` and `sda` are read.
     """
-    geometry = weak_augment.draw(tf.constant(size), _fold_in(seed, 0), config.data)
+    geometry = weak_augment.draw_view(tf.constant(size), strong, _fold_in(seed, 0), config.data)
     return geometry, sda.sample_ops(_fold_in(seed, 1), config.sda) if strong else []
 
 

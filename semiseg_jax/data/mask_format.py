@@ -15,6 +15,7 @@ from PIL import Image
 
 from semiseg_jax.data.image_header import format_of
 from semiseg_jax.losses import IGNORE
+from semiseg_jax.runtime import rules
 from semiseg_jax.runtime.errors import UserError
 
 # (R, G, B), each 0 to 255.
@@ -49,10 +50,7 @@ class MaskFormat:
         Raises:
             UserError: keys contradict each other, or colours cannot be told apart.
         """
-        colors = tuple(
-            ((int(red), int(green), int(blue)), int(value))
-            for (red, green, blue), value in data.mask_colors
-        )
+        colors = colors_of_classes(data)
         form = cls(colors, data.mask_tolerance, data.mask_channel, data.mask_threshold)
         given = keys_given(data)
         if len(given) > 1:
@@ -81,6 +79,43 @@ class MaskFormat:
     def gives_classes(self) -> bool:
         """Whether the values are class ids, and IGNORE, whatever the keys of values say."""
         return bool(self.colors or self.threshold)
+
+
+def is_color(value: Any) -> bool:
+    """Whether a value of a config is (R, G, B), each 0 to 255."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 3
+        and all(rules.is_integer(n, 0, 255) for n in value)
+    )
+
+
+def colors_of_classes(data: Any) -> tuple[tuple[Color, int], ...]:
+    """Returns the pairs (colour, class id) of `data.mask_colors`, in either of its forms.
+
+    Raises:
+        UserError: colours in the order of the classes are not as many as these.
+    """
+    listed = data.mask_colors
+    if not all(map(is_color, listed)):
+        return tuple(((int(r), int(g), int(b)), int(value)) for (r, g, b), value in listed)
+    if len(listed) not in (0, len(data.classes)):
+        raise UserError(
+            f"data.mask_colors has {len(listed)} colours for {len(data.classes)} classes: give one "
+            "for each, in their order, or pairs (colour, class id).",
+            code="mask-colors-count",
+        )
+    return tuple(((int(r), int(g), int(b)), value) for value, (r, g, b) in enumerate(listed))
+
+
+def palette_of_colors(form: MaskFormat, num_classes: int) -> tuple[Color, ...]:
+    """Returns the first colour of each class in masks; () if a class has none."""
+    first = dict(reversed([(value, color) for color, value in form.colors]))
+    return (
+        tuple(first[i] for i in range(num_classes))
+        if first.keys() >= set(range(num_classes))
+        else ()
+    )
 
 
 def keys_given(data: Any) -> list[str]:

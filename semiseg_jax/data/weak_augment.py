@@ -54,10 +54,54 @@ def draw(size: tf.Tensor, seed: tf.Tensor, data_config: Any) -> Geometry:
     )
 
 
+def draw_whole(size: tf.Tensor, seed: tf.Tensor, data_config: Any) -> Geometry:
+    """Returns the geometry that shows the whole image, as large as the crop holds it.
+
+    Only the mirror is drawn, by the same draw as in `draw`, so that a view of an image is one of
+    two. The image is in the upper left corner of the crop.
+
+    Args:
+        size: int32 [2], (height, width) of the image in pixels.
+        seed: int [2], as for `draw`.
+        data_config: `config.data`; `crop` and `mirror` are read.
+    """
+    crop = tf.constant(data_config.crop, tf.int32)
+    scale = tf.reduce_min(tf.cast(crop, tf.float64) / tf.cast(size, tf.float64))
+    scaled = tf.cast(tf.round(scale * tf.cast(size, tf.float64)), tf.int32)
+    scaled = tf.clip_by_value(scaled, 1, crop)
+    zero = tf.zeros_like(scaled)
+    return Geometry(scaled, zero, scaled, zero, draw(size, seed, data_config).mirrored)
+
+
+def draw_view(
+    size: tf.Tensor, strong: tf.Tensor | bool, seed: tf.Tensor, data_config: Any
+) -> Geometry:
+    """Returns the geometry of a view of a stream: `draw`, or `draw_whole` of a cached weak view.
+
+    Args:
+        size, seed: as for `draw`.
+        strong: bool [], whether the view belongs to the strong stream.
+        data_config: `config.data`; `cache_features` is read too.
+    """
+    drawn = draw(size, seed, data_config)
+    if not data_config.cache_features:
+        return drawn
+    whole = draw_whole(size, seed, data_config)
+    fields = [field.name for field in dataclasses.fields(Geometry)]
+    return Geometry(**{f: tf.where(strong, getattr(drawn, f), getattr(whole, f)) for f in fields})
+
+
 def random_crop(
     image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor, data_config: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the part of the randomly scaled and mirrored image inside a random crop.
+    """Returns `crop` of an image and its label by the geometry that `draw` draws."""
+    return crop(image, label, draw(tf.shape(label), seed, data_config))
+
+
+def crop(
+    image: tf.Tensor, label: tf.Tensor, geometry: Geometry
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the part of the scaled and mirrored image inside a crop.
 
     The result equals a resize of the whole image followed by a crop, but only the pixels of the
     crop are computed. The image is resampled bilinearly with half-pixel centres and without
@@ -66,15 +110,13 @@ def random_crop(
     Args:
         image: uint8 [h, w, 3].
         label: uint8 [h, w].
-        seed: int [2]; the result is a pure function of it and the other arguments.
-        data_config: `config.data`; `scale`, `crop` and `mirror` are read.
+        geometry: from `draw` or `draw_view`, for the size of this image.
 
     Returns:
         image uint8 [vh, vw, 3] and label uint8 [vh, vw], no larger than the crop; and their
         (top, left) in the crop, int32 [2]. `pad` fills the rest.
     """
     size = tf.shape(label)
-    geometry = draw(size, seed, data_config)
     centres = []
     for axis in (0, 1):
         index = tf.range(geometry.valid[axis]) + geometry.corner[axis]

@@ -48,15 +48,45 @@ def resolve(config: Any, pixels: Integer[np.ndarray, " classes"], names: Sequenc
         names: of the classes, for the error.
 
     Raises:
-        UserError: a class has no labelled pixels, and `loss.absent_classes` refuses that.
+        UserError: a class has no labelled pixels, and `loss.absent_classes` refuses that; or the
+            weights given are not one for each class, or leave no labelled pixel a loss.
     """
-    if config.loss.class_weights != "balanced":
+    given = config.loss.class_weights
+    if not has_weights(config.loss):
         return config
-    weights = labeled_losses.balanced_class_weights(pixels, names, config.loss.absent_classes)
+    if given == "balanced":
+        weights = labeled_losses.balanced_class_weights(pixels, names, config.loss.absent_classes)
+    else:
+        weights = np.asarray(given, np.float64)
+        _check_given_weights(weights, pixels, names)
     resolved = config.copy_and_resolve_references()
     with resolved.ignore_type():
         resolved.loss.class_weights = tuple(weights.tolist())
     return resolved
+
+
+def _check_given_weights(
+    weights: Float[np.ndarray, " given"],
+    pixels: Integer[np.ndarray, " classes"],
+    names: Sequence[str],
+) -> None:
+    """Checks that there is a weight for each class, and one above 0 that acts.
+
+    Raises:
+        UserError: naming the classes.
+    """
+    if len(weights) != len(names):
+        raise UserError(
+            f"loss.class_weights has {len(weights)} numbers for {len(names)} classes: give one for "
+            f"each of {', '.join(names)}.",
+            code="class-weights-count",
+        )
+    if not np.any(weights[np.asarray(pixels) > 0]):
+        raise UserError(
+            "loss.class_weights is 0 for every class that has labelled pixels, so that nothing "
+            "would be learnt from labels: make one of them larger.",
+            code="class-weights-all-zero",
+        )
 
 
 def mean_loss(
@@ -141,7 +171,7 @@ def is_plain_mean(loss_config: Any) -> bool:
 
 def has_weights(loss_config: Any) -> bool:
     """Whether labelled pixels have weights by their class."""
-    return loss_config.class_weights != ""
+    return len(loss_config.class_weights) > 0
 
 
 def pixel_weights(

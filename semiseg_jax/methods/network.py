@@ -4,10 +4,10 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Key, Shaped
 
+from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.models.dsbn import Domain
 
 # {"params": …, "batch_stats_weak": …, "batch_stats_strong": …}
@@ -111,13 +111,7 @@ class Network:
         Args:
             batches: trees of arrays [n, ...] of one structure; n may differ.
         """
-
-        def join(*leaves: Shaped[Array, "_n *rest"]) -> Shaped[Array, "_m *rest"]:
-            blocks = [leaf.reshape(self._groups, -1, *leaf.shape[1:]) for leaf in leaves]
-            joined = jnp.concatenate(blocks, axis=1)
-            return joined.reshape(-1, *joined.shape[2:])
-
-        return jax.tree.map(join, *batches)
+        return mesh_lib.join_blocks(self._groups, *batches)
 
     def split(self, joined: Any, *like: Shaped[Array, "_n *_rest"]) -> tuple[Any, ...]:
         """Splits what `join` joined.

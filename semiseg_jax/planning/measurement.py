@@ -4,18 +4,23 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import tempfile
 import time
+from collections.abc import Generator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax import self_training, stages, train, train_state
 from semiseg_jax.compiled_model import CompiledModel
 from semiseg_jax.data import input_pipeline, load
+from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.dataset import Dataset
+from semiseg_jax.feature_cache import FeatureCache
 from semiseg_jax.inference import Predictor
 from semiseg_jax.planning import chips, run_time, work, workload
 from semiseg_jax.planning.meter import Meter
@@ -112,7 +117,13 @@ def _measure_step(
         process_count=multihost.process_count(),
     )
     key = jax.random.key(0)
-    with contextlib.closing(batches):
+    with contextlib.ExitStack() as stack:
+        if program.spec.cache_features:
+            # Not the folder of the runs: these weights are no run's.
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            cache = FeatureCache(epath.Path(folder), program.model, state.variables)
+            batches = _with_features_of_first(batches, cache, program.spec, mesh)
+        stack.enter_context(contextlib.closing(batches))
         for step, batch in enumerate(batches, start=1):
             arrays = mesh_lib.shard_batch(batch.arrays(), mesh)
             state, metrics = program.step(state, arrays, key)
@@ -124,6 +135,17 @@ def _measure_step(
             if seconds is not None:
                 return seconds, max(meter.start_seconds - seconds, 0.0)
     raise AssertionError("the batches do not end")
+
+
+def _with_features_of_first(
+    batches: Generator[input_pipeline.TrainBatch], cache: FeatureCache, spec: BatchSpec, mesh: Mesh
+) -> Generator[input_pipeline.TrainBatch]:
+    """Yields batches with the features of the first one, as nearly all steps of a run find them."""
+    with contextlib.closing(cache.with_features(batches, spec, mesh)) as computed:
+        first = next(computed)
+        yield first
+        for batch in batches:
+            yield dataclasses.replace(batch, features=first.features)
 
 
 def _measure_evaluation(

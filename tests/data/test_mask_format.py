@@ -9,6 +9,7 @@ from configs import default
 from semiseg_jax import config_check
 from semiseg_jax.data import file_content, image_io, load
 from semiseg_jax.data.mask_format import VALUES, MaskFormat
+from semiseg_jax.data.sources import folder
 from tests.errors import raises_code
 
 GROUND, THING, NONE = (10, 20, 30), (200, 0, 0), (0, 0, 0)
@@ -129,6 +130,7 @@ def test_more_than_8_bits_are_refused(tmp_path):
         ({"mask_colors": COLORS, "mask_threshold": 9}, "mask-formats-contradict", "mask_threshold"),
         ({"mask_colors": COLORS, "id_map": ((0, 0),)}, "id-map-without-values", "mask_colors"),
         ({"mask_threshold": 9, "classes": ("a", "b", "c")}, "mask-threshold-not-binary", "3"),
+        ({"mask_colors": (GROUND, THING, NONE)}, "mask-colors-count", "3 colours for 2 classes"),
         ({"mask_colors": ((GROUND, 2),)}, "mask-color-class-out-of-range", "0 to 1"),
         ({"mask_colors": ((GROUND, 0), (GROUND, 1))}, "mask-colors-overlap", "take one out"),
         (
@@ -141,6 +143,27 @@ def test_more_than_8_bits_are_refused(tmp_path):
 def test_contradictions_are_refused(values, code, part):
     with raises_code(code, part):
         MaskFormat.from_config(data_config(**values))
+
+
+def test_colors_may_be_in_the_order_of_the_classes():
+    form = MaskFormat.from_config(data_config(mask_colors=(GROUND, THING)))
+    assert form.colors == ((GROUND, 0), (THING, 1))
+
+
+@pytest.mark.parametrize(
+    ("colors", "palette", "expected"),
+    [
+        ((GROUND, THING), (), (GROUND, THING)),
+        (((THING, 1), (NONE, 1), (GROUND, 0)), (), (GROUND, THING)),
+        ((GROUND, THING), ((1, 1, 1), (2, 2, 2)), ((1, 1, 1), (2, 2, 2))),
+        # No colour of the second class: none is taken.
+        (((GROUND, 0), (NONE, 255)), (), image_io.generated_palette(2)),
+    ],
+)
+def test_the_palette_is_that_of_the_masks(colors, palette, expected):
+    data = data_config(mask_colors=colors, palette=palette)
+    config_check.RULES["data.mask_colors"][0](data.mask_colors)
+    assert folder.classes_from_config(data)[1] == expected
 
 
 def test_colors_of_one_class_may_be_near():

@@ -11,7 +11,7 @@ from jaxtyping import Int16
 from semiseg_jax.data import image_io, split_folders
 from semiseg_jax.data.dataset import Example, Layout, files_below, is_image, pairs
 from semiseg_jax.data.folder_walk import inside
-from semiseg_jax.data.mask_format import MaskFormat
+from semiseg_jax.data.mask_format import MaskFormat, palette_of_colors
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.paths import data_root
@@ -178,8 +178,12 @@ def classes_from_config(
             "one for each, or none.",
             code="palette-length-differs",
         )
-    palette = _checked_palette(data.palette) or image_io.generated_palette(len(data.classes))
     form = MaskFormat.from_config(data)
+    palette = (
+        _checked_palette(data.palette)
+        or palette_of_colors(form, len(data.classes))
+        or image_io.generated_palette(len(data.classes))
+    )
     # With values that are class ids already, these keys have nothing to act on.
     ids = ((image_io.IGNORE,), ()) if form.gives_classes else (data.ignore_ids, data.id_map)
     table = image_io.id_table(len(data.classes), *ids)
