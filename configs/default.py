@@ -149,6 +149,10 @@ def data() -> ConfigDict:
     # Range [low, high], 0 < low <= high, of the random scale, which is drawn uniformly; () chooses
     # it so that most images are no smaller than the crop.
     data.scale = (0.5, 2.0)
+    # True: crops of labelled images contain a pixel of a class that is drawn first, among those in
+    # the image, with the weights of loss.class_weights = "balanced", so that rare classes occur
+    # more often. False: crops are anywhere.
+    data.balance_crops = False
     # Mirror half of the images left to right.
     data.mirror = True
     # For model.freeze_backbone. Weakly augmented images are shown whole, as large as the crop holds

@@ -187,6 +187,7 @@ RULES: dict[str, Rule] = {
     "data.crop": rules.or_empty(_SIZE, _CHOSEN),
     "data.scale": rules.or_empty(_RANGE, _CHOSEN),
     "data.mirror": BOOL,
+    "data.balance_crops": BOOL,
     "data.cache_features": BOOL,
     "data.prefetch": rules.integer(1, 1024),
     "data.threads": rules.integer(0, 1024),

@@ -96,6 +96,7 @@ ADDED_KEYS = {
     "model.token_multiple": 1,
     "model.freeze_backbone": False,
     "data.cache_features": False,
+    "data.balance_crops": False,
 }
 
 # By file: the form of its content. Files of older code lack the keys that may be missing.

@@ -62,7 +62,7 @@ TRAINING = (
     *("data.weak_stream", "data.strong_stream", "data.crop", "data.scale", "data.mirror"),
     *("data.prefetch", "data.threads", "eval.split", "eval.every", "eval.select"),
     "eval.unlabeled_masks",
-    *("model.freeze_backbone", "data.cache_features"),
+    *("model.freeze_backbone", "data.cache_features", "data.balance_crops"),
     *("model.pretrained", "model.norm_momentum", "model.dropout", "model.remat"),
     *("rounds.count", "rounds.student_pretrained", "rounds.student_init", "rounds.control"),
     *("rounds.teacher_from", "rounds.keep", "method."),

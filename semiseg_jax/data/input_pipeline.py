@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float64, Int, Int32, Int64, UInt8
 
 from semiseg_jax.data import image_io, label_maps, sda, view_augment, weak_augment
 from semiseg_jax.data.batch_layout import BatchLayout, BatchSpec, lay_out_batch, lay_out_unlabeled
 from semiseg_jax.data.load import Dataset, Example
 from semiseg_jax.data.sources.downscale import shrink_image
+from semiseg_jax.losses import balanced_class_weights
 from semiseg_jax.runtime import multihost
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.quiet_tensorflow import tf
@@ -124,6 +125,7 @@ def train_batches(
             )
     reader = _Reader(list(itertools.chain(*examples.values())), dataset)
     counts = {kind: len(examples[kind]) for kind in examples}
+    class_weights = _crop_weights(config, dataset)
     shard_size = len(layout.strong)
 
     @tf.autograph.experimental.do_not_convert
@@ -134,11 +136,13 @@ def train_batches(
         strong = tf.gather(layout.strong, slot)
         position = tf.gather(layout.position, slot)
         view_seed = _fold_in(seed, 1, tf.cast(strong, tf.int64), step, position)
-        image, label = augment(image, label, strong, view_seed, config, pad_value)
+        is_pseudo = tf.gather(layout.pseudo, slot)
+        weights = tf.where(is_pseudo, tf.zeros_like(class_weights), class_weights)
+        image, label = augment(image, label, strong, view_seed, config, pad_value, weights)
         return {
             "image": image,
             "label": label,
-            "is_pseudo": tf.gather(layout.pseudo, slot),
+            "is_pseudo": is_pseudo,
             "seed": view_seed,
             "index": index,
         }
@@ -210,6 +214,7 @@ def augment(
     seed: tf.Tensor,
     config: Any,
     pad_value: UInt8[np.ndarray, "3"],
+    class_weights: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns one view of an image: weak augmentation and, if `strong`, SDA (section 2.1).
 
@@ -220,6 +225,8 @@ def augment(
         seed: int [2].
         config: the whole config; `data` and `sda` are read.
         pad_value: RGB of the padding, which SDA never changes.
+        class_weights: with `data.balance_crops`, the weights of `weak_augment.around_rare`, all 0
+            for pseudo-labelled images; float64 [classes].
 
     Returns:
         image uint8 [crop, 3] and label uint8 [crop].
@@ -232,6 +239,8 @@ def augment(
     if config.sda.before_geometry:
         image = augment_if_strong(image)
     geometry = weak_augment.draw_view(tf.shape(label), strong, geometry_seed, config.data)
+    if config.data.balance_crops and class_weights is not None:
+        geometry = weak_augment.around_rare(geometry, label, class_weights, _fold_in(seed, 2))
     image, label, offset = weak_augment.crop(image, label, geometry)
     if not config.sda.before_geometry:
         image = augment_if_strong(image)
@@ -243,6 +252,8 @@ def sample_view(
 ) -> tuple[weak_augment.Geometry, list[tuple[str, sda.Magnitude]]]:
     """Returns what `augment` draws from a seed: the geometry, and the operations in order.
 
+    With `data.balance_crops` the label of an image moves its crop: the corner is another then.
+
     Args:
         seed: seed of the view, from `TrainBatch.seed`.
         strong: whether the view belongs to the strong stream.
@@ -251,6 +262,15 @@ def sample_view(
     """
     geometry = weak_augment.draw_view(tf.constant(size), strong, _fold_in(seed, 0), config.data)
     return geometry, sda.sample_ops(_fold_in(seed, 1), config.sda) if strong else []
+
+
+def _crop_weights(config: Any, dataset: Dataset) -> Float64[np.ndarray, " classes"]:
+    """Returns the weights by which classes are drawn for crops; 0 without `data.balance_crops`."""
+    if not config.data.balance_crops:
+        return np.zeros(len(dataset.classes))
+    pixels = np.array(dataset.labeled_pixels, np.int64)
+    weights = balanced_class_weights(pixels, dataset.classes, absent="zero")
+    return np.asarray(weights, np.float64)
 
 
 def _example_index(

@@ -91,6 +91,47 @@ def draw_view(
     return Geometry(**{f: tf.where(strong, getattr(drawn, f), getattr(whole, f)) for f in fields})
 
 
+def around_rare(
+    geometry: Geometry, label: tf.Tensor, class_weights: tf.Tensor, seed: tf.Tensor
+) -> Geometry:
+    """Moves a crop so that it contains a pixel of a class that is drawn with these weights.
+
+    A class is drawn among those in the scaled label, then one of its pixels, then the corner of the
+    crop among all that contain this pixel, the latter two uniformly. A label without a class of
+    weight above 0 keeps its crop.
+
+    Args:
+        geometry: from `draw`, for the size of this label.
+        label: uint8 [h, w].
+        class_weights: float64 [classes], at least 0.
+        seed: int [2]; the result is a pure function of it and the other arguments.
+    """
+    classes, size = tf.shape(class_weights)[0], tf.shape(label)
+    # A smaller scale samples some pixels alone; a larger one samples each.
+    grid = tf.minimum(geometry.scaled, size)
+    steps = tf.cast(size, tf.float64) / tf.cast(grid, tf.float64)
+    rows, columns = ((tf.range(grid[i], dtype=tf.float64) + 0.5) * steps[i] - 0.5 for i in (0, 1))
+    label = _nearest(label, rows, columns)
+    counts = tf.math.bincount(tf.reshape(tf.cast(label, tf.int32), [-1]), minlength=256)
+    ends = tf.cumsum(tf.where(counts[:classes] > 0, class_weights, 0))
+
+    def moved() -> tf.Tensor:
+        draws = tf.random.stateless_uniform([4], seed, dtype=tf.float64)
+        drawn = tf.reduce_sum(tf.cast(ends <= draws[0] * ends[-1], tf.int32))
+        pixels = tf.where(label == tf.cast(drawn, tf.uint8))
+        number = tf.cast(draws[1] * tf.cast(tf.shape(pixels)[0], tf.float64), tf.int32)
+        ratio = tf.cast(geometry.scaled, tf.float64) / tf.cast(grid, tf.float64)
+        place = tf.cast((tf.cast(pixels[number], tf.float64) + 0.5) * ratio, tf.int32)
+        mirrored = tf.stack([place[0], geometry.scaled[1] - 1 - place[1]])
+        place = tf.where(geometry.mirrored, mirrored, place)
+        first = tf.maximum(place - geometry.valid + 1, 0)
+        last = tf.minimum(place, geometry.scaled - geometry.valid)
+        return first + tf.cast(draws[2:] * tf.cast(last - first + 1, tf.float64), tf.int32)
+
+    corner = tf.cond(ends[-1] > 0, moved, lambda: geometry.corner)
+    return dataclasses.replace(geometry, corner=corner)
+
+
 def random_crop(
     image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor, data_config: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

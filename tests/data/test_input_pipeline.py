@@ -319,3 +319,18 @@ def test_padded_images_are_at_the_upper_left(data):
             assert (batch.image[i][outside] == PAD_VALUE).all()
             assert (batch.label[i][outside] == 255).all()
         assert (batch.sizes[len(batch.ids) :] == 0).all()
+
+
+def test_crops_of_labelled_images_alone_are_balanced(few_operations, data, pseudo):
+    """Class 2 has 60 pixels in the upper left corner of each mask; pseudo-labels are all 1."""
+    few_operations.data.crop = (8, 8)
+    plain = batches(few_operations, data, pseudo, steps=range(12))
+    few_operations.data.balance_crops = True
+    balanced = batches(few_operations, data, pseudo, steps=range(12))
+
+    def share(runs):
+        return np.mean([np.any(b.label[:4] == 2, axis=(1, 2)) for b in runs])
+
+    assert share(balanced) > 2 * share(plain) and share(balanced) > 0.5
+    for before, after in zip(plain, balanced, strict=True):
+        np.testing.assert_array_equal(before.image[4:], after.image[4:])

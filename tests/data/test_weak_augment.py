@@ -155,3 +155,58 @@ def test_graph_equals_eager():
     graph = tf.function(lambda *a: crop(*a, config))(*map(tf.constant, (image, label, [5, 6])))
     for a, b in zip(eager, graph, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def rare_crops(label, weights, config, count):
+    """(corner, mirrored) of crops of a label that are moved to its rare classes."""
+    size = tf.constant(label.shape)
+    for seed in range(count):
+        drawn = weak_augment.draw(size, tf.constant((seed, 0)), config)
+        yield weak_augment.around_rare(
+            drawn, tf.constant(label), tf.constant(weights, tf.float64), tf.constant((seed, 1))
+        )
+
+
+@pytest.mark.parametrize("place", [(0, 0), (23, 30), (11, 4), (12, 30)])
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.6])
+def test_every_balanced_crop_contains_the_pixel_of_the_rare_class(place, scale):
+    """3x3 pixels of class 2 among others without weight; padded where the image is small."""
+    label = np.random.default_rng(0).integers(0, 2, (24, 31)).astype(np.uint8)
+    rows, columns = (slice(max(p - 1, 0), p + 2) for p in place)
+    label[rows, columns] = 2
+    label[5] = 255
+    image = np.zeros((24, 31, 3), np.uint8)
+    config = data_config((scale, scale), (10, 40), mirror=True)
+    mirrored, corners = set(), set()
+    for geometry in rare_crops(label, (0.0, 0.0, 1.0), config, 40):
+        _, crop_label, _ = weak_augment.crop(tf.constant(image), tf.constant(label), geometry)
+        assert np.any(crop_label == 2)
+        mirrored.add(bool(geometry.mirrored))
+        corners.add(tuple(geometry.corner.numpy()))
+        end = geometry.corner + geometry.valid
+        assert np.all(geometry.corner >= 0) and np.all(end <= geometry.scaled)
+    assert mirrored == {True, False}
+    assert len(corners) > 1 or place[0] in (0, 23)
+
+
+def test_classes_are_drawn_by_their_weights_among_those_present():
+    """One pixel of class 1, 799 of class 0, none of class 2: 1 has a third of their weights."""
+    label = np.zeros((20, 40), np.uint8)
+    label[10, 20] = 1
+    config = data_config((1.0, 1.0), (2, 2))
+    weights = (2.0, 1.0, 5.0)
+    corners = [tuple(g.corner.numpy()) for g in rare_crops(label, weights, config, 120)]
+    around = {(9, 19), (9, 20), (10, 19), (10, 20)}
+    count = sum(corner in around for corner in corners)
+    # Four standard deviations; crops that contain a pixel of class 0 hardly ever are among them.
+    assert abs(count - 40) < 4 * np.sqrt(120 * (1 / 3) * (2 / 3))
+    assert around <= set(corners) and len(set(corners)) > 60
+
+
+def test_a_label_without_weight_keeps_its_crop():
+    label = np.full((20, 40), 255, np.uint8)
+    label[3, 3] = 1
+    config = data_config((0.5, 2.0), (8, 8), mirror=True)
+    for seed, moved in enumerate(rare_crops(label, (1.0, 0.0), config, 5)):
+        drawn = weak_augment.draw(tf.constant(label.shape), tf.constant((seed, 0)), config)
+        np.testing.assert_array_equal(moved.corner, drawn.corner)
