@@ -63,9 +63,7 @@ def test_the_other_network_on_cityscapes_takes_a_share_alone():
         config_files.load("cityscapes_deeplabv2:dinov2_s")
 
 
-METHODS = sorted(
-    name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)
-)
+METHODS = sorted(name for name, cls in registry.METHODS.items() if issubclass(cls, OnlineMethod))
 
 
 def test_each_method_has_a_config():

@@ -268,7 +268,7 @@ def test_every_key_is_read():
     # Those of a method are read by its class, all alike.
     of_methods = {
         f"method.{name}.{field.name}"
-        for name, (_, method) in registry.METHODS.items()
+        for name, method in registry.METHODS.items()
         for field in dataclasses.fields(method)
     }
     unread = []

@@ -7,7 +7,7 @@ from semiseg_jax.methods import registry
 from semiseg_jax.methods.method import OnlineMethod
 
 PACKAGE = Path(registry.__file__).parents[1]
-ONLINE = [name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
+ONLINE = [name for name, cls in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
 
 
 def test_the_engine_names_no_method():

@@ -1,1 +1,5 @@
-"""Building blocks of the methods that label images inside the training step."""
+"""Methods that label images inside the training step, by name, and their building blocks."""
+
+from semiseg_jax.methods.registry import METHODS
+
+__all__ = ["METHODS"]

@@ -11,7 +11,6 @@ from jaxtyping import Array, Integer, Key
 from semiseg_jax.data.views import Views
 from semiseg_jax.methods import averaged_teacher, confidence, consistency, mixing
 from semiseg_jax.methods.averaged_teacher import AveragedTeacher
-from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.methods.method import Batch, LabeledLoss, Outcome, State, mean
 from semiseg_jax.methods.network import Network
 from semiseg_jax.runtime import rules
@@ -54,8 +53,7 @@ class ClassMix(AveragedTeacher):
         classes = teacher.shape[-1]
         own = confidence.teacher_labels(teacher, batch.valid)
         view = {"image": batch.strong[:, 0], "labels": own}
-        keys = image_keys(key, batch.weak.shape[0])
-        masks = mixing.class_masks(keys, own.label, classes)
+        masks = mixing.class_masks(key, own.label, classes)
         mixed = mixing.mix(masks, view, mixing.partners(view, order="next"))
         labels = mixed["labels"]
 

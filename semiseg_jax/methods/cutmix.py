@@ -10,9 +10,8 @@ from typing import Any
 from jaxtyping import Array, Integer, Key
 
 from semiseg_jax.data.views import Views
-from semiseg_jax.methods import averaged_teacher, confidence, consistency, masks, mixing
+from semiseg_jax.methods import averaged_teacher, confidence, consistency, mixing
 from semiseg_jax.methods.averaged_teacher import AveragedTeacher
-from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.methods.method import Batch, LabeledLoss, Outcome, State, mean
 from semiseg_jax.methods.network import Network
 from semiseg_jax.runtime import rules
@@ -53,8 +52,9 @@ class CutMix(AveragedTeacher):
         first, second = mixing.split_pairs(
             {"image": batch.strong[:, 0], "logits": teacher, "valid": batch.valid}
         )
-        boxes = mixing.half_area_boxes(image_keys(key, first["valid"].shape[0]), batch.size)
-        mixed = mixing.mix(masks.box_masks(boxes, batch.size), second, first)
+        pairs = len(first["valid"])
+        boxes = mixing.cutmix_boxes(key, pairs, *batch.size, law="half_area")
+        mixed = mixing.mix(boxes, second, first)
 
         logits_labeled = network(batch.image, "weak")
         logits_mixed = network(mixed["image"], "strong")

@@ -84,6 +84,19 @@ def update_average(average: Any, current: Any, weight: Float[ArrayLike, ""]) -> 
     return jax.tree.map(move, average, current)
 
 
+def update(
+    average: Any, new: Any, step: Integer[ArrayLike, ""], decay: float, warmup: bool = True
+) -> Any:
+    """Moves an average towards new values: decay_t * average + (1 - decay_t) * new.
+
+    Args:
+        average: from `init_average`.
+        new: the same tree.
+        step, decay, warmup: as for `update_weight`, which has decay_t.
+    """
+    return update_average(average, new, update_weight(step, decay, warmup))
+
+
 def update_statistics(
     average: Any, current: Any, weight: Float[ArrayLike, ""], rule: StatisticsRule = "average"
 ) -> Any:

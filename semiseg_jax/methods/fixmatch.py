@@ -10,8 +10,7 @@ from typing import Any
 from jaxtyping import Array, Integer, Key
 
 from semiseg_jax.data.views import Views
-from semiseg_jax.methods import confidence, consistency, masks, mixing
-from semiseg_jax.methods.image_keys import image_keys
+from semiseg_jax.methods import confidence, consistency, mixing
 from semiseg_jax.methods.method import Batch, LabeledLoss, OnlineMethod, Outcome, State, mean
 from semiseg_jax.methods.network import Network
 from semiseg_jax.runtime import rules
@@ -49,8 +48,7 @@ class FixMatch(OnlineMethod):
         own = confidence.teacher_labels(logits_weak, batch.valid)
 
         strong = batch.strong[:, 0]
-        keys = image_keys(key, strong.shape[0])
-        boxes = masks.box_masks(mixing.unimatch_boxes(keys, batch.size), batch.size)
+        boxes = mixing.cutmix_boxes(key, len(strong), *batch.size)
         mixed = mixing.mix(boxes, mixing.partners(strong), strong)
         labels = mixing.mix(boxes, mixing.partners(other), own)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.methods import masks
+from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.runtime.errors import UserError
 
 # How many aspect ratios `unimatch_boxes` weighs against each other for one box.
@@ -120,6 +121,31 @@ def mix(mask: Bool[Array, "n h w"], inside: Any, outside: Any) -> Any:
 
 
 # ---- boxes
+
+
+def cutmix_boxes(
+    key: Key[Array, ""],
+    n: int,
+    height: int,
+    width: int,
+    law: Literal["unimatch", "half_area"] = "unimatch",
+    **knobs: Any,
+) -> Bool[Array, "n h w"]:
+    """CutMix masks by a published law: true inside the box of an image.
+
+    Args:
+        key: of the step and the purpose; each image draws by its position in the batch.
+        n: images.
+        height, width: of the images, in pixels.
+        law: "unimatch", as in `unimatch_boxes`, which FixMatch and both versions of UniMatch have;
+            "half_area", as in `half_area_boxes`, the one of French et al.
+        knobs: keyword arguments of the law.
+
+    Raises:
+        UserError: as `unimatch_boxes`.
+    """
+    draw: Any = unimatch_boxes if law == "unimatch" else half_area_boxes
+    return masks.box_masks(draw(image_keys(key, n), (height, width), **knobs), (height, width))
 
 
 def half_area_boxes(
@@ -238,7 +264,7 @@ def _check_boxes_fit(size: tuple[int, int], area: float, aspect: tuple[float, fl
 
 
 def class_masks(
-    keys: Key[Array, " n"],
+    key: Key[Array, ""],
     labels: Integer[Array, "n h w"],
     num_classes: int,
     ignore: int = IGNORE,
@@ -248,13 +274,13 @@ def class_masks(
     Of k classes floor(k / 2) are drawn without replacement; an image of one class gives none.
 
     Args:
-        keys: one for each image, from `image_keys`.
+        key: of the step and the purpose; each image draws by its position in the batch.
         labels: the teacher's, or `ignore` at padding, which is in no mask and no choice.
         num_classes: C.
         ignore: label of the pixels to skip.
     """
     shown = masks.classes_in_labels(labels, num_classes, ignore)
-    return pixels_of_classes(labels, half_of_classes(keys, shown))
+    return pixels_of_classes(labels, half_of_classes(image_keys(key, len(labels)), shown))
 
 
 def half_of_classes(

@@ -16,8 +16,8 @@ from semiseg_jax.methods import (
 from semiseg_jax.methods.method import Method
 from semiseg_jax.runtime.rules import Rule
 
-# By name: the module and the class, whose fields are the keys of config.method.NAME.
-METHODS: dict[str, tuple[ModuleType, type[Method]]] = {
+# By name: the module, which has the rules and defaults of its keys, and the class.
+_OWN: dict[str, tuple[ModuleType, type[Method]]] = {
     "self_training": (self_training, self_training.SelfTraining),
     "fixmatch": (fixmatch, fixmatch.FixMatch),
     "cutmix": (cutmix, cutmix.CutMix),
@@ -28,17 +28,20 @@ METHODS: dict[str, tuple[ModuleType, type[Method]]] = {
     "pseudoseg": (pseudoseg, pseudoseg.PseudoSeg),
 }
 
+# By name: the class, whose fields are the keys of config.method.NAME.
+METHODS: dict[str, type[Method]] = {name: method for name, (_, method) in _OWN.items()}
+
 # By key of the config: the constraint of its values.
 RULES: dict[str, Rule] = {
     f"method.{name}.{key}": rule
-    for name, (module, _) in METHODS.items()
+    for name, (module, _) in _OWN.items()
     for key, rule in module.RULES.items()
 }
 
 # By key of the config: the value in workdirs of older code.
 DEFAULTS: dict[str, Any] = {
     f"method.{name}.{key}": value
-    for name, (module, _) in METHODS.items()
+    for name, (module, _) in _OWN.items()
     for key, value in module.DEFAULTS.items()
 }
 
@@ -50,4 +53,4 @@ def build(config: Any) -> Method:
         config: the whole config; `method` is read.
     """
     name = config.method.name
-    return METHODS[name][1].from_config(config, name)
+    return METHODS[name].from_config(config, name)

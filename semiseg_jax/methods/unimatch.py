@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Integer, Key
 
 from semiseg_jax.data.views import Views
-from semiseg_jax.methods import channel_dropout, confidence, consistency, masks, mixing
+from semiseg_jax.methods import channel_dropout, confidence, consistency, mixing
 from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.methods.method import Batch, LabeledLoss, OnlineMethod, Outcome, State, mean
 from semiseg_jax.methods.network import Network
@@ -46,13 +46,13 @@ class UniMatch(OnlineMethod):
         key: Key[Array, ""],
     ) -> Outcome:
         """See `OnlineMethod.loss`."""
-        images, size = batch.weak.shape[0], batch.size
-        keys = [image_keys(jax.random.fold_in(key, i), images) for i in range(3)]
+        images = batch.weak.shape[0]
+        drop_keys = image_keys(jax.random.fold_in(key, 0), images)
 
         other = confidence.teacher_labels(network.predict(batch.weak), batch.valid)
         features = network.encode(network.join(batch.image, batch.weak), "weak")
         of_labeled, of_weak = network.split(features, batch.image, batch.weak)
-        dropped = channel_dropout.channel_dropout(keys[0], of_weak, self.dropout)
+        dropped = channel_dropout.channel_dropout(drop_keys, of_weak, self.dropout)
         logits = network.decode(network.join(of_labeled, of_weak, dropped), "weak")
         logits_labeled, logits_weak, logits_dropped = network.split(
             logits, batch.image, batch.weak, batch.weak
@@ -62,7 +62,8 @@ class UniMatch(OnlineMethod):
         views = []
         for view in range(2):
             strong = batch.strong[:, view]
-            boxes = masks.box_masks(mixing.unimatch_boxes(keys[1 + view], size), size)
+            box_key = jax.random.fold_in(key, 1 + view)
+            boxes = mixing.cutmix_boxes(box_key, images, *batch.size)
             mixed = mixing.mix(boxes, mixing.partners(strong), strong)
             views.append((mixed, mixing.mix(boxes, mixing.partners(other), own)))
         logits_strong = network.split(

@@ -15,11 +15,9 @@ from semiseg_jax.methods import (
     channel_dropout,
     confidence,
     consistency,
-    masks,
     mixing,
 )
 from semiseg_jax.methods.averaged_teacher import AveragedTeacher
-from semiseg_jax.methods.image_keys import image_keys
 from semiseg_jax.methods.method import Batch, LabeledLoss, Outcome, State, mean
 from semiseg_jax.methods.network import Network
 from semiseg_jax.runtime import rules
@@ -51,15 +49,14 @@ class UniMatchV2(AveragedTeacher):
         key: Key[Array, ""],
     ) -> Outcome:
         """See `OnlineMethod.loss`."""
-        images, size = batch.weak.shape[0], batch.size
+        images = batch.weak.shape[0]
         teacher = network.predict(batch.weak, state.own["average"])
         own = confidence.teacher_labels(teacher, batch.valid)
 
         mixed, labels = [], []
         for view in range(2):
             strong = batch.strong[:, view]
-            keys = image_keys(jax.random.fold_in(key, view), images)
-            boxes = masks.box_masks(mixing.unimatch_boxes(keys, size), size)
+            boxes = mixing.cutmix_boxes(jax.random.fold_in(key, view), images, *batch.size)
             mixed.append(mixing.mix(boxes, mixing.partners(strong), strong))
             labels.append(mixing.mix(boxes, mixing.partners(own), own))
 

@@ -66,7 +66,7 @@ def step(params, average, batch, key):
         masks.box_masks(draw(keys[i], SIZE), SIZE)
         for i, draw in enumerate((mixing.unimatch_boxes, mixing.half_area_boxes))
     ]
-    classes = mixing.class_masks(keys[2], labels.label, CLASSES)
+    classes = mixing.class_masks(jax.random.fold_in(key, 2), labels.label, CLASSES)
     mixed = [mixing.mix(box, partner, view) for box in boxes]
     mixed.append(mixing.mix(classes, view, partner))
     even, odd = mixing.split_pairs(view)
@@ -245,7 +245,7 @@ def draw(key):
     return {
         "half_area_boxes": mixing.half_area_boxes(keys[0], size),
         "unimatch_boxes": mixing.unimatch_boxes(keys[1], size, probability=1.0),
-        "class_masks": mixing.class_masks(keys[2], labels, 5),
+        "class_masks": mixing.class_masks(jax.random.fold_in(key, 2), labels, 5),
         "complementary_masks": channel_dropout.complementary_masks(keys[3], spared, 8),
         "keep_mask": guided_cutout.keep_mask(keys[4], boxes, size),
         "cut_square": image_cutout.cut_square(keys[5], labels[..., None], labels >= 0, side=8)[1],

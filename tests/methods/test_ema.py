@@ -104,3 +104,12 @@ def test_counters_are_copied():
     average = ema.init_average({"steps": jnp.int32(3)})
     average = ema.update_average(average, {"steps": jnp.int32(7)}, 0.1)
     assert average["steps"] == 7 and average["steps"].dtype == jnp.int32
+
+
+def test_an_update_by_step_and_decay():
+    """By hand: decay_t = min(1 - 1 / (t + 1), .9), so that step 3 keeps three quarters."""
+    average = {"w": jnp.float32(8.0)}
+    for step, expected in ((0, 4.0), (3, 7.0), (1000, 7.6)):
+        updated = ema.update(average, {"w": jnp.float32(4.0)}, step, 0.9)["w"]
+        np.testing.assert_allclose(updated, expected, rtol=1e-6)
+    np.testing.assert_allclose(ema.update(average, {"w": 4.0}, 0, 0.9, warmup=False)["w"], 7.6)

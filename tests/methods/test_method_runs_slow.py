@@ -18,7 +18,7 @@ from tests.test_self_training import Killed, kill_at
 
 pytestmark = pytest.mark.slow
 
-ONLINE = [name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
+ONLINE = [name for name, cls in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ from tests.methods.toy_network import ToyNetwork
 
 CLASSES = 5
 LABELED, UNLABELED, SIZE = 8, 16, (16, 24)
-ONLINE = [name for name, (_, cls) in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
+ONLINE = [name for name, cls in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
 # So that some pixels of an untrained network are kept.
 CHANGES = {"threshold": 0.3, "cutout": 6, "classifier_dropout": 0.0}
 

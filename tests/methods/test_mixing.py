@@ -118,6 +118,21 @@ def test_a_crop_in_which_no_box_fits_is_refused():
     assert height.min() > 0 and np.max(top + height) <= 100
 
 
+def test_masks_by_law_are_those_of_its_boxes():
+    keys = image_keys(KEY, 4)
+    for law, boxes in (
+        ("unimatch", mixing.unimatch_boxes(keys, (20, 30), probability=1.0)),
+        ("half_area", mixing.half_area_boxes(keys, (20, 30), area=0.3)),
+    ):
+        knobs = {"unimatch": {"probability": 1.0}, "half_area": {"area": 0.3}}[law]
+        drawn = mixing.cutmix_boxes(KEY, 4, 20, 30, law, **knobs)
+        np.testing.assert_array_equal(drawn, masks.box_masks(boxes, (20, 30)))
+        assert np.any(drawn)
+    np.testing.assert_array_equal(
+        mixing.cutmix_boxes(KEY, 4, 20, 30), mixing.cutmix_boxes(KEY, 4, 20, 30, "unimatch")
+    )
+
+
 def test_box_masks_by_hand():
     boxes = jax.jit(lambda boxes: masks.box_masks(boxes, (4, 6)))(
         np.array([[1, 2, 3, 5], [0, 0, 0, 0]])
@@ -192,9 +207,7 @@ def test_a_device_that_would_not_hold_whole_groups_is_refused(images, devices, k
 
 def test_half_of_the_classes_are_drawn_rounded_down():
     labels = jnp.asarray(arrays.teacher_classes())
-    draw = jax.jit(
-        jax.vmap(lambda key: mixing.class_masks(image_keys(key, 4), labels, arrays.CLASSES))
-    )
+    draw = jax.jit(jax.vmap(lambda key: mixing.class_masks(key, labels, arrays.CLASSES)))
     drawn = np.asarray(draw(jax.random.split(KEY, 300)))
     published = [len(classes) for classes in fixture("classmix")["chosen_classes"]]
     assert published == [2, 2, 1, 0]
@@ -218,17 +231,16 @@ def test_the_pixels_of_the_published_choice():
 def test_padding_takes_no_part_in_the_choice_of_classes():
     labels = np.where(arrays.valid_pixels(1), arrays.teacher_classes(), IGNORE)
     assert np.all((labels == IGNORE).any(axis=(1, 2))[:1])
-    keys = image_keys(KEY, 4)
     class_masks = jax.jit(mixing.class_masks, static_argnums=(2, 3))
-    mask = class_masks(keys, labels, arrays.CLASSES, IGNORE)
+    mask = class_masks(KEY, labels, arrays.CLASSES, IGNORE)
     assert not np.any(mask & (labels == IGNORE))
     # A class that only padding would show is no class.
     one_class = np.where(labels == IGNORE, IGNORE, 2)
-    assert not np.any(class_masks(keys, one_class, arrays.CLASSES, IGNORE))
+    assert not np.any(class_masks(KEY, one_class, arrays.CLASSES, IGNORE))
     # The ignored id may be below the number of classes: one class is left, of which half is none.
     two_ids = np.where(labels == IGNORE, 3, 1)
-    assert np.any(class_masks(keys, two_ids, arrays.CLASSES, IGNORE))
-    assert not np.any(class_masks(keys, two_ids, arrays.CLASSES, 3))
+    assert np.any(class_masks(KEY, two_ids, arrays.CLASSES, IGNORE))
+    assert not np.any(class_masks(KEY, two_ids, arrays.CLASSES, 3))
 
 
 # ---- the mix

@@ -45,9 +45,8 @@ def test_a_step_is_shared_by_runs_that_differ_in_nothing_that_it_depends_on(chan
 
 def test_a_method_that_cannot_be_hashed_has_a_step_of_its_own(monkeypatch):
     """As one that a user writes may be."""
-    module, method = registry.METHODS["fixmatch"]
-    own = type("Own", (method,), {"__hash__": None})
-    monkeypatch.setitem(registry.METHODS, "fixmatch", (module, own))
+    own = type("Own", (registry.METHODS["fixmatch"],), {"__hash__": None})
+    monkeypatch.setitem(registry.METHODS, "fixmatch", own)
     config = tiny_config(method__name="fixmatch")
     programs = [
         compiled_model.make_program(config, "student", 4, build("tiny"), mesh.make_mesh())
