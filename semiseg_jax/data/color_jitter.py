@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from semiseg_jax.data import sda_ops
+from semiseg_jax.runtime import python_calls
 from semiseg_jax.runtime.quiet_tensorflow import tf
 
 
@@ -79,7 +80,7 @@ def color_augment(image: tf.Tensor, seed: tf.Tensor, views_config: Any) -> tf.Te
         return _jitter(image, drawn.order, drawn.factors, views_config.jitter)
 
     def blur(image: tf.Tensor) -> tf.Tensor:
-        return sda_ops.gaussian_blur(image, drawn.sigma)
+        return python_calls.call(sda_ops.gaussian_blur, [image, drawn.sigma], tf.uint8, image.shape)
 
     for is_applied, probability, operation in (
         (drawn.is_jittered, views_config.jitter_probability, jitter),
@@ -114,7 +115,8 @@ def hue(image: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     saturation and value to 8 bits, which changes levels by a few.
     """
     # 255 is the full circle there.
-    return sda_ops.hue_saturation(image, 255 * shift, tf.zeros([], tf.float32))
+    inputs = [image, 255 * shift, tf.zeros([], tf.float32)]
+    return python_calls.call(sda_ops.hue_saturation, inputs, tf.uint8, image.shape)
 
 
 def greyscale(image: tf.Tensor) -> tf.Tensor:

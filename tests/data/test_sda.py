@@ -3,6 +3,7 @@
 import colorsys
 import dataclasses
 import functools
+import hashlib
 import io
 import types
 
@@ -13,7 +14,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 from scipy import ndimage, stats
 
-from semiseg_jax.data.sda import OPS, strong_augment
+from semiseg_jax.data.sda import OPS, sample_ops, strong_augment
 
 SIZES = [(1, 1), (1, 7), (7, 1), (33, 20), (50, 41)]
 RANDOM = ["noise_gau", "noise_pos", "dropout", "coarse_dropout", "salt_pepper"]
@@ -38,6 +39,19 @@ RANGES = {
     ("jpeg_compression", "quality"): ((7, 60), (7, 17)),
 }
 PER_CHANNEL = ["contrast_gamma", "contrast_linear", "brightness_channel", "multiply"]
+
+
+# Of the seed (3, 1); see `test_magnitudes_and_pixels_of_a_seed_are_pinned`.
+PINNED_MAGNITUDES = [
+    "blur sigma 1.6261",
+    "invert_channel channels [1.0, 1.0, 0.0]",
+    "invert_channel swap_red_blue 0.0",
+    "coarse_dropout p 0.0933",
+    "coarse_dropout cells [4.0, 14.0]",
+    "salt_pepper p 0.0815",
+    "dropout p 0.4671",
+]
+PINNED_PIXELS = "00267574d568854a"
 
 
 def picture(height, width, seed=0):
@@ -536,6 +550,33 @@ def test_static_shape_is_preserved(name):
     assert concrete.output_shapes == (9, 11, 3)
 
 
+def test_inputs_stay_as_they_are():
+    image = picture(33, 20)
+    before = image.copy()
+    for operation in OPS.values():
+        operation.apply(image, **operation.sample((1, 2)))
+    for seed in range(20):
+        strong_augment(image, (seed, 2), sda_config())
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("bands", [1, 4, 16])
+def test_kernels_take_any_number_of_bands(bands):
+    """All but those on colours. The first bands are those of the image without the others."""
+    image = np.tile(picture(40, 30), (1, 1, 6))[..., :bands].copy()
+    magnitudes = MAGNITUDES | {"blur": {"sigma": 1.5}, "equalize": {}}
+    for name, magnitude in magnitudes.items():
+        operation = OPS[name]
+        seed = {"seed": (1, 2)} if name in RANDOM else {}
+        arguments = operation.arguments(magnitude | seed)
+        result = operation.kernel(image, **arguments)
+        assert (result.shape, result.dtype) == (image.shape, image.dtype)
+        assert (result != image).any(axis=(0, 1)).all()
+        if name not in RANDOM:
+            first = operation.kernel(image[..., :1].copy(), **arguments)
+            np.testing.assert_array_equal(result[..., :1], first)
+
+
 def test_other_image_dtypes_raise():
     with pytest.raises(ValueError, match="uint8"):
         OPS["solarize"].apply(np.zeros((2, 2, 3), np.float32), t=100)
@@ -573,7 +614,8 @@ def recorded_orders(monkeypatch, config, seeds):
     orders = []
     for name, operation in list(OPS.items()):
         record = lambda image, name=name, **_: (orders[-1].append(name), image)[1]  # noqa: E731
-        monkeypatch.setitem(OPS, name, dataclasses.replace(operation, kernel=record))
+        changed = dataclasses.replace(operation, kernel=record, table=None)
+        monkeypatch.setitem(OPS, name, changed)
     for seed in range(seeds):
         orders.append([])
         strong_augment(tf.zeros([2, 2, 3], tf.uint8), (seed, 1), config)
@@ -628,6 +670,40 @@ def test_strong_augment_in_tf_data_equals_eager(replace, magnitude):
         np.testing.assert_array_equal(result, strong_augment(image, (i, 3), config))
         changed += not np.array_equal(result, image)
     assert changed >= 9
+
+
+def test_operations_in_a_row_equal_single_ones():
+    """Point operations in a row are one look-up; the levels are those of one look-up for each."""
+    image = picture(33, 20)
+    points = ("contrast_gamma", "brightness", "invert_channel", "multiply", "solarize")
+    config = sda_config(ops=(*points, "blur"), num_ops=4)
+    longest = 0
+    for seed in range(30):
+        expected = image
+        drawn = sample_ops((seed, 1), config)
+        for name, magnitude in drawn:
+            expected = OPS[name].apply(expected, **magnitude).numpy()
+        np.testing.assert_array_equal(strong_augment(image, (seed, 1), config), expected)
+        longest = max(longest, " ".join(name for name, _ in drawn).split("blur")[0].count(" "))
+    assert longest >= 2
+
+
+def test_magnitudes_and_pixels_of_a_seed_are_pinned():
+    """A seed keeps its operations and magnitudes, so that a run resumes with a later version.
+
+    If a change is intended, take the new values from this test's output.
+    """
+    drawn = sample_ops((3, 1), sda_config(num_ops=5))
+    values = [
+        f"{name} {key} {np.round(value.numpy().astype(float), 4).tolist()}"
+        for name, magnitude in drawn
+        for key, value in magnitude.items()
+        if key != "seed"
+    ]
+    assert values == PINNED_MAGNITUDES
+    config = sda_config(ops=("noise_gau", "noise_pos", "coarse_dropout"), replace=False)
+    pixels = strong_augment(flat(77, 40), (3, 1), config).numpy()
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == PINNED_PIXELS
 
 
 def test_result_depends_on_seed():
