@@ -48,7 +48,7 @@ def tables(rows):
         rng.integers(0, 256, (rows, 256)).astype(np.uint8),
         sda_tables.invert(np.arange(rows) % 2 == 0),
         sda_tables.solarize(np.where(np.arange(rows) % 2, 256, 90.0 + np.arange(rows))),
-        *(sda_tables.brightness(np.full(rows, v)) for v in (0.0, 13.0, -20.0, 127.0, 200.0, -128.0)),
+        *(sda_tables.brightness(np.full(rows, float(v))) for v in (0, 13, -20, 127, 200, -128)),
         sda_tables.brightness(np.linspace(-20, 50, rows)),
         almost,
         nearly_inverted,
