@@ -47,7 +47,7 @@ def check_num_pixels(path: epath.PathLike, sides: Sequence[int]) -> None:
         raise UserError(
             f"{path} is {width}x{height} by its header, more than the {_max_pixels:,} pixels "
             "that are decoded: cut it into parts or, if it is no damage, raise "
-            "data.max_image_pixels (in predict and export --max_image_pixels).",
+            "data.max_image_pixels (in predict, export and convert --max_image_pixels).",
             code="image-too-large",
         )
 
@@ -189,8 +189,7 @@ class ImageFile:
         self.image.load()
         if self.image.format == "TIFF":  # Pillow has turned it.
             return self.image
-        transpose = _TRANSPOSE_BY_ORIENTATION.get(self.orientation)
-        return self.image if transpose is None else self.image.transpose(transpose)
+        return turn_upright(self.image, self.orientation)
 
     def _read_start(self) -> bytes:
         """Returns the first bytes of the file, and leaves the stream where it was."""
@@ -199,6 +198,12 @@ class ImageFile:
         start = self._stream.read(2**16)
         self._stream.seek(position)
         return start
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Returns a stored image as it is upright by an EXIF orientation 1..8."""
+    transpose = _TRANSPOSE_BY_ORIENTATION.get(orientation)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def format_of(path: epath.PathLike) -> str | None:

@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from semiseg_jax.runtime import multihost
+from semiseg_jax.runtime import interrupts, multihost
 from semiseg_jax.runtime.errors import read_error, write_error
 from semiseg_jax.runtime.json_forms import Form, is_object
 
@@ -101,6 +103,25 @@ def remove_leftover_folders(path: epath.PathLike) -> None:
         is_of_path = re.fullmatch(rf"\.{re.escape(name)}\.\d+-\d+\.tmp", entry)
         if match and is_of_path and not _is_other_process_alive(int(match["process_id"])):
             shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that is renamed to `path` on success and removed on failure.
+
+    Removes what killed processes left of earlier tries. `path` must not exist or be empty.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftover_folders(path)
+    scratch = temporary_name(path)
+    with interrupts.scratch_folder(scratch):
+        folder = Path(scratch) / path.name
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
 
 
 def remove_leftovers(folder: epath.PathLike) -> None:

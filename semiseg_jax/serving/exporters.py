@@ -33,7 +33,7 @@ from semiseg_jax.data.sources.downscale import shrink_image
 from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
 from semiseg_jax.models.segmenter import Segmenter
-from semiseg_jax.runtime import fileio, interrupts
+from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.quiet_tensorflow import tf
@@ -179,15 +179,8 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
             code="export-output-exists",
         )
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # What an export left that was killed.
-        fileio.remove_leftover_folders(output)
-        scratch = fileio.temporary_name(output)
-        with interrupts.scratch_folder(scratch):
-            folder = Path(scratch) / output.name
-            folder.mkdir()
+        with fileio.complete_folder(output) as folder:
             yield folder
-            folder.rename(output)
     except (OSError, tf.errors.OpError) as error:
         raise UserError(
             f"{output} cannot be written ({reason(error)}): free space or give another --output, "
