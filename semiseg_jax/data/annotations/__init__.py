@@ -1,0 +1,1 @@
+"""Annotation files of other tools: readers, writers, and what they describe."""
