@@ -193,10 +193,12 @@ def test_the_home_folder_is_known_in_every_path_of_the_config(monkeypatch):
 
 
 # Flags of commands that hold no path; all other text flags do.
-NO_PATH_FLAGS = {"coordinator", "format"}
+NO_PATH_FLAGS = {"coordinator", "format", "background"}
 
 
-@pytest.mark.parametrize("command", ["main", "predict", "export", "report", "ablations", "plan"])
+@pytest.mark.parametrize(
+    "command", ["main", "predict", "export", "report", "ablations", "plan", "data/convert"]
+)
 def test_the_home_folder_is_known_in_every_path_flag(command):
     source = (processes.ROOT / "semiseg_jax" / f"{command}.py").read_text()
     names = re.findall(r'DEFINE_string\(\s*"(\w+)"', source)
