@@ -153,9 +153,11 @@ def _write_masks() -> None:
     conversion = mask_folder.write(annotations, ImageFiles(root), output, options)
     summary.print_conversion(format_, conversion, options.draw.overlap)
     config = shlex.quote(os.path.join(_OUTPUT.value, mask_folder.config_name(output.name)))
-    print(f"Written: {_OUTPUT.value}. Next, look at what a run would see, and train:")
-    print(f"  python -m semiseg_jax.data.preview --config={config} --output=preview.png")
-    print(f"  python -m semiseg_jax.main --config={config}")
+    summary.print_line(f"Written: {_OUTPUT.value}. Next, look at what a run would see, and train:")
+    summary.print_line(
+        f"  python -m semiseg_jax.data.preview --config={config} --output=preview.png"
+    )
+    summary.print_line(f"  python -m semiseg_jax.main --config={config}")
 
 
 def _write_annotations() -> None:
@@ -174,10 +176,12 @@ def _write_annotations() -> None:
         min_area=_MIN_AREA.value,
     )
     summary.print_export(done, _MIN_AREA.value)
-    print(f"Written: {_OUTPUT.value}. When they are corrected, this reads them back:")
+    summary.print_line(f"Written: {_OUTPUT.value}. When they are corrected, this reads them back:")
     back = "" if done.left_out else " --background=ignore"
     name = shlex.quote(_OUTPUT.value)
-    print(f"  python -m semiseg_jax.data.convert --input={name} --output=corrected{back}")
+    summary.print_line(
+        f"  python -m semiseg_jax.data.convert --input={name} --output=corrected{back}"
+    )
 
 
 if __name__ == "__main__":

@@ -82,6 +82,18 @@ def test_mistakes_are_one_sentence(tmp_path, arguments, sentence):
     assert not list(tmp_path.iterdir())
 
 
+def test_nobody_reads_what_it_prints(tmp_path, annotated):
+    command = [sys.executable, "-m", "semiseg_jax.data.convert", "--input=my in", "--output=out"]
+    environment = os.environ | {"PYTHONPATH": str(processes.ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+    assert (tmp_path / "out/conversion.json").exists()
+
+
 def test_tensorflow_is_not_imported(tmp_path, annotated):
     code = (
         "import sys\nsys.modules['tensorflow'] = None\nsys.argv[0] = 'convert'\n"

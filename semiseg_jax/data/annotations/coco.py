@@ -137,32 +137,42 @@ def _objects(
         label = names[annotation["category_id"]]
         is_crowd = bool(annotation.get("iscrowd"))
         try:
-            drawn = _object(label, annotation, sizes[annotation["image_id"]], is_crowd)
+            drawn = _parts(label, annotation, sizes[annotation["image_id"]], is_crowd)
         except ValueError as error:
             raise malformed(path, f"{where} whose {error}") from error
-        objects[annotation["image_id"]].append(drawn)
+        objects[annotation["image_id"]] += drawn
     return objects
 
 
-def _object(label: str, annotation: Any, size: Size | None, is_crowd: bool) -> AnnotatedObject:
-    """Returns an object; raises a ValueError whose text says what of it is malformed."""
+def _parts(label: str, annotation: Any, size: Size | None, is_crowd: bool) -> list[AnnotatedObject]:
+    """Returns an object, and its polygons without an area as objects of their own.
+
+    Raises:
+        ValueError: with a text on what of it is malformed.
+    """
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return AnnotatedObject(label, "area", _run_length_mask(segmentation, size), is_crowd)
-    if segmentation:
-        # Some programs write one polygon without the list around it.
-        polygons = [segmentation] if _NUMBERS(segmentation) else segmentation
-        if not json_forms.list_of(_NUMBERS)(polygons):
-            raise ValueError("segmentation is no list of polygons and no run-length mask")
-        if any(len(polygon) % 2 for polygon in polygons):
-            raise ValueError("segmentation has a polygon with an odd number of coordinates")
-        parts = tuple(np.array(p, float).reshape(-1, 2) for p in polygons if len(p) >= 6)
-        if not parts:
-            return AnnotatedObject(label, "degenerate", None, is_crowd)
-        return AnnotatedObject(label, "area", Polygons(parts), is_crowd)
-    box = annotation.get("bbox")
+        region = _run_length_mask(segmentation, size)
+        return [AnnotatedObject(label, "area", region, is_crowd)]
+    if not segmentation:
+        return [_box(label, annotation.get("bbox"), is_crowd)]
+    # Some programs write one polygon without the list around it.
+    polygons = [segmentation] if _NUMBERS(segmentation) else segmentation
+    if not json_forms.list_of(_NUMBERS)(polygons):
+        raise ValueError("segmentation is no list of polygons and no run-length mask")
+    if any(len(polygon) % 2 for polygon in polygons):
+        raise ValueError("segmentation has a polygon with an odd number of coordinates")
+    parts = tuple(np.array(p, float).reshape(-1, 2) for p in polygons if len(p) >= 6)
+    degenerate = [AnnotatedObject(label, "degenerate")] * (len(polygons) - len(parts))
+    if not parts:
+        return degenerate
+    return [AnnotatedObject(label, "area", Polygons(parts), is_crowd), *degenerate]
+
+
+def _box(label: str, box: Any, is_crowd: bool) -> AnnotatedObject:
+    """Returns an object of which only the box is known, or not even that."""
     if not box:
-        return AnnotatedObject(label, "degenerate", None, is_crowd)
+        return AnnotatedObject(label, "degenerate")
     if not json_forms.list_of(json_forms.is_number, range(4, 5))(box):
         raise ValueError("bbox is not x, y, width and height")
     left, top, width, height = box

@@ -24,6 +24,7 @@ from semiseg_jax.data.annotations.regions import (
     Stroke,
     rectangle,
 )
+from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError, read_error
 
 # Larger numbers are no coordinates.
@@ -37,6 +38,7 @@ def read_root(path: Path) -> ElementTree.Element:
         UserError: the file is not readable, is no XML, or declares a document type.
     """
     try:
+        fileio.require_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise read_error(path, error, "make it readable, or take it out of the folder") from error

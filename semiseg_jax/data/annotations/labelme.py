@@ -138,5 +138,5 @@ def _mask(data: str | None, points: Points) -> Bitmap:
         raise ValueError("mask cannot be decoded") from error
     pixels = np.asarray(image if image.mode != "P" else image.convert("L"))
     pixels = (pixels if pixels.ndim == 2 else pixels[..., 0]) != 0
-    left, top = points.min(axis=0).clip(-(2.0**31), 2.0**31).round().astype(int).tolist()
+    left, top = points.min(axis=0).clip(-(2.0**31), 2.0**31).astype(int).tolist()
     return Bitmap(top, left, runs_of(pixels), pixels.shape)

@@ -100,13 +100,14 @@ class Ellipse(Region):
 
     def draw(self, size: tuple[int, int]) -> Patch:
         """As `Region.draw`."""
+        if min(self.radii) <= 0:
+            return Patch(0, 0, np.zeros((0, 0), bool))
         top, left, x, y = _centers(self.bounds(size), size)
         cos, sin = _cos_sin(self.angle)
         dx, dy = x - self.center[0], y - self.center[1]
-        along = (dx * cos + dy * sin) * self.radii[1]
-        across = (dy * cos - dx * sin) * self.radii[0]
-        inside = along**2 + across**2 <= (self.radii[0] * self.radii[1]) ** 2
-        return Patch(top, left, inside)
+        along = (dx * cos + dy * sin) / self.radii[0]
+        across = (dy * cos - dx * sin) / self.radii[1]
+        return Patch(top, left, along**2 + across**2 <= 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,16 +19,16 @@ def print_conversion(format_: str, done: Conversion, overlap: str) -> None:
         done: what `mask_folder.write` did.
         overlap: `DrawOptions.overlap`.
     """
-    print(f"Format: {format_}")
+    print_line(f"Format: {format_}")
     _print_table("Images", list(done.images.items()))
     _print_objects(done)
-    print(
+    print_line(
         f"{done.counts.contested} pixels are in objects of several classes: {overlap} objects are "
         f"on top (--overlap). {done.counts.uncovered} pixels "
         f"({100 * done.counts.uncovered / max(done.counts.pixels, 1):.1f} %) are in no object "
         "(--background)."
     )
-    print(
+    print_line(
         f"{done.empty} images have empty annotations: {done.empty_are} (--empty). {done.unnamed} "
         "images are in no annotation: unlabeled."
     )
@@ -38,7 +38,7 @@ def print_conversion(format_: str, done: Conversion, overlap: str) -> None:
         (done.turned, "images were annotated as stored: their masks are turned upright (EXIF)."),
     ):
         if count:
-            print(f"{count} {sentence}")
+            print_line(f"{count} {sentence}")
     _print_named("annotated images are missing", done.missing)
     _print_named(
         "images have an EXIF orientation, and their sizes do not tell whether they were annotated "
@@ -46,7 +46,7 @@ def print_conversion(format_: str, done: Conversion, overlap: str) -> None:
         done.orientation_unclear,
     )
     for note in done.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
 
 
 def _print_objects(done: Conversion) -> None:
@@ -76,19 +76,19 @@ def print_export(done: Export, min_area: int) -> None:
         min_area: the fewest pixels of an object.
     """
     _print_table("Objects", list(done.objects.items()))
-    print(f"{done.images} images, {done.with_holes} of the objects have holes.")
+    print_line(f"{done.images} images, {done.with_holes} of the objects have holes.")
     _print_named("masks have no image", done.missing)
     if done.too_small:
-        print(f"{done.too_small} objects have fewer than {min_area} pixels: left out.")
-    print(f"No objects: pixels of {done.left_out or 'no label (255)'}.")
+        print_line(f"{done.too_small} objects have fewer than {min_area} pixels: left out.")
+    print_line(f"No objects: pixels of {done.left_out or 'no label (255)'}.")
     if done.left_out and done.has_ignored:
-        print("Pixels of no label (255) are objects called __ignore__.")
+        print_line("Pixels of no label (255) are objects called __ignore__.")
 
 
 def _print_named(what: str, names: Sequence[str]) -> None:
     if names:
         more = ", …" if len(names) > 3 else ""
-        print(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+        print_line(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
 
 
 def _print_table(title: str, rows: Sequence[tuple[str, object]]) -> None:
@@ -97,4 +97,13 @@ def _print_table(title: str, rows: Sequence[tuple[str, object]]) -> None:
     table.add_column(justify="right", no_wrap=True)
     for name, value in rows:
         table.add_row(escape(name), escape(str(value)))
-    Console(highlight=False, soft_wrap=True).print(table)
+    _console().print(table)
+
+
+def print_line(text: str) -> None:
+    """Prints a line; where nobody reads any more, the process ends without a traceback."""
+    _console().print(text, markup=False)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, emoji=False)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -120,6 +121,14 @@ def test_polygons_of_one_coco_object_are_a_union(tmp_path):
     folders.write_json(tmp_path / "a.json", folders.coco(objects=[entry]))
     ((label_map, _),) = masks_of(read(tmp_path))
     np.testing.assert_array_equal(label_map, SQUARE_DRAWN)
+
+
+def test_a_part_without_an_area_is_counted(tmp_path):
+    entry = folders.coco_object(polygons=[SQUARE, [[1, 1], [2, 2]]])
+    folders.write_json(tmp_path / "a.json", folders.coco(objects=[entry]))
+    ((label_map, counts),) = masks_of(read(tmp_path))
+    np.testing.assert_array_equal(label_map, SQUARE_DRAWN)
+    assert counts.objects == {"car": 1} and sum(counts.skipped.values()) == 1
 
 
 @pytest.mark.parametrize("kind", ["coco text", "coco runs", "cvat"])
@@ -577,6 +586,13 @@ def test_a_mask_larger_than_memory_is_refused_before_it_is_made(tmp_path):
         folders.write_json(tmp_path / "a.json", content)
         with raises_code("annotations-malformed", "run-length"):
             read(tmp_path, "coco")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.xml", "data.yaml"])
+def test_a_pipe_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with raises_code("path-unreadable", name, "Not a regular file"):
+        read(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):

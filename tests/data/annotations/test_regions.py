@@ -110,6 +110,11 @@ def test_ellipses():
     assert diagonal[7, 7] and not diagonal[2, 7]  # Clockwise as seen: down to the right.
 
 
+def test_ellipses_of_no_and_of_any_size():
+    assert not Ellipse((5, 5), (0, 3)).draw((10, 10)).pixels.size
+    assert Ellipse((5, 5), (1e99, 1e99)).draw((10, 10)).pixels.all()
+
+
 def test_lines_have_a_width():
     line = Stroke(np.array([[1, 3], [7, 3.0]]), width=2)
     pixels = whole(line.draw((6, 9)), (6, 9))
