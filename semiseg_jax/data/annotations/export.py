@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int, UInt8
 
 from semiseg_jax.data import image_io
 from semiseg_jax.data.annotations import classes as class_names
@@ -30,6 +31,7 @@ from semiseg_jax.data.annotations.record import (
 )
 from semiseg_jax.data.annotations.tracing import TracedObject, objects_of
 from semiseg_jax.data.dataset import files_below, is_image, normal_name
+from semiseg_jax.data.sources.downscale import MAX_DOWNSCALE, shrunk
 from semiseg_jax.losses import IGNORE
 from semiseg_jax.runtime import json_forms
 from semiseg_jax.runtime.errors import UserError
@@ -50,6 +52,7 @@ class Export:
         objects: number of objects by class.
         with_holes: objects with holes.
         too_small: objects left out because of `min_area`.
+        enlarged: label maps of downscaled images.
         missing: label maps whose image is not there.
         left_out: name of the class whose pixels are no objects; "" if these are those of no label.
         has_ignored: pixels of no label are objects of IGNORE_LABEL.
@@ -62,6 +65,7 @@ class Export:
     missing: list[str]
     left_out: str
     has_ignored: bool = False
+    enlarged: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +126,9 @@ def write(
         labeled = []
         place = folder / "images" if format_ == "coco" else folder
         for mask, image, name in pairs:
-            label_map = image_io.read_mask(mask, table)
-            _check_size(mask, image, label_map.shape)
+            stored = image_io.read_mask(mask, table)
+            label_map = _at_image_size(stored, mask, image)
+            export.enlarged += label_map.shape != stored.shape
             objects, too_small = objects_of(label_map, {left_out}, min_area)
             export.too_small += too_small
             labeled.append(_Labeled(name, label_map.shape, objects))
@@ -203,14 +208,33 @@ def _pair(
     return pairs, missing
 
 
-def _check_size(mask: Path, image: Path, size: Size) -> None:
+def _at_image_size(
+    label_map: UInt8[np.ndarray, "sh sw"], mask: Path, image: Path
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns a label map in the size of its image.
+
+    Pseudo-labels of a run with `data.downscale` have the size of the downscaled images, and are
+    enlarged by nearest neighbour, as predictions are.
+
+    Raises:
+        UserError: the label map has neither the size of the image nor that divided by a factor.
+    """
     upright = image_io.image_size(image)
-    if upright != size:
+    size = label_map.shape
+    if size == upright:
+        return label_map
+    if all(shrunk(upright, factor) != size for factor in range(2, MAX_DOWNSCALE + 1)):
         raise UserError(
             f"{mask} is {size[1]}x{size[0]}, and {image} is {upright[1]}x{upright[0]}: give the "
             "images that the masks were made of.",
             code="mask-of-another-size",
         )
+    # The pixel that contains the centre of each pixel of the image.
+    rows, columns = (
+        (2 * np.arange(large) + 1) * small // (2 * large)
+        for small, large in zip(size, upright, strict=True)
+    )
+    return label_map[rows[:, None], columns]
 
 
 def _write_coco(
@@ -278,7 +302,7 @@ def _write_labelme(
         path.write_text(json.dumps(content, indent=1), "utf-8")
 
 
-def _shape(label: str, ring: np.ndarray) -> dict[str, Any]:
+def _shape(label: str, ring: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
     return {
         "label": label,
         "points": ring.tolist(),

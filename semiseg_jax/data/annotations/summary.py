@@ -78,6 +78,8 @@ def print_export(done: Export, min_area: int) -> None:
     _print_table("Objects", list(done.objects.items()))
     print_line(f"{done.images} images, {done.with_holes} of the objects have holes.")
     _print_named("masks have no image", done.missing)
+    if done.enlarged:
+        print_line(f"{done.enlarged} masks are of downscaled images: enlarged to the images' size.")
     if done.too_small:
         print_line(f"{done.too_small} objects have fewer than {min_area} pixels: left out.")
     print_line(f"No objects: pixels of {done.left_out or 'no label (255)'}.")

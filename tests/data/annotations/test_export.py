@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from semiseg_jax.data import image_io
 from semiseg_jax.data.annotations import detect, export
 from semiseg_jax.data.annotations.record import AnnotationSet
+from semiseg_jax.serving import downscaling
 from tests.data.annotations import folders
 from tests.data.annotations.folders import RING_DRAWN, coco_decode, convert, read_mask
 from tests.errors import raises_code
@@ -62,7 +63,8 @@ def test_ten_round_trips_change_no_pixel(tmp_path, format_, background):
         done = export.write(source, format_, annotated)
         assert done.images == 4 and not done.missing
         options = {"background": "ignore"} if background == "none" else {}
-        convert(annotated, output, classes=tuple(names), **options)
+        back = convert(annotated, output, classes=tuple(names), **options)
+        assert not back.counts.contested
         for name, label_map in maps.items():
             np.testing.assert_array_equal(read_mask(output / f"masks/{name}.png"), label_map)
         source = output
@@ -165,6 +167,16 @@ def test_predictions_and_pseudo_labels(tmp_path, record):
         export.write(folder, "coco", tmp_path / "out3", images=images)
 
 
+def test_labels_of_downscaled_images_are_enlarged(tmp_path):
+    source = write_masks(tmp_path / "in", {"a": noise(5, (7, 9), 3)})
+    folders.write_image(source / "images/a.jpg", (29, 23))  # A third, rounded down.
+    done = export.write(source, "coco", tmp_path / "out")
+    assert done.enlarged == 1
+    convert(tmp_path / "out", tmp_path / "back", classes=tuple(NAMES))
+    enlarged = downscaling.enlarge(noise(5, (7, 9), 3), (23, 29))
+    np.testing.assert_array_equal(read_mask(tmp_path / "back/masks/a.png"), enlarged)
+
+
 def test_small_objects_may_be_left_out(tmp_path):
     label_map = folders.drawn((slice(1, 4), slice(2, 5), 1), (slice(6, 7), slice(2, 3), 1))
     source = write_masks(tmp_path / "in", {"a": label_map})
@@ -179,8 +191,8 @@ def test_what_cannot_be_written(tmp_path):
         export.write(tmp_path / "nowhere", "coco", tmp_path / "out")
     with raises_code("conversion-output-inside-input"):
         export.write(source, "coco", source / "out")
-    folders.write_image(source / "images/a.jpg", (3, 3))
-    with raises_code("mask-of-another-size", "24x20", "3x3"):
+    folders.write_image(source / "images/a.jpg", (48, 20))
+    with raises_code("mask-of-another-size", "24x20", "48x20"):
         export.write(source, "coco", tmp_path / "out")
     Image.fromarray(np.full((20, 24), 7, np.uint8)).save(source / "masks/a.png")
     with raises_code("mask-values-unknown", "a.png", "7"):

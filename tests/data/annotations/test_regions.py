@@ -188,6 +188,17 @@ def test_the_rings_of_an_area_with_a_hole_by_hand():
     assert abs(regions.signed_area(joined)) == 8
 
 
+def test_cuts_do_not_pass_through_other_holes():
+    pixels = np.ones((3, 7), bool)
+    pixels[1, [2, 4]] = False
+    outer, *holes = regions.trace(pixels)
+    joined = regions.join_holes(outer, holes)
+    np.testing.assert_array_equal(joined, regions.join_holes(outer, holes[::-1]))
+    # The second hole begins at x = 4, and its cut ends at x = 3, where the first hole ends.
+    at = joined.tolist().index([4, 1])
+    assert joined[at - 1].tolist() == [3, 1]
+
+
 def test_pixels_that_touch_at_a_corner_have_rings_of_their_own():
     rings = regions.trace(np.eye(2, dtype=bool))
     assert [regions.signed_area(ring) for ring in rings] == [1, 1]
