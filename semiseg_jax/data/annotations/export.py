@@ -240,7 +240,7 @@ def _at_image_size(
 def _write_coco(
     folder: Path, images: Sequence[_Labeled], labels: Mapping[int, str], left_out: int
 ) -> None:
-    """Writes all images into one file, which CVAT, Label Studio and pycocotools open.
+    """Writes all images into one file, in the folders of CVAT's own COCO export.
 
     An object with holes is one polygon, whose holes are joined by cuts of no width: run-length
     masks, which could hold holes too, are taken for crowds by some tools, and edited by few.
