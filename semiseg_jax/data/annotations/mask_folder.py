@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +167,8 @@ def write(
         empty_are = "unlabeled"
     with new_folder(output) as folder:
         writer = _Writer(folder, files.root, entries, classes, options, empty_are)
-        with futures.ThreadPoolExecutor() as pool:
-            results = list(pool.map(writer.write_image, entries))
+        # Not in threads: they would go on writing while a signal removes the folder.
+        results = [writer.write_image(entry) for entry in entries]
         conversion = _summarize(entries, results, classes, empty_are)
         conversion.missing = missing
         conversion.notes = [*annotations.notes, *_class_notes(classes)]
