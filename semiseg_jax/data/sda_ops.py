@@ -102,8 +102,9 @@ def invert(
 def permute_channels(image: Image, permutation: Int[np.ndarray, " c"]) -> Image:
     """Channel c of the result is channel permutation[c] of the image."""
     planes = cv2.split(image)
-    merged = cv2.merge([planes[source] for source in permutation], empty_like(image))
-    return merged.reshape(image.shape)
+    result = empty_like(image)
+    cv2.merge([planes[source] for source in permutation], result)
+    return result
 
 
 def hue_saturation(
@@ -139,11 +140,11 @@ def gaussian_blur(image: Image, sigma: Scalar) -> Image:
     radius = int(np.ceil(3 * deviation))
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
     taps = (taps / taps.sum()).astype(np.float32)
+    result = empty_like(image)
     # `cv2.GaussianBlur` rounds after each of its two passes, and is slower.
-    blurred = cv2.sepFilter2D(
-        image, cv2.CV_8U, taps, taps, dst=empty_like(image), borderType=cv2.BORDER_REPLICATE
-    )
-    return blurred.reshape(image.shape)
+    border = cv2.BORDER_REPLICATE
+    cv2.sepFilter2D(image, cv2.CV_8U, taps, taps, dst=result, borderType=border)
+    return result
 
 
 def jpeg_compression(

@@ -7,6 +7,7 @@ from semiseg_jax.data import sda_tables
 
 LEVELS = np.arange(256)
 SIZES = [(1, 1), (1, 7), (7, 1), (4, 1), (33, 20)]
+SHIFTS = [0.0, 13.0, -20.0, 127.0, 200.0, -128.0]
 
 
 def rounded(levels):
@@ -48,7 +49,7 @@ def tables(rows):
         rng.integers(0, 256, (rows, 256)).astype(np.uint8),
         sda_tables.invert(np.arange(rows) % 2 == 0),
         sda_tables.solarize(np.where(np.arange(rows) % 2, 256, 90.0 + np.arange(rows))),
-        *(sda_tables.brightness(np.full(rows, float(v))) for v in (0, 13, -20, 127, 200, -128)),
+        *(sda_tables.brightness(np.full(rows, v)) for v in SHIFTS),
         sda_tables.brightness(np.linspace(-20, 50, rows)),
         almost,
         nearly_inverted,
