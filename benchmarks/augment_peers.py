@@ -12,6 +12,14 @@ import pathlib
 import sys
 import time
 
+# The operations that albumentations has too, of equal or nearly equal meaning.
+COMMON = (
+    *("contrast_gamma", "brightness", "equalize", "hsv", "invert_channel", "blur", "noise_gau"),
+    *("channel_shuffle", "dropout", "multiply", "salt_pepper", "solarize", "jpeg_compression"),
+)
+# Three random operations: of the whole pool, and of `COMMON`.
+PIPELINES = ("N=3", "N=3 common")
+
 
 def imgaug_cases():
     """Returns all operations; the released code of the method uses imgaug."""
@@ -43,8 +51,9 @@ def imgaug_cases():
         # imgaug's parameter is the compression, 100 - quality.
         "jpeg_compression": iaa.JpegCompression((40, 93)),
     }
-    pipeline = iaa.SomeOf(3, list(operations.values()), random_order=True)
-    cases = {**operations, "N=3": pipeline}
+    pools = (operations.values(), [operations[name] for name in COMMON])
+    pipelines = [iaa.SomeOf(3, list(pool), random_order=True) for pool in pools]
+    cases = {**operations, **dict(zip(PIPELINES, pipelines, strict=True))}
     return {name: _timed(case, "image") for name, case in cases.items()}
 
 
@@ -80,9 +89,11 @@ def albumentations_cases():
         "solarize": alb.Solarize(threshold_range=(64 / 255, 192 / 255), **always),
         "jpeg_compression": alb.ImageCompression(quality_range=(7, 60), **always),
     }
+    assert tuple(operations) == COMMON
+    cases = {**operations, PIPELINES[1]: alb.SomeOf(list(operations.values()), n=3, **always)}
     return {
         name: _timed(lambda image, case=case: case(image=image)["image"])
-        for name, case in operations.items()
+        for name, case in cases.items()
     }
 
 
