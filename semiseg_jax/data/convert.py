@@ -1,6 +1,6 @@
 """Converts annotations of other tools to masks, and masks to annotations.
 
-    python -m semiseg_jax.data.convert --input=DIR --output=DIR [--from=coco|labelme|yolo|cvat]
+    python -m semiseg_jax.data.convert --input=DIR --output=DIR [--from=FORMAT]
     python -m semiseg_jax.data.convert --input=DIR --output=DIR --to=coco|labelme --images=DIR
 
 The first command reads the folder that a tool exported and writes a folder that can be trained on.
@@ -105,12 +105,6 @@ def _check_flags() -> None:
     """Raises a UserError for flags that contradict each other."""
     from semiseg_jax.runtime.errors import UserError
 
-    if _FROM.value == "colors":
-        raise UserError(
-            "Masks in colour need no conversion: name the class of each colour in "
-            "data.mask_colors, as docs/own_data.md describes.",
-            code="colors-need-no-conversion",
-        )
     if _FROM.value and _TO.value:
         raise UserError(
             "--from reads annotations and --to writes them, and masks lie between: convert to "

@@ -66,7 +66,6 @@ def test_there_and_back(tmp_path, annotated):
         (["--output=out"], "--input is missing"),
         (["--input=in"], "--output is missing"),
         (["--input=in", "--output=out"], "in is missing"),
-        (["--input=in", "--output=out", "--from=colors"], "data.mask_colors"),
         (["--input=in", "--output=out", "--from=coco", "--to=coco"], "convert to masks first"),
         (
             ["--input=in", "--output=out", "--empty=background", "--background=ignore"],

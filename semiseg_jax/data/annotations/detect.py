@@ -7,12 +7,12 @@ from typing import Any
 
 from etils import epath
 
-from semiseg_jax.data.annotations import coco, cvat, labelme, yolo
+from semiseg_jax.data.annotations import coco, colors, cvat, labelme, yolo
 from semiseg_jax.data.annotations.record import AnnotationSet, read_json
 from semiseg_jax.data.dataset import files_below
 from semiseg_jax.runtime.errors import UserError
 
-FORMATS = ("coco", "labelme", "yolo", "cvat")
+FORMATS = ("coco", "labelme", "yolo", "cvat", "colors")
 
 
 @dataclasses.dataclass
@@ -23,6 +23,7 @@ class _Files:
     labelme: dict[Path, Any] = dataclasses.field(default_factory=dict)
     cvat: dict[Path, Any] = dataclasses.field(default_factory=dict)
     yolo: list[Path] = dataclasses.field(default_factory=list)
+    colors: list[Path] = dataclasses.field(default_factory=list)
     class_files: list[Path] = dataclasses.field(default_factory=list)
     others: list[Path] = dataclasses.field(default_factory=list)
 
@@ -56,7 +57,7 @@ def read(source: Path, format_: str = "") -> tuple[str, AnnotationSet]:
         raise UserError(
             f"{source} holds no annotations{f' of {format_}' if format_ else ''}"
             f"{_describe_others(files)}: give the unpacked folder that was exported as COCO, "
-            'LabelMe, YOLO segmentation or "CVAT for images 1.1".',
+            'LabelMe, YOLO segmentation, "CVAT for images 1.1" or "Segmentation mask 1.1".',
             code="annotations-not-found",
         )
     if len(found) > 1:
@@ -78,6 +79,8 @@ def _read(format_: str, files: _Files) -> AnnotationSet:
         return labelme.read(files.labelme)
     if format_ == "cvat":
         return cvat.read(files.cvat)
+    if format_ == "colors":
+        return colors.read(files.colors)
     return yolo.read(files.yolo, files.class_files)
 
 
@@ -94,6 +97,8 @@ def _scan(source: Path, format_: str) -> _Files:
         elif suffix == ".xml" and format_ in ("", "cvat"):
             root = cvat.read_root(path)
             (files.cvat.update({path: root}) if cvat.matches(root) else files.others.append(path))
+        elif colors.matches(path) and format_ in ("", "colors"):
+            files.colors.append(path)
         elif suffix in (".txt", ".yaml", ".yml", ".names") and format_ in ("", "yolo"):
             if yolo.is_class_file(path):
                 files.class_files.append(path)

@@ -19,7 +19,7 @@ _MASK_FOLDER = re.compile(
     r"masks?|segmentation(class|object).*|.*visuali[sz]ation.*", re.IGNORECASE
 )
 # Folders whose names say nothing of their images.
-_PLAIN_FOLDER = re.compile(r"images?|imgs?|data|obj_\w+_data", re.IGNORECASE)
+_PLAIN_FOLDER = re.compile(r"(jpeg)?images?|imgs?|data|obj_\w+_data", re.IGNORECASE)
 
 
 class ImageFiles:

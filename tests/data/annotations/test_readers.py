@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from semiseg_jax.data.annotations import classes, coco, cvat, detect, labelme, yolo
+from semiseg_jax.data.annotations import classes, coco, colors, cvat, detect, labelme, yolo
 from semiseg_jax.data.annotations.drawing import DrawOptions, draw
 from semiseg_jax.runtime.errors import UserError
 from tests import json_mutants
@@ -606,5 +606,5 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 
 def test_readers_are_named_in_one_place():
     assert set(detect.FORMATS) == {
-        m.__name__.rpartition(".")[2] for m in (coco, labelme, yolo, cvat)
+        m.__name__.rpartition(".")[2] for m in (coco, labelme, yolo, cvat, colors)
     }
