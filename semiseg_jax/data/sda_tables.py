@@ -101,13 +101,30 @@ def look_up(image: Image, table: Table) -> Image:
     shift = _shift(table)
     if shift is not None:
         return _add(image, shift)
+    # Below this size, building the tables of pairs takes longer than it saves.
+    if image.size < 65536 * _num_pair_tables(table):
+        return _look_up_values(image, table)
     return _look_up_pairs(image, table)
+
+
+def _look_up_values(image: Image, table: Table) -> Image:
+    result = empty_like(image)
+    if len(table) == 1:
+        cv2.LUT(_rows(image), table[0], dst=_rows(result))
+    else:
+        cv2.LUT(image, np.ascontiguousarray(table.T)[None], dst=result)
+    return result
+
+
+def _num_pair_tables(table: Table) -> int:
+    """Returns after how many pairs of neighbours the channels of the pairs repeat."""
+    channels = len(table)  # 1 if the channels do not differ
+    return channels if channels % 2 else channels // 2
 
 
 def _look_up_pairs(image: Image, table: Table) -> Image:
     """Looks up pairs of neighbours of the flat image, for RGB (R, G), (B, R), (G, B), (R, G), …"""
-    channels = len(table)  # 1 if the channels do not differ
-    num_tables = channels if channels % 2 else channels // 2
+    num_tables = _num_pair_tables(table)
     values = image.reshape(-1)
     result = empty_like(image)
     end = image.size // (2 * num_tables) * (2 * num_tables)
@@ -116,7 +133,7 @@ def _look_up_pairs(image: Image, table: Table) -> Image:
         _pair_tables(table, num_tables),
         dst=result.reshape(-1)[:end].view(np.uint16).reshape(1, -1, num_tables),
     )
-    rest = np.arange(image.size - end) % channels
+    rest = np.arange(image.size - end) % len(table)
     result.reshape(-1)[end:] = table[rest, values[end:]]
     return result
 

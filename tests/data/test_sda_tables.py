@@ -6,7 +6,8 @@ import pytest
 from semiseg_jax.data import sda_tables
 
 LEVELS = np.arange(256)
-SIZES = [(1, 1), (1, 7), (7, 1), (4, 1), (33, 20)]
+# In the last, pairs of levels are looked up at once; its number of values is odd for RGB.
+SIZES = [(1, 1), (1, 7), (7, 1), (4, 1), (33, 20), (211, 317)]
 SHIFTS = [0.0, 13.0, -20.0, 127.0, 200.0, -128.0]
 
 
