@@ -207,7 +207,7 @@ def method() -> ConfigDict:
     method = ConfigDict()
     # self_training: the paper's, labels before each student. The others label inside the training
     # step of the students: fixmatch, cutmix (CutMix-Seg), classmix, unimatch, unimatch_v2, cct,
-    # pseudoseg. docs/methods.md has what they are and the published recipes.
+    # pseudoseg, advsemiseg, s4gan. docs/methods.md has what they are and the published recipes.
     method.name = "self_training"
     # Methods that label unlabelled images inside the training step see views of them: one scale,
     # crop and mirror per image (data.scale, data.crop, data.mirror), and for each strong view
@@ -294,7 +294,41 @@ def method() -> ConfigDict:
     method.pseudoseg.cutout = 100
     # Rate of the dropout before the image classifier, [0, 1); published: .5 for Xception, else 0.
     method.pseudoseg.classifier_dropout = 0.0
+
+    method.advsemiseg = discriminator()
+    # Least probability of "real" of a pixel with a self-training loss, at least 0; above 1 none.
+    method.advsemiseg.threshold = 0.2
+    # Share of the stage after which self-training begins, 0..1; 1: never.
+    method.advsemiseg.start = 0.25
+    # Weight of the self-training loss, at least 0.
+    method.advsemiseg.weight = 0.1
+    # Weights of the adversarial losses of labelled and of unlabelled images, at least 0. The paper
+    # and the published README have the first; the default of the published code is 0.1.
+    method.advsemiseg.adversarial_labeled = 0.01
+    method.advsemiseg.adversarial_unlabeled = 0.001
+
+    method.s4gan = discriminator()
+    # Images whose probability of "real" is above it have a self-training loss, at least 0; 1 or
+    # more: none. Published: 0.6 for Pascal VOC, 0.7 for Cityscapes.
+    method.s4gan.threshold = 0.6
+    # As for advsemiseg; the first step has no self-training in any case.
+    method.s4gan.start = 0.0
+    method.s4gan.weight = 1.0
+    # Weight of the distance between the mean features of labels and of predictions, at least 0.
+    method.s4gan.matching = 0.1
     return method
+
+
+def discriminator() -> ConfigDict:
+    """The optimiser of a discriminator, Adam: the keys of methods that have one."""
+    optimizer = ConfigDict()
+    # Learning rate at step 0, at least 0; optim.reference_batch does not change it.
+    optimizer.discriminator_rate = 1e-4
+    # Weights of the former means of gradients and of their squares, each [0, 1).
+    optimizer.discriminator_betas = (0.9, 0.99)
+    # The rate is multiplied by (1 - step / steps) to this power, at least 0.
+    optimizer.discriminator_power = 0.9
+    return optimizer
 
 
 def averaged_teacher(decay: float, warmup: bool) -> ConfigDict:

@@ -18,6 +18,7 @@ from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.data.dataset import Dataset
 from semiseg_jax.losses import supervised_loss
 from semiseg_jax.methods import method as method_lib
+from semiseg_jax.methods.adversarial_method import AdversarialMethod
 from semiseg_jax.methods.method import OnlineMethod
 from semiseg_jax.models import deeplab
 from semiseg_jax.pseudo_labels import Labeler
@@ -70,7 +71,7 @@ class StageProgram:
         Args:
             variables: of the network; they are copied.
             mesh: to put the state on.
-            seed: of the initial values of the method's auxiliary networks.
+            seed: of the initial values of the method's other networks.
         """
         if self.method is None:
             return train_state.create_train_state(variables, self.tx, mesh)
@@ -84,7 +85,14 @@ class StageProgram:
         features = jax.eval_shape(encode, variables, images)
         auxiliary = self.method.init_auxiliary(key, features, self.model.num_classes)
         opt_state = self.tx.init(auxiliary["params"]) if auxiliary else {}
-        return method_lib.State(self.method.init_state(variables), auxiliary, opt_state)
+        discriminator: Any = {}
+        if isinstance(self.method, AdversarialMethod):
+            discriminator_key = jax.random.fold_in(key, 1)
+            discriminator = self.method.init_discriminator(
+                discriminator_key, self.model.num_classes
+            )
+        own = self.method.init_state(variables)
+        return method_lib.State(own, auxiliary, opt_state, discriminator)
 
     def reported(self, state: TrainState) -> Variables:
         """Returns the weights of a state that are evaluated, label and are kept."""

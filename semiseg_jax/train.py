@@ -296,7 +296,9 @@ class _StepLogger:
     def _read(self) -> None:
         step, metrics, batch = self._pending.popleft()
         values = _scalars(jax.device_get(metrics))
-        if not (np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])):
+        # The gradient of a discriminator, too: its checkpoint would be the end of the next step.
+        names = ("loss", "gradient_norm", "gradient_norm_discriminator")
+        if not all(np.isfinite(values[name]) for name in names if name in values):
             rates = "teacher" if self._stage.kind == "teacher" else "student"
             own_ids = (*batch.ids, *batch.unlabeled_ids)
             ids = itertools.chain(*multihost.all_gather("images of the batch", own_ids))

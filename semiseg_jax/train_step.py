@@ -17,6 +17,7 @@ from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.losses import IGNORE, supervised_loss
 from semiseg_jax.methods import method as method_lib
+from semiseg_jax.methods.adversarial_method import AdversarialMethod
 from semiseg_jax.methods.method import OnlineMethod
 from semiseg_jax.methods.network import Network
 from semiseg_jax.models.segmenter import Features
@@ -90,7 +91,9 @@ def make_method_step(
     """Compiles the step of a stage whose method labels images inside the step.
 
     As `make_train_step`; the batch has the views of the unlabelled images too (see
-    `input_pipeline.TrainBatch`). The method's own state is updated after the parameters.
+    `input_pipeline.TrainBatch`). The method's own state is updated after the parameters. A
+    discriminator is updated from the same forward pass, by its own loss and optimiser; neither
+    update sees the other's.
 
     Args:
         method: of the stage.
@@ -130,7 +133,13 @@ def make_method_step(
             auxiliary = auxiliary | outcome.statistics | {"params": updated}
         own = method.update_state(beside.own, {"params": params, **norms}, state.step)
         metrics = outcome.metrics() | labeled_metrics | {"gradient_norm": optax.tree.norm(grads)}
-        beside = method_lib.State(own, auxiliary, auxiliary_opt_state)
+        discriminator = beside.discriminator
+        if isinstance(method, AdversarialMethod):
+            discriminator, found = method.update_discriminator(
+                discriminator, outcome.examples, method_key
+            )
+            metrics |= found
+        beside = method_lib.State(own, auxiliary, auxiliary_opt_state, discriminator)
         return TrainState(state.step + 1, params, norms, opt_state, beside), metrics
 
     return _compile(step, mesh)

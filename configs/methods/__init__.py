@@ -66,3 +66,17 @@ def on_camvid(name: str) -> ConfigDict:
     config = one_stage(config, name, config.train.teacher_steps)
     config.rounds.control = True
     return config
+
+
+def adversarial(config: ConfigDict) -> ConfigDict:
+    """Sets network and optimiser of AdvSemiSeg and S4GAN: DeepLabV2 on ResNet-101, and SGD.
+
+    Args:
+        config: of `on_pascal_voc` or `on_cityscapes`; it is changed.
+    """
+    config.model.head = "v2"
+    config.model.output_stride = 8
+    config.optim.student.learning_rate = 2.5e-4
+    config.optim.student.head_multiplier = 10.0
+    config.optim.weight_decay = 5e-4
+    return config

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from semiseg_jax.methods import discriminator_health
+from semiseg_jax.methods.adversarial_method import AdversarialMethod
 from semiseg_jax.methods.method import KEPT_PIXELS, LABELED_PIXELS, OnlineMethod
 
 # Shares of the pixels: what counts as nothing, and as nearly everything.
@@ -54,6 +56,8 @@ def summarize(
     found = []
     if method.filters_by_confidence:
         found = _empty_stretches(lines, steps) + _bad_beginning(lines, steps, classes)
+    if isinstance(method, AdversarialMethod):
+        found += discriminator_health.warnings(lines, steps, method.first_step)
     return LabelHealth(
         kept=float(np.mean([line["kept"] for line in lines])),
         kept_by_class=tuple(float(np.mean(shares)) if shares else None for shares in by_class),

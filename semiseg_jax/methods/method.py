@@ -50,6 +50,19 @@ class Batch:
 
 
 @flax.struct.dataclass
+class DiscriminatorState:
+    """A discriminator in the train state; trees of arrays.
+
+    Attributes:
+        params: of the discriminator.
+        opt_state: state of its own optimiser.
+    """
+
+    params: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
 class State:
     """What a method has beside the network, in the train state; trees of arrays.
 
@@ -57,11 +70,14 @@ class State:
         own: from `OnlineMethod.init_state` and `update_state`, such as an averaged teacher.
         auxiliary: variables of the auxiliary networks, from `OnlineMethod.init_auxiliary`.
         opt_state: state of their optimiser; {} without such networks.
+        discriminator: a `DiscriminatorState`, of an `AdversarialMethod`; {} for other methods, so
+            that their checkpoints have no names of it.
     """
 
     own: Any
     auxiliary: Variables
     opt_state: Any
+    discriminator: Any = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -74,6 +90,7 @@ class Outcome:
         kept: unlabelled pixels that had a loss, by the class of their label.
         labeled: all valid unlabelled pixels by the class of their label.
         statistics: new statistics of the auxiliary networks, by collection.
+        examples: what a discriminator learns from, see `adversarial_method.Examples`; {} without.
     """
 
     loss: Float[Array, ""]
@@ -81,6 +98,7 @@ class Outcome:
     kept: Float[Array, " classes"]
     labeled: Float[Array, " classes"]
     statistics: Variables = flax.struct.field(default_factory=dict)
+    examples: Any = flax.struct.field(default_factory=dict)
 
     def metrics(self) -> dict[str, Array]:
         """The metrics of a step: scalars, and the two counts by class, [classes] each."""

@@ -4,11 +4,13 @@ from types import ModuleType
 from typing import Any
 
 from semiseg_jax.methods import (
+    advsemiseg,
     cct,
     classmix,
     cutmix,
     fixmatch,
     pseudoseg,
+    s4gan,
     self_training,
     unimatch,
     unimatch_v2,
@@ -26,6 +28,8 @@ _OWN: dict[str, tuple[ModuleType, type[Method]]] = {
     "unimatch_v2": (unimatch_v2, unimatch_v2.UniMatchV2),
     "cct": (cct, cct.CrossConsistency),
     "pseudoseg": (pseudoseg, pseudoseg.PseudoSeg),
+    "advsemiseg": (advsemiseg, advsemiseg.AdvSemiSeg),
+    "s4gan": (s4gan, s4gan.S4GAN),
 }
 
 # By name: the class, whose fields are the keys of config.method.NAME.

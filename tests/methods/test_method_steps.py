@@ -13,16 +13,25 @@ from semiseg_jax import compiled_model, losses, optim, train_step
 from semiseg_jax import mesh as mesh_lib
 from semiseg_jax.data.batch_layout import BatchSpec
 from semiseg_jax.methods import registry
+from semiseg_jax.methods.adversarial_method import AdversarialMethod
 from semiseg_jax.methods.method import OnlineMethod, State
 from semiseg_jax.methods.network import Network
 from tests import processes
-from tests.methods.toy_network import ToyNetwork
+from tests.methods.toy_network import ToyNetwork, narrow_discriminators
 
 CLASSES = 5
 LABELED, UNLABELED, SIZE = 8, 16, (16, 24)
 ONLINE = [name for name, cls in registry.METHODS.items() if issubclass(cls, OnlineMethod)]
+# Those of the others are in test_adversarial_slow.py.
+ONE_NETWORK = [name for name in ONLINE if not issubclass(registry.METHODS[name], AdversarialMethod)]
 # So that some pixels of an untrained network are kept.
-CHANGES = {"threshold": 0.3, "cutout": 6, "classifier_dropout": 0.0}
+CHANGES = {"threshold": 0.3, "cutout": 6, "classifier_dropout": 0.0, "start": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_discriminators():
+    with narrow_discriminators():
+        yield
 
 
 def make_config(name, **changes):
@@ -99,7 +108,7 @@ def run_steps(name, devices, count=2, dtype=jnp.float32, share=(0, 1), **changes
     return metrics, jax.device_get(state)
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", ONE_NETWORK)
 def test_the_result_does_not_depend_on_the_number_of_devices(name):
     with jax.enable_x64(True):
         (one, first), (eight, second) = (run_steps(name, n, dtype=jnp.float64) for n in (1, 8))
@@ -109,7 +118,7 @@ def test_the_result_does_not_depend_on_the_number_of_devices(name):
     assert sum(one[-1]["kept_pixels"]) > 0
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", ONE_NETWORK)
 def test_the_step_has_no_collective_but_all_reduce(name):
     program, mesh = make_program(name, 8)
     batch = mesh_lib.shard_batch(make_batch(0, program.method.views.count), mesh)
@@ -179,7 +188,7 @@ def unlabeled_gradients(name):
     @functools.partial(jax.grad, argnums=(0, 1, 2))
     def gradients(params, own, auxiliary):
         network = Network(program.model, params, state.norms, jax.random.key(0), groups=1)
-        beside = State(own, statistics | auxiliary, {})
+        beside = State(own, statistics | auxiliary, {}, state.method.discriminator)
         zero = lambda logits, labels: 0.0 * jnp.sum(logits)  # noqa: E731
         step = jnp.asarray(10)
         return program.method.loss(network, zero, beside, images, step, jax.random.key(0)).loss

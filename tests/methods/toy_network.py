@@ -1,10 +1,13 @@
 """A network with the interface of `segmenter.Segmenter` that compiles in a second."""
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import pytest
 
+from semiseg_jax.methods import discriminator
 from semiseg_jax.models import dsbn, layers
 from semiseg_jax.models.segmenter import Features, normalize
 
@@ -38,3 +41,11 @@ class ToyNetwork(nn.Module):
         joined = jnp.concatenate([features.low, features.high], axis=-1)
         logits = self.classifier(self.head_norm(joined, layout))
         return layers.resize(logits, features.size)
+
+
+@contextlib.contextmanager
+def narrow_discriminators():
+    """Discriminators with a sixteenth of the channels; test_discriminator has the true ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discriminator, "FEATURES", tuple(f // 16 for f in discriminator.FEATURES))
+        yield
