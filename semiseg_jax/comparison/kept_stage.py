@@ -138,9 +138,12 @@ def _miou(stage: ScoredStage, images: _Images) -> float:
 def _explain(kept: ScoredStage, scored: Sequence[ScoredStage], rule: str, dataset: Dataset) -> str:
     """Returns the sentence of a run with students."""
     last = _last(scored)
+    if len(scored) == 1:
+        return f"model/ has {_name(kept, last.round)}, the only stage of the run."
     compare = functools.partial(_compare, last_round=last.round)
-    # What there would be without unlabelled images.
-    baseline = _best([stage for stage in scored if stage.kind != "student"], "evaluated")
+    # What there would be without unlabelled images; without teacher and control, what was before.
+    others = [stage for stage in scored if stage.kind != "student"]
+    baseline = _best(others or [stage for stage in scored if stage is not last], "evaluated")
     kind = "held-out" if dataset.evaluation_is_held_out else "evaluation"
     where = f"on the {_number(dataset.evaluation, kind)}"
     comparison = compare(last, baseline, "evaluated", dataset, where)

@@ -196,6 +196,18 @@ def test_a_run_without_students_has_nothing_to_compare():
         assert (kept.stage, kept.round, kept.rounds, kept.sentence) == ("teacher", 0, 0, "")
 
 
+def test_a_run_of_students_alone_has_a_sentence():
+    """As recipes of one stage have them, without a teacher before it and without a control."""
+    for rule, selection in itertools.product(KEEP, (0, 2)):
+        held_out = score(20, "s", 2) if selection else None
+        students = [ScoredStage("student", i, score(10 * i), held_out) for i in (1, 2)]
+        given = dataset(selection=selection)
+        kept = kept_stage.decide(students[:1], rule, given)
+        assert kept.sentence == "model/ has student 1, the only stage of the run."
+        kept = kept_stage.decide(students, rule, given)
+        assert re.match(r"Student 2 is 5.0 points .* better than student 1", kept.sentence)
+
+
 @pytest.mark.parametrize(
     "difference, points", [(0.123, "12.3"), (0.0006, "0.1"), (0.0004, "0.04"), (1e-5, "less than")]
 )
