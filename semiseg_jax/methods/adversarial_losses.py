@@ -3,8 +3,8 @@
 Each loss returns `(sum, count)`, as in `semiseg_jax.losses`, so that the caller divides once, over
 the global batch. What is not valid, a pixel or an image, counts nowhere.
 
-Sources: AdvSemiSeg (Hung et al., BMVC 2018), equations 1, 3 and 5; S4GAN (Mittal et al., TPAMI
-2021), equations 3 to 5.
+Sources: AdvSemiSeg (Hung et al., BMVC 2018), equations 1 and 4; S4GAN (Mittal et al., TPAMI 2021),
+its feature matching, `train_s4GAN.py`.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def feature_matching(
     real_counts: Bool[Array, " n"],
     fake_counts: Bool[Array, " m"],
 ) -> Float[Array, ""]:
-    """The mean distance between the batch means of the discriminator's features (S4GAN, eq. 4).
+    """The mean distance between the batch means of the discriminator's features (S4GAN).
 
     Args:
         real: features of true labels; no gradient passes.

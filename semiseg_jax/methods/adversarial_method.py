@@ -74,7 +74,8 @@ class AdversarialMethod(OnlineMethod):
         """See `Method.from_config`."""
         section = config.method[name]
         fields = {field.name for field in dataclasses.fields(cls)} - {"num_steps"}
-        values = {field: section[field] for field in fields}
+        # The config of a stored run has lists in the place of tuples.
+        values = {field: rules.to_tuples(section[field]) for field in fields}
         return cls(**values, num_steps=config.train.steps)
 
     @property

@@ -1,10 +1,10 @@
 """Discriminators: networks that tell the label maps of people from those of a segmenter.
 
-Sources: AdvSemiSeg (Hung et al., BMVC 2018), section 3.1, `model/discriminator.py` of
-hfslyc/AdvSemiSeg; S4GAN (Mittal et al., TPAMI 2021), section 3.1, `model/discriminator.py` of
-sud0301/semisup-semseg. The published initial biases are PyTorch's, uniform; here they are 0. Where
-a convolution meets an odd side, it is padded on the right and below; the published ones leave out
-the last row and column there. For crops whose sides are multiples of 32 both are one.
+Sources: AdvSemiSeg (Hung et al., BMVC 2018), `model/discriminator.py` of hfslyc/AdvSemiSeg; S4GAN
+(Mittal et al., TPAMI 2021), `model/discriminator.py` of sud0301/semisup-semseg. The published
+initial biases are PyTorch's, uniform; here they are 0. Where a convolution meets an odd side, it is
+padded on the right and below; the published ones leave out the last row and column there. For
+crops whose sides are multiples of 32 both are one.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """S4GAN: a discriminator of whole images, whose features are matched and whose score selects.
 
-Source: Mittal et al., TPAMI 2021, section 3.1 and the published code (sud0301/semisup-semseg,
-`train_s4GAN.py`). The second branch of the paper, a classifier of images (MLMT), is not here.
+Source: Mittal et al., TPAMI 2021, the segmentation branch, and the published code
+(sud0301/semisup-semseg, `train_s4GAN.py`). The second branch of the paper, a classifier of images
+(MLMT), is not here.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ from semiseg_jax.runtime import rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class S4GAN(AdversarialMethod):
-    """L = L_x + matching * L_fm + weight * L_st (equation 3).
+    """L = L_x + matching * L_fm + weight * L_st.
 
     L_fm is the distance between the batch means of the discriminator's features, of labels against
-    predictions of unlabelled images (equation 4); L_st is the cross-entropy with the network's own
+    predictions of unlabelled images; L_st is the cross-entropy with the network's own
     labels on the images whose probability of "real" is above the threshold, divided by the number
-    of their pixels (equation 5). The discriminator sees images too: the labelled and the unlabelled
+    of their pixels. The discriminator sees images too: the labelled and the unlabelled
     images of a step are each scaled by their own least and greatest level over the global batch.
     The published code scales the images of true labels by the greatest level of other labelled
     images. Labelled and unlabelled images have a pass each, and the weak norm.
