@@ -117,7 +117,12 @@ def pseudo_labels(run: Run) -> Section:
             for name, reasons in reasons_by_image.items()
         ]
         return {"missing": "", "stage": stage.name, "cards": cards}
-    return {"missing": "No pseudo-labels have been made yet.", "stage": "", "cards": []}
+    missing = (
+        "No pseudo-labels have been made yet."
+        if run.stores_pseudo_labels
+        else "This run stores no pseudo-labels."
+    )
+    return {"missing": missing, "stage": "", "cards": []}
 
 
 def _pseudo_label_pictures(

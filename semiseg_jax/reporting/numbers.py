@@ -180,7 +180,13 @@ def health(run: Run) -> Section:
     contents = [(s, read_stats(s.folder / PSEUDO_LABELS)) for s in run.stages]
     rounds = [(stage, content) for stage, content in contents if content is not None]
     if not rounds:
-        return {"missing": "No pseudo-labels have been checked yet.", "rounds": []}
+        missing = (
+            "No pseudo-labels have been checked yet."
+            if run.stores_pseudo_labels
+            else "This run stores no pseudo-labels. Where a method labels inside its steps, the results "
+            "say how many unlabelled pixels had a loss."
+        )
+        return {"missing": missing, "rounds": []}
     labeled_share = rounds[0][1]["labeled_share"]
     # A file of other classes belongs to another run.
     rounds = [(s, c) for s, c in rounds if c["class_share"].keys() == labeled_share.keys()]

@@ -138,6 +138,11 @@ class Run:
         return self.kept["sentence"] if is_over and is_current else ""
 
     @property
+    def stores_pseudo_labels(self) -> bool:
+        """Whether students learn from pseudo-labels on disk, instead of labels from their steps."""
+        return stages.takes_pseudo_labels(ConfigDict(self.config))
+
+    @property
     def scored(self) -> list[StageReport]:
         """Finished teacher and students with scores by image, of the last one's protocol."""
         scored = [s for s in self.stages if s.done and s.evaluation and s.kind != "control"]

@@ -98,6 +98,7 @@ def test_a_kill_changes_no_bit_and_the_model_predicts(name, folder, tmp_path, mo
     assert page.write(whole) is not None
     report = (whole / "report.html").read_text()
     assert "Labels made inside the steps of student 1" in report
+    assert report.count("This run stores no pseudo-labels.") == 2
     labels = TrainedModel.load(whole).predict([np.zeros((20, 30, 3), np.uint8)])
     assert np.asarray(labels[0]).shape == (20, 30)
 
