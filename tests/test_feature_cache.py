@@ -210,6 +210,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(page, "write", lambda workdir: [])
 
 
+@pytest.mark.slow
 def test_runs_are_alike_whatever_the_cache_holds(data, tmp_path, one_device):
     """With an empty cache, a full one, and one of other weights: teacher, labels, student."""
 

@@ -98,6 +98,7 @@ def test_a_mask_of_another_size_is_refused(folder_config, folder_data):
         unlabeled_truth.load_truth(folder_config, load.load_dataset(folder_config))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_run_is_judged_by_the_masks_and_not_changed(
     config_of_pairs, folder_data, tmp_path, monkeypatch
