@@ -13,7 +13,15 @@ from semiseg_jax.runtime import cli, interrupts
 
 _WORKDIR = cli.define_path_flag("workdir", "", "Folder of a run that has ended.")
 _OUTPUT = cli.define_path_flag("output", "", "The folder to create.")
-_FORMAT = flags.DEFINE_string("format", "", "stablehlo, for JAX, or saved_model, for TensorFlow.")
+_FORMAT = flags.DEFINE_string(
+    "format", "", "stablehlo, for JAX; saved_model, for TensorFlow; onnx; or tflite."
+)
+_PRECISION = flags.DEFINE_string(
+    "precision", None, "Of tflite: float32 (the default), float16 or int8."
+)
+_SIZE = flags.DEFINE_string(
+    "size", None, "Of tflite: HEIGHTxWIDTH of the images; by default that of the run's images."
+)
 _IMAGES = cli.define_path_flag(
     "images", None, "A folder with photographs to compare on; built-in scenes by default."
 )
@@ -50,7 +58,9 @@ def main(argv: list[str]) -> None:
     images = Path(_IMAGES.value) if _IMAGES.value else None
     try:
         with interrupts.exit_on_signals():
-            exporters.export(Path(workdir), Path(output), format_, images)
+            exporters.export(
+                Path(workdir), Path(output), format_, images, _PRECISION.value, _SIZE.value
+            )
     except UserError as error:
         sys.exit(f"Error: {error}")
 

@@ -19,7 +19,7 @@ from semiseg_jax.data.sources import streets
 from semiseg_jax.models import deeplab, folding
 from semiseg_jax.runtime.errors import UserError
 from semiseg_jax.runtime.logger import capture_lines
-from semiseg_jax.serving import exporters, model_bundle
+from semiseg_jax.serving import export_parity, exporters, model_bundle
 from tests.conftest import tiny_config
 from tests.errors import raises_code
 from tests.models.test_folding import random_variables
@@ -43,10 +43,10 @@ def make_workdir(folder, protocol=PROTOCOL, make_weights=random_variables, downs
     return folder
 
 
-def export(workdir, output, format_="stablehlo", photographs=None):
+def export(workdir, output, format_="stablehlo", photographs=None, **options):
     """Exports a model; returns the printed lines."""
     with capture_lines() as lines:
-        exporters.export(workdir, output, format_, photographs)
+        exporters.export(workdir, output, format_, photographs, **options)
     return lines
 
 
@@ -58,7 +58,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def one_small_scene(monkeypatch):
     """Replaces the scenes by one, so that fewer programs are compiled."""
-    monkeypatch.setattr(exporters, "draw_scenes", lambda: [streets.draw(0, 2, 33, 40)[0][None]])
+    monkeypatch.setattr(export_parity, "draw_scenes", lambda: [streets.draw(0, 2, 33, 40)[0][None]])
 
 
 def check_several_image_sizes(workdir, output, format_):
@@ -142,12 +142,12 @@ def test_an_export_that_differs_from_the_network_is_removed(workdir, tmp_path, m
     [(1, 1e-4, True), (2, 0.0, False), (0, 2e-4, False), (0, math.nan, False)],
 )
 def test_limits_of_the_difference(differing, difference, is_equal):
-    diff = exporters.ExportDiff(10_000, differing, difference)
+    diff = export_parity.ExportDiff(10_000, differing, difference)
     if is_equal:
-        exporters.check_diff(diff)
+        export_parity.check_diff(diff)
     else:
         with pytest.raises(UserError):
-            exporters.check_diff(diff)
+            export_parity.check_diff(diff)
 
 
 def test_compare_counts_pixels_and_propagates_nan():
@@ -160,7 +160,7 @@ def test_compare_counts_pixels_and_propagates_nan():
     probabilities[0, 5, 5, 1] += 0.125
 
     def compare(**outputs):
-        return exporters.compare(model, variables, lambda _: outputs, [images])
+        return export_parity.compare(model, variables, lambda _: outputs, [images])
 
     diff = compare(class_map=class_map, probabilities=probabilities)
     assert (diff.pixels, diff.differing) == (32 * 40, 6)
@@ -175,7 +175,7 @@ def test_photographs_have_their_own_sizes_and_one_crop_is_odd(tmp_path):
         (tmp_path / "nested").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "nested" / f"{index}.png")
     (tmp_path / "notes.txt").write_text("not an image")
-    batches = exporters.read_photographs(tmp_path)
+    batches = export_parity.read_photographs(tmp_path)
     assert [b.shape[1:3] for b in batches] == [(40, 50), (40, 51), (40, 52), (40, 53), (39, 49)]
     np.testing.assert_array_equal(batches[0][0], streets.draw(0, 0, 40, 50)[0])
 
@@ -185,7 +185,7 @@ def missing_run(workdir, folder):
 
 
 def unknown_format(workdir, folder):
-    return export(workdir, folder / "out", "onnx")
+    return export(workdir, folder / "out", "coreml")
 
 
 def output_in_use(workdir, folder):
@@ -212,7 +212,7 @@ def no_images(workdir, folder):
     ("case", "code", "part"),
     [
         (missing_run, "model-bundle-missing", "model/weights.safetensors"),
-        (unknown_format, "export-format-unknown", "onnx"),
+        (unknown_format, "export-format-unknown", "coreml"),
         (output_in_use, "export-output-exists", "out"),
         (output_below_a_file, "export-unwritable", "File exists"),
         (no_folder_of_images, "export-images-folder-missing", "photos"),

@@ -1,88 +1,76 @@
 """Exports the model of a run to a file that needs neither this package nor the weights file.
 
-The formats are StableHLO for JAX and TensorFlow's SavedModel. The input is RGB images, the outputs
-are class maps and class probabilities. Batch, height and width are symbolic, so that one exported
-model accepts images of every size. It contains a program for each platform, computes in float32,
-and has the weak norm folded into the convolutions.
+The formats are StableHLO for JAX, TensorFlow's SavedModel, ONNX and TFLite. The input is RGB
+images, the outputs are class maps and class probabilities; the weak norm is folded into the
+convolutions. A TFLite file is for images of one size. In the other formats batch, height and width
+are symbolic, so that one exported model accepts images of every size, in float32.
 """
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath
 from flax import traverse_util
 from jax import export as jax_export
 from jax.experimental import jax2tf
 from jaxtyping import Array, UInt8
 
 from semiseg_jax import __version__
-from semiseg_jax import mesh as mesh_lib
-from semiseg_jax.data.dataset import IMAGE_SUFFIXES, files_below, is_image
+from semiseg_jax.data.dataset import Dataset
 from semiseg_jax.data.image_io import read_image
-from semiseg_jax.data.sources import streets
-from semiseg_jax.data.sources.downscale import shrink_image
-from semiseg_jax.inference import Predictor
 from semiseg_jax.models import deeplab, folding
 from semiseg_jax.models.segmenter import Segmenter
 from semiseg_jax.runtime import fileio
 from semiseg_jax.runtime.errors import UserError, reason
 from semiseg_jax.runtime.logger import logger
 from semiseg_jax.runtime.quiet_tensorflow import tf
-from semiseg_jax.serving import downscaling, model_bundle
+from semiseg_jax.serving import (
+    downscaling,
+    export_description,
+    export_parity,
+    model_bundle,
+    run_images,
+    tflite_export,
+)
+from semiseg_jax.serving.export_parity import PredictFn
+from semiseg_jax.shape_buckets import Size
 from semiseg_jax.train_state import Variables
 
 # The main file of each format.
-FORMATS = {"stablehlo": "model.stablehlo", "saved_model": "saved_model.pb"}
+FORMATS = {
+    "stablehlo": "model.stablehlo",
+    "saved_model": "saved_model.pb",
+    "onnx": "model.onnx",
+    "tflite": "model.tflite",
+}
 DESCRIPTION = "export.json"
 # models/convolutions.py has one implementation for the CPU and another for all other platforms.
 PLATFORMS = ("cpu", "tpu", "cuda")
 SHAPE = "n, h, w, 3"
 SIGNATURE = "serving_default"
 
-# Limits of the difference between an exported model and the network.
-MIN_AGREEMENT = 0.9999  # share of pixels with the same class
-MAX_DIFFERENCE = 1e-4  # of a probability
-# Largest number of photographs to compare on; each size is compiled twice.
-MAX_PHOTOGRAPHS = 4
-
-Images = UInt8[np.ndarray, "_ _ _ 3"]  # the batches of a list differ in size
-# From images to {"class_map": uint8 [n, h, w], "probabilities": float32 [n, h, w, classes]}.
-PredictFn = Callable[[Images], Mapping[str, Any]]
-
 
 @dataclasses.dataclass(frozen=True)
-class ExportDiff:
-    """Difference between the outputs of an exported model and of its network.
+class FixedForm:
+    """What a TFLite file fixes, besides the network.
 
     Attributes:
-        pixels: number of compared pixels.
-        differing: number of pixels whose classes differ.
-        difference: largest difference of two probabilities; NaN if any is NaN.
+        size: (height, width) of the images in pixels.
+        precision: one of `tflite_export.PRECISIONS`.
+        dataset: images of the run, which calibrate integers, and on which the file is evaluated.
     """
 
-    pixels: int
-    differing: int
-    difference: float
-
-    @property
-    def agreement(self) -> float:
-        """Share of pixels with the same class, in 0..1."""
-        return 1 - self.differing / self.pixels
-
-    def __str__(self) -> str:
-        return (
-            f"class maps agree on {100 * self.agreement:.4f} % of {self.pixels:,} pixels, "
-            f"probabilities differ by at most {self.difference:.1e}"
-        )
+    size: Size
+    precision: str
+    dataset: Dataset
 
 
 def predict(
@@ -108,7 +96,14 @@ def predict(
     return outputs
 
 
-def export(workdir: Path, output: Path, format_: str, photographs: Path | None) -> None:
+def export(
+    workdir: Path,
+    output: Path,
+    format_: str,
+    photographs: Path | None,
+    precision: str | None = None,
+    size: str | None = None,
+) -> None:
     """Exports the model of a run, and compares the exported model with the network.
 
     Args:
@@ -116,23 +111,29 @@ def export(workdir: Path, output: Path, format_: str, photographs: Path | None) 
         output: folder to create; it appears when the export is complete, or not at all.
         format_: a key of FORMATS.
         photographs: folder with images to compare on; None for built-in scenes.
+        precision: of TFLite, one of `tflite_export.PRECISIONS`; None for float32.
+        size: of TFLite's images, such as "96x160"; None for that of the run's images.
 
     Raises:
-        UserError: the format is unknown, the run has no model, the output cannot be written, or
-            the outputs of exported model and network differ too much.
+        UserError: the format is unknown or lacks an operation of the network, its packages are
+            missing, the run has no model, the output cannot be written, or the outputs of exported
+            model and network differ too much.
     """
-    if format_ not in FORMATS:
-        raise UserError(
-            f"--format is {format_}: make it one of {', '.join(FORMATS)}.",
-            code="export-format-unknown",
-        )
+    _check_format(format_, precision, size)
     bundle = model_bundle.load(workdir)
-    batches = draw_scenes() if photographs is None else read_photographs(photographs)
+    if photographs is None:
+        batches = export_parity.draw_scenes()
+    else:
+        batches = export_parity.read_photographs(photographs)
     config = bundle.model_config.copy_and_resolve_references()
     config.compute_dtype = "float32"
     model = deeplab.build(config, len(bundle.classes))
+    form = None
+    if format_ == "tflite":
+        form = _fixed_form(workdir, bundle, precision or "float32", size)
+        batches = [export_parity.fit(image, form.size)[None] for b in batches for image in b]
     with _atomic_folder(output) as folder:
-        logger.info(f"{format_}: any batch, height and width; {', '.join(PLATFORMS)}; float32")
+        logger.info(f"{format_}: {_variants(format_, form)}")
         differences = _protocol_differences(bundle)
         if differences:
             logger.info(
@@ -140,17 +141,89 @@ def export(workdir: Path, output: Path, format_: str, photographs: Path | None) 
                 f"{', '.join(differences)}; the exported model predicts each image once, whole, at "
                 "its own size" + f" divided by {bundle.downscale}" * (bundle.downscale > 1)
             )
-        _write(model, bundle.variables, format_, folder, bundle.downscale)
+        _write(model, bundle, format_, folder, form)
         exported = load(folder, format_)
-        diff = compare(model, bundle.variables, exported, batches, bundle.downscale)
+        diff = export_parity.compare(model, bundle.variables, exported, batches, bundle.downscale)
         logger.info(f"parity on {sum(map(len, batches))} images: {diff}")
-        check_diff(diff)
+        if form is None or form.precision == "float32":
+            export_parity.check_diff(diff)
+        content = export_description.describe(bundle, _interface(format_, form), diff)
+        if form is not None:
+            network = export_parity.network(model, bundle.variables, bundle.downscale)
+            change = export_parity.iou_change(network, exported, form.dataset, form.size)
+            change.log(bundle.classes)
+            content["iou_of_file"] = change.to_json(bundle.classes)
         weights = (workdir / model_bundle.FOLDER / model_bundle.WEIGHTS).stat().st_size
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        logger.info(f"size: {weights:,} bytes of weights before, {size:,} bytes after")
-        text = json.dumps(_describe(bundle, format_, diff), indent=1) + "\n"
-        (folder / DESCRIPTION).write_text(text)
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        logger.info(f"size: {weights:,} bytes of weights before, {total:,} bytes after")
+        (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
     logger.info(f"{output / FORMATS[format_]} and {DESCRIPTION} beside it are written")
+
+
+def _check_format(format_: str, precision: str | None, size: str | None) -> None:
+    """Raises a UserError for an unknown format, missing packages, and flags of another format."""
+    if format_ not in FORMATS:
+        raise UserError(
+            f"--format is {format_}: make it one of {', '.join(FORMATS)}.",
+            code="export-format-unknown",
+        )
+    if format_ != "tflite" and (precision or size):
+        raise UserError(
+            f"--precision and --size belong to --format=tflite, and not to {format_}: leave them "
+            "out.",
+            code="export-flag-of-tflite",
+        )
+    if precision and precision not in tflite_export.PRECISIONS:
+        raise UserError(
+            f"--precision is {precision}: make it one of {', '.join(tflite_export.PRECISIONS)}.",
+            code="export-precision-unknown",
+        )
+    if format_ == "onnx":
+        missing = [n for n in ("onnx", "onnxruntime") if importlib.util.find_spec(n) is None]
+        if missing:
+            raise UserError(
+                f"--format=onnx needs {' and '.join(missing)}: install them by pip install -r "
+                "requirements-onnx.txt, or with the extra semiseg_jax[onnx].",
+                code="export-packages-missing",
+            )
+
+
+def _fixed_form(
+    workdir: Path, bundle: model_bundle.ModelBundle, precision: str, size: str | None
+) -> FixedForm:
+    """Returns what a TFLite file fixes; prints a size that the user did not give."""
+    config = run_images.read_config(workdir)
+    parsed = run_images.parse_size(size) if size else run_images.default_size(bundle, config)
+    if not size:
+        logger.info(
+            f"--size is {parsed[0]}x{parsed[1]}, the size of the run's "
+            + ("evaluation images" if len(bundle.exact_sizes) == 1 else "crops")
+        )
+    return FixedForm(parsed, precision, run_images.load_dataset(config))
+
+
+def _variants(format_: str, form: FixedForm | None) -> str:
+    """Returns the images and platforms of a format, for people."""
+    if form is not None:
+        return f"one image of {form.size[0]}x{form.size[1]} at a time; {form.precision}"
+    platforms = f"{', '.join(PLATFORMS)}; " * (format_ in ("stablehlo", "saved_model"))
+    return f"any batch, height and width; {platforms}float32"
+
+
+def _interface(format_: str, form: FixedForm | None) -> dict[str, Any]:
+    """Returns the entries of export.json that depend on the format."""
+    versions = {"semiseg_jax": __version__, "jax": jax.__version__, "tensorflow": tf.__version__}
+    if format_ == "onnx":
+        # Imported here and below, because no other format needs the packages.
+        from semiseg_jax.serving import onnx_export
+
+        versions |= onnx_export.VERSIONS
+    interface: dict[str, Any] = {"format": format_, "made_by": versions}
+    if format_ in ("stablehlo", "saved_model"):
+        interface["platforms"] = list(PLATFORMS)
+    interface["precision"] = "float32" if form is None else form.precision
+    interface["shape"] = ["n", "h", "w"] if form is None else [1, *form.size]
+    return interface
 
 
 def _protocol_differences(bundle: model_bundle.ModelBundle) -> list[str]:
@@ -193,14 +266,32 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
 
 
 def _write(
-    model: Segmenter, variables: Variables, format_: str, folder: Path, downscale: int
+    model: Segmenter,
+    bundle: model_bundle.ModelBundle,
+    format_: str,
+    folder: Path,
+    form: FixedForm | None,
 ) -> None:
     """Folds the weak norm into the convolutions and writes the model in a format."""
-    folded, weights = folding.fold(model, variables)
+    folded, weights = folding.fold(model, bundle.variables)
+    program = functools.partial(predict, folded, weights, downscale=bundle.downscale)
+    path = folder / FORMATS[format_]
     if format_ == "stablehlo":
-        (folder / FORMATS[format_]).write_bytes(_stablehlo(folded, weights, downscale))
-    else:
-        _write_saved_model(folded, weights, folder, downscale)
+        path.write_bytes(_stablehlo(folded, weights, bundle.downscale))
+    elif format_ == "saved_model":
+        _write_saved_model(folded, weights, folder, bundle.downscale)
+    elif format_ == "onnx":
+        from semiseg_jax.serving import onnx_export
+
+        texts = export_description.texts(bundle)
+        onnx_export.write(program, len(bundle.classes), texts, path)
+    elif form is not None:
+        images = []
+        if form.precision == "int8":
+            examples = run_images.calibration_examples(form.dataset)
+            images = [export_parity.fit(read_image(e.image), form.size) for e in examples]
+            logger.info(f"calibrated on {len(images)} training images")
+        tflite_export.write(program, form.size, form.precision, images, path)
 
 
 def _stablehlo(model: nn.Module, variables: Variables, downscale: int) -> bytearray:
@@ -243,121 +334,16 @@ def load(folder: Path, format_: str) -> PredictFn:
     if format_ == "stablehlo":
         content = bytearray((folder / FORMATS[format_]).read_bytes())
         return jax.jit(jax_export.deserialize(content).call)
+    if format_ == "onnx":
+        from semiseg_jax.serving import onnx_export
+
+        return onnx_export.load(folder / FORMATS[format_])
+    if format_ == "tflite":
+        return tflite_export.load(folder / FORMATS[format_])
     module = tf.saved_model.load(str(folder))
 
-    def call(images: Images) -> Mapping[str, Any]:
+    def call(images: export_parity.Images) -> Mapping[str, Any]:
         # The closure holds the module, because a signature does not keep the variables alive.
         return module.signatures[SIGNATURE](images=tf.constant(images))
 
     return call
-
-
-def _describe(bundle: model_bundle.ModelBundle, format_: str, diff: ExportDiff) -> dict[str, Any]:
-    """Returns the content of export.json, the interface description for users of the export."""
-    num_classes = len(bundle.classes)
-    description = bundle.description
-    return {
-        "format": format_,
-        "made_by": {
-            "semiseg_jax": __version__,
-            "jax": jax.__version__,
-            "tensorflow": tf.__version__,
-        },
-        "platforms": list(PLATFORMS),
-        "classes": list(bundle.classes),
-        "palette": [list(colour) for colour in bundle.palette],
-        "input": {
-            "images": {
-                "dtype": "uint8",
-                "shape": ["n", "h", "w", 3],
-                "is": description["preprocessing"]["input"],
-            }
-        },
-        "outputs": {
-            "class_map": {"dtype": "uint8", "shape": ["n", "h", "w"], "is": "ids of classes"},
-            "probabilities": {"dtype": "float32", "shape": ["n", "h", "w", num_classes]},
-        },
-        "inference": "each image once, whole, at its own size"
-        + f" divided by {bundle.downscale}" * (bundle.downscale > 1)
-        + "; the sizes of a batch are equal",
-        "miou": description["miou"],
-        "protocol": description["protocol"],
-        "trained_on": description["trained_on"],
-        "parity": {"agreement": diff.agreement, **dataclasses.asdict(diff)},
-    }
-
-
-# --- Parity --------------------------------------------------------------------------------------
-
-
-def draw_scenes() -> list[Images]:
-    """Returns built-in street scenes: two images of an even size, and one of an odd size."""
-    even = [streets.draw(0, index, 96, 160)[0] for index in range(2)]
-    odd = streets.draw(0, 2, 97, 131)[0]
-    return [np.stack(even), odd[None]]
-
-
-def read_photographs(folder: Path) -> list[Images]:
-    """Returns the first images below a folder, and a crop of the first one of an odd size.
-
-    Raises:
-        UserError: the folder is missing or has no images, or an image is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"The folder {folder} of --images is missing.",
-            code="export-images-folder-missing",
-        )
-    files = [f for f in files_below(epath.Path(folder)) if is_image(f.name)]
-    if not files:
-        raise UserError(
-            f"--images={folder} has no image ({', '.join(IMAGE_SUFFIXES)}) in it.",
-            code="export-images-empty",
-        )
-    images = [read_image(file)[None] for file in files[:MAX_PHOTOGRAPHS]]
-    height, width = ((n - 1) // 2 * 2 + 1 for n in images[0].shape[1:3])
-    return [*images, images[0][:, :height, :width]]
-
-
-def compare(
-    model: nn.Module,
-    variables: Variables,
-    exported: PredictFn,
-    batches: Sequence[Images],
-    downscale: int = 1,
-) -> ExportDiff:
-    """Compares an exported model with the `Predictor` of the network on the same images.
-
-    Args:
-        model, variables: the network, in float32.
-        exported: the exported model.
-        batches: the images to compare on.
-        downscale: factor of the model (`config.data.downscale`).
-    """
-    mesh = mesh_lib.make_mesh(jax.devices()[:1])
-    predictor = Predictor(model, mesh)
-    pixels = differing = 0
-    difference = 0.0
-    for images in batches:
-        small = np.stack([shrink_image(image, downscale) for image in images])
-        on_device = mesh_lib.shard_batch({"image": small}, mesh)["image"]
-        probabilities = np.asarray(predictor(variables, on_device))
-        expected = np.stack([downscaling.enlarge(p, images.shape[1:3]) for p in probabilities])
-        outputs = {name: np.asarray(value) for name, value in exported(images).items()}
-        pixels += outputs["class_map"].size
-        differing += int((outputs["class_map"] != expected.argmax(-1)).sum())
-        largest = np.abs(outputs["probabilities"] - expected).max()
-        difference = float(np.maximum(difference, largest))  # propagates NaN
-    return ExportDiff(pixels, differing, difference)
-
-
-def check_diff(diff: ExportDiff) -> None:
-    """Raises a UserError if the difference exceeds MAX_DIFFERENCE or MIN_AGREEMENT is missed."""
-    if diff.agreement >= MIN_AGREEMENT and diff.difference <= MAX_DIFFERENCE:
-        return
-    raise UserError(
-        f"The exported model differs from the network and was not kept: {diff}, where at least "
-        f"{100 * MIN_AGREEMENT} % and at most {MAX_DIFFERENCE} are required; install the versions "
-        "of jax and TensorFlow that requirements.txt names.",
-        code="export-differs-from-model",
-    )
