@@ -1,15 +1,21 @@
 """ONNX files, run by onnxruntime and compared with their networks."""
 
+import contextlib
 import functools
 import importlib.util
 import json
+import re
+import textwrap
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from semiseg_jax.data.sources import streets
 from semiseg_jax.models import deeplab, folding
 from semiseg_jax.serving import exporters, jaxpr_program
 from tests.conftest import tiny_config
@@ -19,6 +25,7 @@ from tests.test_export import CLASSES, PALETTE, export, make_workdir, one_small_
 
 __all__ = ["one_small_scene"]
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ("onnx", "onnxruntime")
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in NEEDED),
@@ -76,6 +83,29 @@ def test_the_command_writes_parity_and_metadata(tmp_path):
     description = json.loads((tmp_path / "out" / "export.json").read_text())
     assert description["preprocessing"]["size_rule"] == texts["size_rule"]
     assert "onnxruntime" in description["made_by"]
+    variables = run_snippet("import json, numpy as np, onnxruntime", tmp_path, "onnx")
+    assert variables["class_map"].shape == (1, 33, 40)
+    assert variables["classes"] == list(CLASSES)
+
+
+def snippet(first_line):
+    """The indented code of docs/deploy.md that begins with a line."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", page, re.M)
+    (block,) = (b for b in map(textwrap.dedent, blocks) if b.lstrip().startswith(first_line))
+    return block
+
+
+def run_snippet(first_line, folder, name):
+    """Runs code of the page beside an exported model; returns its variables."""
+    (folder / "served").mkdir()
+    (folder / "out").rename(folder / "served" / name)
+    image, _ = streets.draw(0, 2, 33, 40)
+    Image.fromarray(image).save(folder / "photo.jpg")
+    variables = {}
+    with contextlib.chdir(folder):
+        exec(snippet(first_line), variables)
+    return variables
 
 
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch):
