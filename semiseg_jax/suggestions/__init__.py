@@ -1,0 +1,1 @@
+"""Which unlabelled images to label next, and how corrected labels come back."""
