@@ -5,7 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from semiseg_jax.suggestions import diversity, faults, fingerprints, ranking, uncertainty
+from semiseg_jax.data import image_io
+from semiseg_jax.suggestions import (
+    corrected,
+    diversity,
+    faults,
+    fingerprints,
+    ranking,
+    uncertainty,
+)
+
+PALETTE = ((0, 0, 0), (255, 0, 0))
 
 
 def test_entropy_is_a_mean_whatever_the_size():
@@ -55,3 +65,19 @@ def test_untouched_suggestions_are_recognised_after_a_tool_saved_them(tmp_path):
     assert fingerprints.of_labelme(path) == written
     path.write_text(json.dumps({"shapes": [{**shape, "label": "sky"}], "imagePath": "a.jpg"}))
     assert fingerprints.of_labelme(path) != written
+
+
+def test_untouched_labels_are_not_taken_for_truth(tmp_path):
+    entries = []
+    for name in ("a.png", "b.png"):
+        path = tmp_path / "masks" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image_io.encode_mask(np.zeros((3, 4), np.uint8), PALETTE))
+        written = {"labelme": "", "coco": "", "mask": fingerprints.of_mask(path)}
+        entries.append({"id": name[0], "name": name, "size": [3, 4], "written": written})
+    folder = corrected.Folder(tmp_path, entries, ("sky", "road"), PALETTE)
+    assert folder.changed() == {}
+    labels = np.eye(3, 4, dtype=np.uint8)
+    (tmp_path / "masks" / "b.png").write_bytes(image_io.encode_mask(labels, PALETTE))
+    assert folder.changed() == {"b": "mask"}
+    np.testing.assert_array_equal(folder.label_map(entries[1], "mask"), labels)
