@@ -197,7 +197,8 @@ NO_PATH_FLAGS = {"coordinator", "format", "background"}
 
 
 @pytest.mark.parametrize(
-    "command", ["main", "predict", "export", "report", "ablations", "plan", "data/convert"]
+    "command",
+    ["main", "predict", "export", "report", "ablations", "plan", "suggest", "data/convert"],
 )
 def test_the_home_folder_is_known_in_every_path_flag(command):
     source = (processes.ROOT / "semiseg_jax" / f"{command}.py").read_text()
