@@ -193,7 +193,7 @@ def test_the_home_folder_is_known_in_every_path_of_the_config(monkeypatch):
 
 
 # Flags of commands that hold no path; all other text flags do.
-NO_PATH_FLAGS = {"coordinator", "format", "background"}
+NO_PATH_FLAGS = {"coordinator", "format", "precision", "size", "background"}
 
 
 @pytest.mark.parametrize(

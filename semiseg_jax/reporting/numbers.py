@@ -183,8 +183,8 @@ def health(run: Run) -> Section:
         missing = (
             "No pseudo-labels have been checked yet."
             if run.stores_pseudo_labels
-            else "This run stores no pseudo-labels. Where a method labels inside its steps, the results "
-            "say how many unlabelled pixels had a loss."
+            else "This run stores no pseudo-labels. Where a method labels inside its steps, the "
+            "results say how many unlabelled pixels had a loss."
         )
         return {"missing": missing, "rounds": []}
     labeled_share = rounds[0][1]["labeled_share"]
