@@ -63,6 +63,7 @@ _FLAGS = {
         *("workdir", "input", "output", "overlays", "probabilities", "scales", "flip", "window"),
         *("window_stride", "pad_to", "batch", "max_pixels"),
     ),
+    "suggest": ("workdir", "count", "output", "by", "seed", "min_area", "merge", "take_untouched"),
 }
 _others = _take(*{name for names in _FLAGS.values() for name in names})
 _commands: dict[str, tuple[Any, dict[str, flags.Flag]]] = {}

@@ -75,7 +75,7 @@ def deficits(labeled_pixels: Int[np.ndarray, " classes"]) -> Float[np.ndarray, "
     return np.maximum(0.0, 1 - shares * len(shares))
 
 
-def ranks(values: Sequence[float]) -> Float[np.ndarray, " n"]:
+def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Returns the rank of each value in 0..1; equal values share the mean of their ranks."""
     if len(values) < 2:
         return np.full(len(values), 0.5)
