@@ -183,7 +183,7 @@ def _notes(folder: corrected.Folder, dataset: Dataset, config: Any, count: int) 
             "No unlabelled image is left: there is nothing to label for students; train on labels "
             "alone with --config.rounds.count=0."
         )
-    if dataset.evaluation_is_held_out:
+    if dataset.evaluation_is_held_out and dataset.evaluation:
         notes.append(
             "The images that were held out for evaluation stay the same (evaluation.txt), so that "
             "the scores can be compared."

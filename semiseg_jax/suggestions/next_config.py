@@ -61,7 +61,7 @@ def write(
     if rest:
         _write_list(folder / "unlabeled.txt", ((e.image, None) for e in rest))
         changes["data.unlabeled_list"] = os.fspath(target / "unlabeled.txt")
-    if dataset.evaluation_is_held_out:
+    if dataset.evaluation_is_held_out and dataset.evaluation:
         _write_list(folder / "evaluation.txt", map(_pair, dataset.evaluation))
         changes["data.evaluation_list"] = os.fspath(target / "evaluation.txt")
     values = {**_changed_values(config), **changes}

@@ -66,11 +66,13 @@ def test_corrected_suggestions_train_the_next_run(tmp_path, monkeypatch, capsys)
     folder = run / "suggest"
     first, second, third = suggested(folder)
     assert {e["id"] for e in (first, second, third)} <= {e.id for e in before.unlabeled}
+    ((merging,),) = commands(printed)
+    sentence = mains.refused(monkeypatch, merging, command="suggest")
+    assert "None of the 3 labels" in sentence and "--take_untouched" in sentence
     truth = {e["id"]: root / "masks" / "train" / f"{e['id']}.png" for e in suggested(folder)}
     write_shapes(folder, first, truth[first["id"]], tmp_path / "tool")
     shutil.copy(truth[second["id"]], (folder / "masks" / second["name"]).with_suffix(".png"))
 
-    ((merging,),) = commands(printed)
     printed = suggest(monkeypatch, capsys, merging)
     outcome = json.loads((tmp_path / "data_6_labels" / "merge.json").read_text())
     assert outcome["taken"] == {first["id"]: "labelme", second["id"]: "mask"}
@@ -89,6 +91,9 @@ def test_corrected_suggestions_train_the_next_run(tmp_path, monkeypatch, capsys)
         np.testing.assert_array_equal(labels[name], image_io.read_mask(truth[name], after.table))
     for name, values in read_labels(before, before.labeled).items():
         np.testing.assert_array_equal(labels[name], values)
+
+    taking = (merging, "--take_untouched", f"--output={tmp_path / 'all'}")
+    assert "7 images are labelled now, 4 before" in suggest(monkeypatch, capsys, *taking)
 
     for command in (from_start, going_on):
         mains.run(monkeypatch, *command)
