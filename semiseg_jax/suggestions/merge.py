@@ -110,8 +110,13 @@ def merge(source: str, output: str, workdir: str, take_untouched: bool) -> Merge
             mask_writer.write(new / name, label_map, dataset)
             masks[id_] = os.fspath(target / name)
         next_config.write(new, target, config, dataset, masks)
-        about = {"suggestions": os.path.abspath(source), "taken": taken, "left_out": left_out}
-        about |= {"untouched": untouched, "untouched_taken": take_untouched}
+        about = {
+            "suggestions": os.path.abspath(source),
+            "taken": taken,
+            "left_out": left_out,
+            "untouched": untouched,
+            "untouched_taken": take_untouched,
+        }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         (new / "merge.json").write_text(text, "utf-8")
     return Merged(

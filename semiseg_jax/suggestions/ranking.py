@@ -110,7 +110,7 @@ def suggest(pool: Pool, count: int, by: str, seed: int) -> list[Suggestion]:
 def _columns(pool: Pool) -> dict[str, Float[np.ndarray, " n"]]:
     """Returns the measures of all images by name; those that are not known are left out."""
     shares = np.array([m.class_shares for m in pool.measures]).reshape(-1, len(pool.classes))
-    columns = {
+    columns: dict[str, list[Any]] = {
         "entropy": [m.entropy for m in pool.measures],
         "margin": [m.margin for m in pool.measures],
         "disagreement_of_views": [m.views for m in pool.measures],
