@@ -137,6 +137,13 @@ def copied(run, tmp_path):
     return epath.Path(tmp_path / "copy")
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Plots are computed and not rendered, which takes seconds a page: for tests of the text."""
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+    monkeypatch.setattr(plots_lib, "_svg", lambda canvas: svg)
+
+
 def test_each_page_is_self_contained_and_has_every_section(run):
     workdir, pages = run
     assert len(pages) == 5
@@ -240,6 +247,7 @@ def test_tensorboard_has_examples_and_both_norms_of_each_evaluation(run):
     assert {step for _, step in (*steps["images"], *steps["histograms"])} == {2, 4}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_missing_files_are_named(copied):
     for path in (
         artifacts.RUN,
@@ -272,6 +280,7 @@ def test_the_first_thing_on_the_page_is_what_was_kept(run, copied):
     assert ["verdict" in page.classes for page in pages] == [False] * 4 + [True]
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("change", ["older code", "fewer rounds", "not over", "no model"])
 def test_a_page_does_not_say_what_was_kept_before(copied, change):
     path = copied / "model/model.json"
@@ -305,6 +314,7 @@ def fitted(copied):
     return copied
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_settings_that_the_run_chose_stand_with_their_reason(fitted):
     page_lib.write(fitted)
     page = Page((fitted / page_lib.FILE).read_text())
@@ -319,6 +329,7 @@ def test_settings_that_the_run_chose_stand_with_their_reason(fitted):
     assert text.index(SIZES) < text.index("data.crop") < text.index(MINUTES)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_settings_without_a_reason_are_of_older_code(fitted):
     path = fitted / fitted_settings.FITTED
     content = json.loads(path.read_text())
@@ -343,6 +354,7 @@ def test_a_folder_without_a_run_raises(tmp_path):
         page_lib.write(tmp_path)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_each_protocol_has_its_own_results_table(copied):
     content = json.loads((copied / "results.json").read_text())
     flipped = dict(content["rows"][0], miou=0.5)
@@ -356,6 +368,7 @@ def test_each_protocol_has_its_own_results_table(copied):
     assert len(oldest) == 5
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_changed_row_is_left_out(copied):
     content = json.loads((copied / "results.json").read_text())
     content["rows"][1]["miou"] = 0.99
@@ -488,7 +501,9 @@ JSON_FILES = (
 )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+)
 def test_json_of_any_form_ends_no_report(run, copied, seed):
     rng = random.Random(seed)
     for name in JSON_FILES if seed % 2 else rng.choices(JSON_FILES):

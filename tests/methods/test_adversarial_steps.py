@@ -50,7 +50,13 @@ def differ(a, b):
     return any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "advsemiseg" else pytest.mark.slow)
+        for name in ADVERSARIAL
+    ],
+)
 def test_a_discriminator_update_leaves_every_bit_of_the_segmenter(name):
     """At a rate of 0 the discriminator stands still; the segmenter does not see the difference."""
     before = initial_state(name).method.discriminator.params

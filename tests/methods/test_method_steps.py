@@ -108,7 +108,13 @@ def run_steps(name, devices, count=2, dtype=jnp.float32, share=(0, 1), **changes
     return metrics, jax.device_get(state)
 
 
-@pytest.mark.parametrize("name", ONE_NETWORK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "unimatch_v2" else pytest.mark.slow)
+        for name in ONE_NETWORK
+    ],
+)
 def test_the_result_does_not_depend_on_the_number_of_devices(name):
     with jax.enable_x64(True):
         (one, first), (eight, second) = (run_steps(name, n, dtype=jnp.float64) for n in (1, 8))

@@ -106,11 +106,12 @@ def with_dropout(request):
 @pytest.mark.parametrize(
     ("domain", "groups", "train"),
     [
-        ("weak", 1, False),
         ("strong", 1, False),
-        ("weak", 1, True),
-        ("strong", 1, True),
         ("both", 2, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("weak", 1, False), ("weak", 1, True), ("strong", 1, True))
+        ),
     ],
 )
 def test_decode_of_encode_is_the_call_to_the_bit(with_dropout, domain, groups, train):
