@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from semiseg_jax.data.sources.downscale import shrink_image
-from semiseg_jax.serving import downscaling, exporters, model_bundle
+from semiseg_jax.serving import downscaling, export_parity, exporters, model_bundle
 from tests import test_predict
 from tests.test_carried_keys import ACTING, check_prediction_equals_evaluation
 from tests.test_export import make_workdir
@@ -37,11 +37,12 @@ def test_predictions_equal_the_evaluation_with_all_keys_changed(tmp_path, monkey
     check_prediction_equals_evaluation(config, workdir, tmp_path / "out", monkeypatch)
 
 
-@pytest.mark.parametrize("format_", exporters.FORMATS)
+# ONNX and TFLite files: tests/serving.
+@pytest.mark.parametrize("format_", ["stablehlo", "saved_model"])
 def test_an_exported_model_downscales_inside(format_, tmp_path, monkeypatch):
     """It takes images as users have them, and returns the evaluation's classes at their size."""
     images = np.random.default_rng(0).integers(0, 256, (1, 67, 81, 3)).astype(np.uint8)
-    monkeypatch.setattr(exporters, "draw_scenes", lambda: [images])
+    monkeypatch.setattr(export_parity, "draw_scenes", lambda: [images])
     workdir = make_workdir(tmp_path / "run", downscale=3)
     exporters.export(workdir, tmp_path / "out", format_, None)
     outputs = exporters.load(tmp_path / "out", format_)(images)
