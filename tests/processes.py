@@ -274,17 +274,18 @@ def run_methods(out):
     """Steps of each method; process 0 keeps the state and the metrics."""
     with process_of_step():
         from semiseg_jax.runtime import multihost
-        from tests.methods import test_method_steps
+        from tests.methods import test_method_steps, toy_network
 
-        outcomes = {
-            name: test_method_steps.run_steps(
-                name,
-                2,
-                dtype="float64",
-                share=(multihost.process_index(), multihost.process_count()),
-            )
-            for name in test_method_steps.ONLINE
-        }
+        with toy_network.narrow_discriminators():
+            outcomes = {
+                name: test_method_steps.run_steps(
+                    name,
+                    2,
+                    dtype="float64",
+                    share=(multihost.process_index(), multihost.process_count()),
+                )
+                for name in test_method_steps.ONLINE
+            }
         if multihost.is_main():
             keep(out, outcomes)
 
