@@ -3,7 +3,7 @@
 Each loss returns `(sum, count)`, as in `semiseg_jax.losses`, so that the caller divides once, over
 the global batch. What is not valid, a pixel or an image, counts nowhere.
 
-Sources: AdvSemiSeg (Hung et al., BMVC 2018), equations 1 and 4; S4GAN (Mittal et al., TPAMI 2021),
+Sources: AdvSemiSeg (Hung et al., BMVC 2018), adversarial losses; S4GAN (Mittal et al., TPAMI 2021),
 its feature matching, `train_s4GAN.py`.
 """
 

@@ -27,12 +27,12 @@ from semiseg_jax.runtime import rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvSemiSeg(AdversarialMethod):
-    """L = L_x + a_x L_adv(x) + a_u L_adv(u) + weight * L_semi (equation 2).
+    """L = L_x + a_x L_adv(x) + a_u L_adv(u) + weight * L_semi.
 
     L_adv is the cross-entropy of the discriminator's answer with "real", by pixel; L_semi is the
     cross-entropy of an unlabelled image with the network's own labels, where the discriminator's
     probability of "real" is at least the threshold, divided by the number of these pixels
-    (equation 5). The discriminator's true maps are the labels of the step's own batch; the
+    (its self-training loss). The discriminator's true maps are the labels of the step's own batch; the
     published code draws them anew. Labelled and unlabelled images have a pass each, and the weak
     norm: no view is a strong one.
 
@@ -103,7 +103,7 @@ class AdvSemiSeg(AdversarialMethod):
     def discriminator_loss(
         self, params: Any, examples: Examples, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """See `AdversarialMethod.discriminator_loss`; equation 1."""
+        """See `AdversarialMethod.discriminator_loss`."""
         del key
         return adversarial_losses.discriminator_loss(
             _scores(params, examples.real),
