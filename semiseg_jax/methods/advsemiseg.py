@@ -32,9 +32,9 @@ class AdvSemiSeg(AdversarialMethod):
     L_adv is the cross-entropy of the discriminator's answer with "real", by pixel; L_semi is the
     cross-entropy of an unlabelled image with the network's own labels, where the discriminator's
     probability of "real" is at least the threshold, divided by the number of these pixels
-    (its self-training loss). The discriminator's true maps are the labels of the step's own batch; the
-    published code draws them anew. Labelled and unlabelled images have a pass each, and the weak
-    norm: no view is a strong one.
+    (its self-training loss). The discriminator's true maps are the labels of the step's own batch;
+    the published code draws them anew. Labelled and unlabelled images have a pass each, and the
+    weak norm: no view is a strong one.
 
     Attributes:
         weight: of L_semi.
